@@ -1,0 +1,1 @@
+//! Software engines: they need no virtualization hardware and no privilege.

@@ -1,0 +1,12 @@
+//! The virtual machine that a guest sees, the same on every hypervisor and every engine: memory map, devices,
+//! firmware tables, boot protocols. The *host* ([`host`]) gives memory, time and byte streams; the *engine*
+//! ([`engine`]) executes guest instructions.
+#![no_std]
+
+extern crate alloc;
+
+pub mod device;
+pub mod engine;
+pub mod host;
+pub mod memory;
+pub mod sync;

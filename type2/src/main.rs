@@ -1,0 +1,2 @@
+//! Bivisor as a Linux program.
+fn main() {}

@@ -1,0 +1,17 @@
+//! The x86-64 architecture: registers, modes, segmentation, paging, exceptions, and an interpreter that is
+//! the readable specification of what every engine must do.
+//!
+//! Nothing here knows of a bus, a device or a host: what lies around a CPU is the [`env::Env`] trait.
+//! References: "SDM" is the Intel 64 and IA-32 Architectures Software Developer's Manual, "APM" the AMD64
+//! Architecture Programmer's Manual.
+#![no_std]
+
+extern crate alloc;
+
+pub mod cpu;
+pub mod cpuid;
+pub mod env;
+pub mod exception;
+pub mod interp;
+pub mod registers;
+pub mod state;
