@@ -81,6 +81,8 @@ pub const XCR0_X87: u64 = 1;
 pub const XCR0_SSE: u64 = 2;
 /// XCR0 bit of AVX state.
 pub const XCR0_AVX: u64 = 4;
+/// The bits of MXCSR that the guest may set; what FXSAVE reports as MXCSR_MASK.
+pub const MXCSR_MASK: u32 = 0xffff;
 /// MXCSR after reset: all exceptions masked.
 pub const MXCSR_RESET: u32 = 0x1f80;
 
@@ -90,7 +92,7 @@ impl Default for XsaveArea {
         let mut bytes = [0; XSAVE_AREA_SIZE];
         bytes[0..2].copy_from_slice(&0x037fu16.to_le_bytes());
         bytes[24..28].copy_from_slice(&MXCSR_RESET.to_le_bytes());
-        bytes[28..32].copy_from_slice(&0x0000_ffffu32.to_le_bytes());
+        bytes[28..32].copy_from_slice(&MXCSR_MASK.to_le_bytes());
         bytes[512..520].copy_from_slice(&(XCR0_X87 | XCR0_SSE | XCR0_AVX).to_le_bytes());
         Self { bytes }
     }
