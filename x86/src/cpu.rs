@@ -12,6 +12,8 @@ pub struct Cpu {
     pub state: CpuState,
     /// What CPUID says.
     pub model: Arc<CpuModel>,
+    /// Number of the local APIC, as CPUID tells it: the processor's number, from 0 on. Zero unless set.
+    pub apic_id: u32,
     /// While an instruction executes (`state.rip` is still its own): where execution goes on, without the base
     /// of CS. The run loop sets it to the following instruction before, and moves it to `state.rip` after.
     pub next_rip: u64,
@@ -48,7 +50,7 @@ pub enum RunExit {
 impl Cpu {
     /// A processor in its state after power-up.
     pub fn new(model: Arc<CpuModel>) -> Self {
-        Self { state: CpuState::default(), model, next_rip: 0 }
+        Self { state: CpuState::default(), model, apic_id: 0, next_rip: 0 }
     }
     /// Drops what was cached from `state` and guest memory (TLB, decoded code); call after changing it from outside.
     pub fn state_changed(&mut self) {
