@@ -1,1 +1,4 @@
-//! Linux backends of the devices.
+//! What the machine's devices are backed by on Linux.
+
+pub mod console;
+pub mod terminal;
