@@ -2,8 +2,8 @@
 
 use crate::cpuid::CpuModel;
 use crate::env::Env;
-use crate::exception::Exception;
-use crate::state::{CpuState, SegReg};
+use crate::state::CpuState;
+use crate::tlb::Tlb;
 use alloc::sync::Arc;
 
 /// A logical processor: its architectural state and what is cached from it.
@@ -17,6 +17,11 @@ pub struct Cpu {
     /// While an instruction executes (`state.rip` is still its own): where execution goes on, without the base
     /// of CS. The run loop sets it to the following instruction before, and moves it to `state.rip` after.
     pub next_rip: u64,
+    pub(crate) tlb: Tlb,
+    /// Width of guest-physical addresses in bits (CPUID 8000_0008h).
+    physical_bits: u32,
+    /// 1 GiB pages (CPUID 8000_0001h EDX bit 26).
+    pub(crate) gigabyte_pages: bool,
 }
 
 /// What a memory access is for: selects the permission checked and the error code of the fault.
@@ -47,94 +52,39 @@ pub enum RunExit {
     Breakpoint,
 }
 
+/// Width of guest-physical addresses where CPUID does not say (SDM Vol. 2A, CPUID).
+const DEFAULT_PHYSICAL_BITS: u32 = 36;
+
 impl Cpu {
     /// A processor in its state after power-up.
     pub fn new(model: Arc<CpuModel>) -> Self {
-        Self { state: CpuState::default(), model, apic_id: 0, next_rip: 0 }
+        let leaf = |function| model.leaves.iter().find(|l| l.function == function).map(|l| l.registers);
+        let physical_bits =
+            leaf(0x8000_0008).map_or(DEFAULT_PHYSICAL_BITS, |[eax, ..]| eax & 0xff).clamp(32, 52);
+        let gigabyte_pages = leaf(0x8000_0001).is_some_and(|[.., edx]| edx & 1 << 26 != 0);
+        Self {
+            state: CpuState::default(),
+            model,
+            apic_id: 0,
+            next_rip: 0,
+            tlb: Tlb::new(),
+            physical_bits,
+            gigabyte_pages,
+        }
     }
+
+    /// The bits that a guest-physical address may have.
+    pub fn physical_mask(&self) -> u64 {
+        (1 << self.physical_bits) - 1
+    }
+
     /// Drops what was cached from `state` and guest memory (TLB, decoded code); call after changing it from outside.
     pub fn state_changed(&mut self) {
-        todo!()
+        self.flush_tlb();
     }
     /// Executes instructions and delivers exceptions and events until something ends it. `budget`: at most this
     /// many instructions.
     pub fn run<E: Env>(&mut self, _env: &mut E, _budget: u64) -> RunExit {
-        todo!()
-    }
-
-    // ---- virtual memory, as instructions use it (memory.rs) ----
-
-    /// Reads `size` (1, 2, 4, 8) bytes at segment:offset, with limit, canonicality, alignment and page checks.
-    pub fn read<E: Env>(
-        &mut self,
-        _env: &mut E,
-        _seg: SegReg,
-        _offset: u64,
-        _size: usize,
-    ) -> Result<u64, Exception> {
-        todo!()
-    }
-    /// Writes `size` bytes at segment:offset. Nothing is written if any byte faults.
-    pub fn write<E: Env>(
-        &mut self,
-        _env: &mut E,
-        _seg: SegReg,
-        _offset: u64,
-        _size: usize,
-        _value: u64,
-    ) -> Result<(), Exception> {
-        todo!()
-    }
-    /// Reads bytes (up to a page) at segment:offset.
-    pub fn read_bytes<E: Env>(
-        &mut self,
-        _env: &mut E,
-        _seg: SegReg,
-        _offset: u64,
-        _to: &mut [u8],
-    ) -> Result<(), Exception> {
-        todo!()
-    }
-    /// Writes bytes (up to a page). Nothing is written if any byte faults.
-    pub fn write_bytes<E: Env>(
-        &mut self,
-        _env: &mut E,
-        _seg: SegReg,
-        _offset: u64,
-        _from: &[u8],
-    ) -> Result<(), Exception> {
-        todo!()
-    }
-    /// Atomic or plain read-modify-write of `size` bytes: `update` maps the old value to the new; returns
-    /// the old one. With `locked` it is one atomic operation (`update` may then be called again). The write
-    /// permission is checked before the read.
-    pub fn read_modify_write<E: Env>(
-        &mut self,
-        _env: &mut E,
-        _seg: SegReg,
-        _offset: u64,
-        _size: usize,
-        _locked: bool,
-        _update: &mut dyn FnMut(u64) -> u64,
-    ) -> Result<u64, Exception> {
-        todo!()
-    }
-    /// The same for 16 bytes, aligned (CMPXCHG16B).
-    pub fn read_modify_write128<E: Env>(
-        &mut self,
-        _env: &mut E,
-        _seg: SegReg,
-        _offset: u64,
-        _update: &mut dyn FnMut(u128) -> u128,
-    ) -> Result<u128, Exception> {
-        todo!()
-    }
-    /// Pushes `size` (2, 4, 8) bytes on the stack; RSP changes only on success.
-    pub fn push<E: Env>(&mut self, _env: &mut E, _size: usize, _value: u64) -> Result<(), Exception> {
-        todo!()
-    }
-    /// Pops `size` bytes; RSP changes only on success.
-    pub fn pop<E: Env>(&mut self, _env: &mut E, _size: usize) -> Result<u64, Exception> {
         todo!()
     }
 }

@@ -13,5 +13,13 @@ pub mod cpuid;
 pub mod env;
 pub mod exception;
 pub mod interp;
+pub mod interrupt;
+pub mod memory;
+pub mod paging;
 pub mod registers;
+pub mod segment;
 pub mod state;
+pub mod task;
+#[cfg(test)]
+pub(crate) mod testing;
+pub mod tlb;

@@ -1,0 +1,217 @@
+//! A software translation look-aside buffer: direct-mapped, one entry per 4 KiB of linear address space.
+//!
+//! An entry holds the permissions of *all* privilege classes, so that neither a change of CPL nor of RFLAGS.AC
+//! touches the buffer. Its tag joins the linear page with a *context*, a number of 12 bits that stands for one
+//! PCID between two of its flushes: flushing a PCID is drawing a new number for it. Only RAM is cached; a page
+//! of a device is walked anew each time.
+
+use alloc::boxed::Box;
+
+use crate::cpu::Access;
+
+/// Entries; a power of two.
+const ENTRIES: usize = 4096;
+/// Contexts are 1 to this.
+const LAST_CONTEXT: u16 = 0xfff;
+const PAGE_MASK: u64 = !0xfff;
+/// Bit of an entry's data: the translation is global.
+pub(crate) const GLOBAL: u64 = 1 << 9;
+/// Bit of an entry's data: the translation comes from a page larger than 4 KiB.
+pub(crate) const LARGE: u64 = 1 << 10;
+/// Linear addresses that INVLPG of an address in a large page drops: 1 GiB around it.
+const LARGE_MASK: u64 = !0x3fff_ffff;
+
+/// For whom an access is made, as far as page permissions tell the difference.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Privilege {
+    /// CPL 3.
+    User = 0,
+    /// CPL 0 to 2 with RFLAGS.AC clear, and every implicit access to a descriptor table or TSS.
+    Supervisor = 1,
+    /// CPL 0 to 2 with RFLAGS.AC set: SMAP is overridden.
+    SupervisorAc = 2,
+}
+
+/// The bit of an entry's data that allows this access.
+#[inline(always)]
+pub(crate) const fn permission(access: Access, privilege: Privilege) -> u64 {
+    1 << (access as u64 * 3 + privilege as u64)
+}
+
+#[derive(Clone, Copy)]
+struct Entry {
+    /// Linear page | context; context 0: empty.
+    tag: u64,
+    /// Offset in RAM of the page | permission bits | GLOBAL | LARGE.
+    data: u64,
+}
+
+const EMPTY: Entry = Entry { tag: 0, data: 0 };
+
+/// The buffer.
+pub(crate) struct Tlb {
+    /// Context of the current PCID.
+    context: u64,
+    entries: Box<[Entry; ENTRIES]>,
+    /// Context of each PCID; 0: none yet.
+    contexts: Box<[u16; 4096]>,
+    last_drawn: u16,
+    /// A large page has been cached since the last full flush.
+    has_large: bool,
+}
+
+impl Tlb {
+    pub(crate) fn new() -> Self {
+        let mut tlb = Self {
+            context: 0,
+            entries: Box::new([EMPTY; ENTRIES]),
+            contexts: Box::new([0; 4096]),
+            last_drawn: 0,
+            has_large: false,
+        };
+        tlb.select(0);
+        tlb
+    }
+
+    /// Offset in RAM of the byte at `linear`, if it is cached with one of the wanted permissions.
+    #[inline(always)]
+    pub(crate) fn lookup(&self, linear: u64, wanted: u64) -> Option<u64> {
+        let entry = &self.entries[(linear >> 12) as usize & (ENTRIES - 1)];
+        if entry.tag == (linear & PAGE_MASK | self.context) && entry.data & wanted != 0 {
+            Some(entry.data & PAGE_MASK | linear & !PAGE_MASK)
+        } else {
+            None
+        }
+    }
+
+    /// The second try: an entry of a global page that another PCID has filled.
+    pub(crate) fn lookup_global(&mut self, linear: u64, wanted: u64) -> Option<u64> {
+        let entry = &mut self.entries[(linear >> 12) as usize & (ENTRIES - 1)];
+        let same_page = (entry.tag ^ linear) & PAGE_MASK == 0 && entry.tag & !PAGE_MASK != 0;
+        if same_page && entry.data & GLOBAL != 0 && entry.data & wanted != 0 {
+            entry.tag = linear & PAGE_MASK | self.context;
+            return Some(entry.data & PAGE_MASK | linear & !PAGE_MASK);
+        }
+        None
+    }
+
+    /// Enters a translation: offset in RAM of the page, permission bits, GLOBAL, LARGE.
+    pub(crate) fn insert(&mut self, linear: u64, data: u64) {
+        self.has_large |= data & LARGE != 0;
+        let tag = linear & PAGE_MASK | self.context;
+        self.entries[(linear >> 12) as usize & (ENTRIES - 1)] = Entry { tag, data };
+    }
+
+    /// Makes `pcid` the current one, keeping what is cached for it.
+    pub(crate) fn select(&mut self, pcid: u16) {
+        let slot = usize::from(pcid & 0xfff);
+        if self.contexts[slot] == 0 {
+            if self.last_drawn == LAST_CONTEXT {
+                self.clear();
+            }
+            self.last_drawn += 1;
+            self.contexts[slot] = self.last_drawn;
+        }
+        self.context = self.contexts[slot].into();
+    }
+
+    /// Drops all translations of `pcid` but the global ones. `current`: the PCID in use.
+    pub(crate) fn flush_pcid(&mut self, pcid: u16, current: u16) {
+        self.contexts[usize::from(pcid & 0xfff)] = 0;
+        self.select(current);
+    }
+
+    /// Drops everything. `current`: the PCID in use.
+    pub(crate) fn flush_all(&mut self, current: u16) {
+        self.clear();
+        self.select(current);
+    }
+
+    /// Drops all translations of all PCIDs but the global ones.
+    pub(crate) fn flush_non_global(&mut self, current: u16) {
+        for entry in self.entries.iter_mut().filter(|entry| entry.data & GLOBAL == 0) {
+            *entry = EMPTY;
+        }
+        self.select(current);
+    }
+
+    /// Drops the translations of one address in all PCIDs, global or not; of a large page, all of its parts.
+    pub(crate) fn flush_page(&mut self, linear: u64) {
+        let entry = &mut self.entries[(linear >> 12) as usize & (ENTRIES - 1)];
+        if (entry.tag ^ linear) & PAGE_MASK == 0 {
+            *entry = EMPTY;
+        }
+        if self.has_large {
+            // The part of the page that holds `linear` need not be cached while others are.
+            for entry in self.entries.iter_mut() {
+                if entry.data & LARGE != 0 && (entry.tag ^ linear) & LARGE_MASK == 0 {
+                    *entry = EMPTY;
+                }
+            }
+        }
+    }
+
+    fn clear(&mut self) {
+        self.entries.fill(EMPTY);
+        self.contexts.fill(0);
+        self.last_drawn = 0;
+        self.has_large = false;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const READ: u64 = permission(Access::Read, Privilege::Supervisor);
+    const WRITE: u64 = permission(Access::Write, Privilege::Supervisor);
+
+    #[test]
+    fn permissions_are_separate() {
+        let mut tlb = Tlb::new();
+        tlb.insert(0x1234_5000, 0x7000 | READ);
+        assert_eq!(tlb.lookup(0x1234_5678, READ), Some(0x7678));
+        assert_eq!(tlb.lookup(0x1234_5678, WRITE), None);
+        assert_eq!(tlb.lookup(0x1234_6678, READ), None);
+        assert_eq!(tlb.lookup(0x1_1234_5678, READ), None);
+    }
+
+    #[test]
+    fn pcids_do_not_mix_and_global_entries_are_shared() {
+        let mut tlb = Tlb::new();
+        tlb.insert(0x5000, 0x7000 | READ);
+        tlb.insert(0x6000, 0x8000 | READ | GLOBAL);
+        tlb.select(5);
+        assert_eq!(tlb.lookup(0x5000, READ), None);
+        assert_eq!(tlb.lookup_global(0x5000, READ), None);
+        assert_eq!(tlb.lookup_global(0x6000, READ), Some(0x8000));
+        tlb.select(0);
+        assert_eq!(tlb.lookup(0x5000, READ), Some(0x7000));
+        tlb.flush_pcid(0, 0);
+        assert_eq!(tlb.lookup(0x5000, READ), None);
+        assert_eq!(tlb.lookup_global(0x6000, READ), Some(0x8000));
+        tlb.flush_all(0);
+        assert_eq!(tlb.lookup_global(0x6000, READ), None);
+    }
+
+    #[test]
+    fn contexts_run_out_without_reviving_old_entries() {
+        let mut tlb = Tlb::new();
+        tlb.insert(0x5000, 0x7000 | READ);
+        for _ in 0..2 * u32::from(LAST_CONTEXT) {
+            tlb.flush_pcid(0, 0);
+            assert_eq!(tlb.lookup(0x5000, READ), None);
+        }
+    }
+
+    #[test]
+    fn flushing_an_address_drops_every_part_of_a_large_page() {
+        let mut tlb = Tlb::new();
+        tlb.insert(0x20_0000, 0x7000 | READ | LARGE);
+        tlb.insert(0x20_1000, 0x8000 | READ | LARGE);
+        tlb.insert(0x20_2000, 0x9000 | READ);
+        tlb.flush_page(0x20_0000);
+        assert_eq!(tlb.lookup(0x20_1000, READ), None);
+        assert_eq!(tlb.lookup(0x20_2000, READ), Some(0x9000));
+    }
+}
