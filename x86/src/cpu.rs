@@ -1,6 +1,6 @@
 //! One logical processor as the interpreter drives it.
 
-use crate::cpuid::CpuModel;
+use crate::cpuid::{CpuModel, Word};
 use crate::env::Env;
 use crate::state::CpuState;
 use crate::tlb::Tlb;
@@ -18,8 +18,6 @@ pub struct Cpu {
     /// of CS. The run loop sets it to the following instruction before, and moves it to `state.rip` after.
     pub next_rip: u64,
     pub(crate) tlb: Tlb,
-    /// Width of guest-physical addresses in bits (CPUID 8000_0008h).
-    physical_bits: u32,
     /// 1 GiB pages (CPUID 8000_0001h EDX bit 26).
     pub(crate) gigabyte_pages: bool,
 }
@@ -52,30 +50,16 @@ pub enum RunExit {
     Breakpoint,
 }
 
-/// Width of guest-physical addresses where CPUID does not say (SDM Vol. 2A, CPUID).
-const DEFAULT_PHYSICAL_BITS: u32 = 36;
-
 impl Cpu {
     /// A processor in its state after power-up.
     pub fn new(model: Arc<CpuModel>) -> Self {
-        let leaf = |function| model.leaves.iter().find(|l| l.function == function).map(|l| l.registers);
-        let physical_bits =
-            leaf(0x8000_0008).map_or(DEFAULT_PHYSICAL_BITS, |[eax, ..]| eax & 0xff).clamp(32, 52);
-        let gigabyte_pages = leaf(0x8000_0001).is_some_and(|[.., edx]| edx & 1 << 26 != 0);
-        Self {
-            state: CpuState::default(),
-            model,
-            apic_id: 0,
-            next_rip: 0,
-            tlb: Tlb::new(),
-            physical_bits,
-            gigabyte_pages,
-        }
+        let gigabyte_pages = model.has(Word::X1Edx, 26);
+        Self { state: CpuState::default(), model, apic_id: 0, next_rip: 0, tlb: Tlb::new(), gigabyte_pages }
     }
 
     /// The bits that a guest-physical address may have.
     pub fn physical_mask(&self) -> u64 {
-        (1 << self.physical_bits) - 1
+        (1 << self.model.physical_bits.clamp(32, 52)) - 1
     }
 
     /// Drops what was cached from `state` and guest memory (TLB, decoded code); call after changing it from outside.

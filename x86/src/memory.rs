@@ -133,7 +133,7 @@ impl Cpu {
     /// Linear address of `size` bytes at segment:offset, with limit, type and canonicality checks: #GP(0), or
     /// #SS(0) for the stack segment.
     #[inline(always)]
-    pub fn linear_address(
+    pub fn checked_address(
         &self,
         seg: SegReg,
         offset: u64,
@@ -141,7 +141,7 @@ impl Cpu {
         access: Access,
     ) -> Result<u64, Exception> {
         if !self.in_64bit_mode() {
-            return self.linear_address_legacy(seg, offset, size, access);
+            return self.checked_address_legacy(seg, offset, size, access);
         }
         let linear = match seg {
             SegReg::Fs | SegReg::Gs => offset.wrapping_add(self.state.seg[seg as usize].base),
@@ -158,7 +158,7 @@ impl Cpu {
         if seg == SegReg::Ss { Exception::SS0 } else { Exception::GP0 }
     }
 
-    fn linear_address_legacy(
+    fn checked_address_legacy(
         &self,
         seg: SegReg,
         offset: u64,
@@ -227,7 +227,7 @@ impl Cpu {
         offset: u64,
         size: usize,
     ) -> Result<u64, Exception> {
-        let linear = self.linear_address(seg, offset, size, Access::Read)?;
+        let linear = self.checked_address(seg, offset, size, Access::Read)?;
         self.check_alignment(linear, size)?;
         self.read_linear(env, linear, size, self.privilege())
     }
@@ -279,7 +279,7 @@ impl Cpu {
         size: usize,
         value: u64,
     ) -> Result<(), Exception> {
-        let linear = self.linear_address(seg, offset, size, Access::Write)?;
+        let linear = self.checked_address(seg, offset, size, Access::Write)?;
         self.check_alignment(linear, size)?;
         self.write_linear(env, linear, size, value, self.privilege())
     }
@@ -334,7 +334,7 @@ impl Cpu {
         if to.is_empty() {
             return Ok(());
         }
-        let linear = self.linear_address(seg, offset, to.len(), Access::Read)?;
+        let linear = self.checked_address(seg, offset, to.len(), Access::Read)?;
         let span = self.span(env, linear, to.len(), Access::Read, self.privilege())?;
         span.load(env, to);
         Ok(())
@@ -351,7 +351,7 @@ impl Cpu {
         if from.is_empty() {
             return Ok(());
         }
-        let linear = self.linear_address(seg, offset, from.len(), Access::Write)?;
+        let linear = self.checked_address(seg, offset, from.len(), Access::Write)?;
         let span = self.span(env, linear, from.len(), Access::Write, self.privilege())?;
         span.store(env, from);
         Ok(())
@@ -365,7 +365,7 @@ impl Cpu {
         offset: u64,
         size: usize,
     ) -> Result<(), Exception> {
-        let linear = self.linear_address(seg, offset, size, Access::Write)?;
+        let linear = self.checked_address(seg, offset, size, Access::Write)?;
         self.span(env, linear, size, Access::Write, self.privilege()).map(|_| ())
     }
 
@@ -383,7 +383,7 @@ impl Cpu {
         update: &mut dyn FnMut(u64) -> u64,
     ) -> Result<u64, Exception> {
         // A segment that may be written may be read.
-        let linear = self.linear_address(seg, offset, size, Access::Write)?;
+        let linear = self.checked_address(seg, offset, size, Access::Write)?;
         self.check_alignment(linear, size)?;
         self.read_modify_write_linear(env, linear, size, locked, self.privilege(), update)
     }
@@ -435,7 +435,7 @@ impl Cpu {
         offset: u64,
         update: &mut dyn FnMut(u128) -> u128,
     ) -> Result<u128, Exception> {
-        let linear = self.linear_address(seg, offset, 16, Access::Write)?;
+        let linear = self.checked_address(seg, offset, 16, Access::Write)?;
         if linear & 15 != 0 {
             return Err(Exception::GP0);
         }

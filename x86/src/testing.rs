@@ -7,7 +7,7 @@ use alloc::vec::Vec;
 use core::cell::{Cell, RefCell};
 
 use crate::cpu::Cpu;
-use crate::cpuid::{CpuModel, Leaf};
+use crate::cpuid::{CpuModel, Vendor};
 use crate::env::{Env, Event, HostExecution, HostInstruction, OPEN_BUS};
 use crate::state::CpuState;
 
@@ -66,18 +66,9 @@ impl TestEnv {
     }
 }
 
-/// A processor whose model has 40 physical bits and 1 GiB pages.
-pub fn test_cpu(vendor: &[u8; 12]) -> Cpu {
-    let word = |at: usize| u32::from_le_bytes(vendor[at..at + 4].try_into().unwrap());
-    let leaf = |function, registers| Leaf { function, index: None, registers };
-    Cpu::new(Arc::new(CpuModel {
-        name: "test",
-        leaves: vec![
-            leaf(0, [0x1, word(0), word(8), word(4)]),
-            leaf(0x8000_0001, [0, 0, 0, 1 << 26 | 1 << 29 | 1 << 20 | 1 << 11]),
-            leaf(0x8000_0008, [0x3028, 0, 0, 0]),
-        ],
-    }))
+/// A processor of the reference model, with this vendor's rules.
+pub fn test_cpu(vendor: Vendor) -> Cpu {
+    Cpu::new(Arc::new(CpuModel { vendor, ..CpuModel::reference(1) }))
 }
 
 impl Env for TestEnv {
