@@ -68,7 +68,9 @@ impl TestEnv {
 
 /// A processor of the reference model, with this vendor's rules.
 pub fn test_cpu(vendor: Vendor) -> Cpu {
-    Cpu::new(Arc::new(CpuModel { vendor, ..CpuModel::reference(1) }))
+    let mut model = CpuModel::reference(1);
+    model.vendor = vendor;
+    Cpu::new(Arc::new(model))
 }
 
 impl Env for TestEnv {
