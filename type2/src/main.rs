@@ -1,2 +1,3 @@
 //! Bivisor as a Linux program.
+mod image;
 fn main() {}
