@@ -5,8 +5,12 @@
 
 extern crate alloc;
 
+pub mod bus;
 pub mod device;
+pub mod devices;
 pub mod engine;
 pub mod host;
+pub mod irq;
 pub mod memory;
 pub mod sync;
+pub mod timer;

@@ -1,0 +1,328 @@
+//! A vCPU's local APIC as vCPU threads, devices and the timer thread share it: the registers behind a lock,
+//! and one atomic word that says what waits for the processor.
+
+use alloc::sync::{Arc, Weak};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use bivisor_x86::env::Event;
+
+use super::lapic::{BadAccess, Effect, Lapic, Moment, Pending};
+use super::message::{Delivery, Message};
+use super::{Registers, RestoreError, Saved};
+use crate::device::Poll;
+use crate::host::{Clock, Nanos, Waker};
+use crate::sync::Mutex;
+use crate::timer::{Timer, TimerHub};
+
+/// Bits of the event word.
+mod event {
+    pub const INTERRUPT: u32 = 1 << 0;
+    pub const NMI: u32 = 1 << 1;
+    /// A second NMI, which came while the first was not yet taken.
+    pub const NMI_SECOND: u32 = 1 << 2;
+    pub const INIT: u32 = 1 << 3;
+    pub const SIPI: u32 = 1 << 4;
+    pub const KICK: u32 = 1 << 5;
+    /// The vector of the start-up IPI.
+    pub const SIPI_VECTOR_SHIFT: u32 = 8;
+}
+
+/// What [`LocalApic::take_event`] found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Taken {
+    /// The processor's event.
+    Event(Event),
+    /// An interrupt that must be acknowledged at the PIC.
+    FromPic,
+}
+
+/// The shared block of one vCPU.
+pub struct LocalApic {
+    events: AtomicU32,
+    /// Where the registers are in guest-physical memory; all ones if they are not.
+    mmio_base: AtomicU64,
+    tsc_offset: AtomicU64,
+    registers: Mutex<Lapic>,
+    timer: Timer,
+    clock: Arc<dyn Clock>,
+    waker: spin::Once<Arc<dyn Waker>>,
+}
+
+/// Who changes the registers: the vCPU's own thread needs no waking.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum By {
+    Owner,
+    Other,
+}
+
+impl LocalApic {
+    /// The local APIC with this ID, after reset.
+    pub fn new(
+        id: u32,
+        bootstrap: bool,
+        physical_bits: u32,
+        clock: Arc<dyn Clock>,
+        timers: &Arc<TimerHub>,
+    ) -> Arc<Self> {
+        let registers = Lapic::new(id, bootstrap, physical_bits);
+        Arc::new_cyclic(|me: &Weak<Self>| Self {
+            events: AtomicU32::new(0),
+            mmio_base: AtomicU64::new(registers.mmio_base().unwrap_or(u64::MAX)),
+            tsc_offset: AtomicU64::new(0),
+            registers: Mutex::new(registers),
+            timer: timers.register(me.clone()),
+            clock,
+            waker: spin::Once::new(),
+        })
+    }
+
+    /// Tells how to wake the vCPU's thread. Only the first call counts.
+    pub fn set_waker(&self, waker: Arc<dyn Waker>) {
+        self.waker.call_once(|| waker);
+    }
+
+    fn wake(&self) {
+        if let Some(waker) = self.waker.get() {
+            waker.wake();
+        }
+    }
+
+    fn raise(&self, bits: u32) {
+        let before = self.events.fetch_or(bits, Ordering::SeqCst);
+        if before & bits != bits {
+            self.wake();
+        }
+    }
+
+    fn moment(&self) -> Moment {
+        Moment {
+            now: self.clock.now(),
+            tsc: self.clock.tsc().wrapping_add(self.tsc_offset()),
+            tsc_hz: self.clock.tsc_hz(),
+        }
+    }
+
+    /// Changes the registers, then makes the event word and the timer follow.
+    fn update<R>(&self, by: By, change: impl FnOnce(&mut Lapic, &Moment) -> R) -> R {
+        let moment = self.moment();
+        let mut registers = self.registers.lock();
+        let armed = registers.timer_armed();
+        let result = change(&mut registers, &moment);
+        self.mmio_base.store(registers.mmio_base().unwrap_or(u64::MAX), Ordering::Relaxed);
+        let wake = self.publish(&registers) && by == By::Other;
+        if registers.timer_armed() != armed {
+            self.timer.set(registers.deadline(&moment));
+        }
+        drop(registers);
+        if wake {
+            self.wake();
+        }
+        result
+    }
+
+    /// Brings the event word in line with the registers; true if an interrupt is newly there.
+    fn publish(&self, registers: &Lapic) -> bool {
+        if registers.pending().is_some() {
+            self.events.fetch_or(event::INTERRUPT, Ordering::SeqCst) & event::INTERRUPT == 0
+        } else {
+            self.events.fetch_and(!event::INTERRUPT, Ordering::SeqCst);
+            false
+        }
+    }
+
+    // ---- for the vCPU's own thread ----
+
+    /// Whether an event may be waiting.
+    pub fn has_event(&self) -> bool {
+        self.events.load(Ordering::Relaxed) != 0
+    }
+
+    /// Takes the next event by priority. Costs one load while nothing can be taken.
+    pub fn take_event(&self, interrupts: bool, nmis: bool) -> Option<Taken> {
+        use event::{INIT, INTERRUPT, KICK, NMI, NMI_SECOND, SIPI, SIPI_VECTOR_SHIFT};
+        let events = self.events.load(Ordering::Acquire);
+        if events & KICK != 0 {
+            self.events.fetch_and(!KICK, Ordering::AcqRel);
+            return Some(Taken::Event(Event::Kick));
+        }
+        if events & INIT != 0 {
+            self.events.fetch_and(!INIT, Ordering::AcqRel);
+            return Some(Taken::Event(Event::Init));
+        }
+        if events & SIPI != 0 {
+            let taken = self.events.fetch_and(!(SIPI | 0xff << SIPI_VECTOR_SHIFT), Ordering::AcqRel);
+            return Some(Taken::Event(Event::Sipi((taken >> SIPI_VECTOR_SHIFT) as u8)));
+        }
+        if events & NMI != 0 {
+            if nmis {
+                let taken = if events & NMI_SECOND != 0 { NMI_SECOND } else { NMI };
+                self.events.fetch_and(!taken, Ordering::AcqRel);
+                return Some(Taken::Event(Event::Nmi));
+            }
+            // While one is being handled only one more is held.
+            self.events.fetch_and(!NMI_SECOND, Ordering::AcqRel);
+        }
+        if events & INTERRUPT != 0 && interrupts {
+            return self.acknowledge();
+        }
+        None
+    }
+
+    fn acknowledge(&self) -> Option<Taken> {
+        let mut registers = self.registers.lock();
+        let pending = registers.acknowledge();
+        self.publish(&registers);
+        match pending? {
+            Pending::Vector(vector) => Some(Taken::Event(Event::Interrupt(vector))),
+            Pending::ExtInt => Some(Taken::FromPic),
+        }
+    }
+
+    /// Guest-physical address of the 4 KiB of registers; all ones while they are not in memory space.
+    pub fn mmio_base(&self) -> u64 {
+        self.mmio_base.load(Ordering::Relaxed)
+    }
+    /// Reads at an offset of the register page.
+    pub fn mmio_read(&self, offset: u64, size: usize) -> u64 {
+        self.update(By::Owner, |r, moment| r.mmio_read(offset, size, moment))
+    }
+    /// Writes at an offset of the register page.
+    pub fn mmio_write(&self, offset: u64, size: usize, value: u64) -> Effect {
+        self.update(By::Owner, |r, moment| r.mmio_write(offset, size, value, moment))
+    }
+    /// Reads an x2APIC MSR.
+    pub fn msr_read(&self, msr: u32) -> Result<u64, BadAccess> {
+        self.update(By::Owner, |r, moment| r.msr_read(msr, moment))
+    }
+    /// Writes an x2APIC MSR.
+    pub fn msr_write(&self, msr: u32, value: u64) -> Result<Effect, BadAccess> {
+        self.update(By::Owner, |r, moment| r.msr_write(msr, value, moment))
+    }
+    /// IA32_APIC_BASE.
+    pub fn base(&self) -> u64 {
+        self.registers.lock().base()
+    }
+    /// Writes IA32_APIC_BASE.
+    pub fn set_base(&self, value: u64) -> Result<(), BadAccess> {
+        self.update(By::Owner, |r, _| r.set_base(value))
+    }
+    /// IA32_TSC_DEADLINE.
+    pub fn tsc_deadline(&self) -> u64 {
+        self.update(By::Owner, |r, moment| r.tsc_deadline(moment))
+    }
+    /// Writes IA32_TSC_DEADLINE.
+    pub fn set_tsc_deadline(&self, value: u64) {
+        self.update(By::Owner, |r, moment| r.set_tsc_deadline(value, moment));
+    }
+    /// CR8.
+    pub fn cr8(&self) -> u8 {
+        self.registers.lock().cr8()
+    }
+    /// Sets CR8.
+    pub fn set_cr8(&self, value: u8) {
+        let mut registers = self.registers.lock();
+        registers.set_cr8(value);
+        self.publish(&registers);
+    }
+    /// The processor was reset by INIT.
+    pub fn on_init(&self) {
+        self.update(By::Owner, |r, _| r.init());
+    }
+    /// What to add to the host's time-stamp counter to get the guest's.
+    pub fn tsc_offset(&self) -> u64 {
+        self.tsc_offset.load(Ordering::Relaxed)
+    }
+    /// Sets the guest's time-stamp counter as of now; a deadline follows it.
+    pub fn set_tsc(&self, value: u64) {
+        self.tsc_offset.store(value.wrapping_sub(self.clock.tsc()), Ordering::Relaxed);
+        self.update(By::Owner, |r, moment| {
+            r.advance(moment);
+            self.timer.set(r.deadline(moment));
+        });
+    }
+
+    // ---- for everybody ----
+
+    /// Makes the vCPU's engine return to its caller soon.
+    pub fn kick(&self) {
+        self.raise(event::KICK);
+    }
+    /// Raises a non-maskable interrupt.
+    pub fn raise_nmi(&self) {
+        let result = self.events.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |e| {
+            Some(if e & event::NMI != 0 { e | event::NMI_SECOND } else { e | event::NMI })
+        });
+        if result.is_ok_and(|before| before & event::NMI == 0) {
+            self.wake();
+        }
+    }
+    fn raise_sipi(&self, vector: u8) {
+        let _ = self.events.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |e| {
+            let cleared = e & !(0xff << event::SIPI_VECTOR_SHIFT);
+            Some(cleared | event::SIPI | u32::from(vector) << event::SIPI_VECTOR_SHIFT)
+        });
+        self.wake();
+    }
+
+    /// Whether a message is meant for this local APIC.
+    pub fn matches(&self, message: &Message) -> bool {
+        self.registers.lock().matches(message)
+    }
+    /// The priority that the arbitration of lowest priority compares.
+    pub fn priority(&self) -> u8 {
+        self.registers.lock().ppr()
+    }
+    /// Accepts a message, whatever its destination says.
+    pub fn accept(&self, message: &Message) {
+        let (vector, level) = (message.vector, message.level);
+        match message.delivery {
+            Delivery::Fixed | Delivery::LowestPriority => {
+                self.update(By::Other, |r, _| r.accept(vector, level));
+            }
+            Delivery::ExtInt => self.update(By::Other, |r, _| r.accept_ext_int()),
+            Delivery::Nmi => self.raise_nmi(),
+            Delivery::Init => {
+                // INIT ends what was to start before it.
+                self.events.fetch_and(!event::SIPI, Ordering::SeqCst);
+                self.raise(event::INIT);
+            }
+            Delivery::Sipi => self.raise_sipi(vector),
+            // There is no system management mode.
+            Delivery::Smi => {}
+        }
+    }
+    /// Drives LINT0, where the PIC is.
+    pub fn set_lint0(&self, high: bool) {
+        if self.update(By::Other, |r, _| r.set_lint0(high)) {
+            self.raise_nmi();
+        }
+    }
+    /// Drives LINT1, where a PC has its NMI sources.
+    pub fn set_lint1(&self, high: bool) {
+        if self.update(By::Other, |r, _| r.set_lint1(high)) {
+            self.raise_nmi();
+        }
+    }
+    /// Does what firmware does on the bootstrap processor ([`Lapic::enter_virtual_wire_mode`]).
+    pub fn enter_virtual_wire_mode(&self) {
+        self.update(By::Other, |r, _| r.enter_virtual_wire_mode());
+    }
+
+    /// A copy of the registers.
+    pub fn save(&self) -> Saved<Lapic> {
+        self.registers.lock().save()
+    }
+    /// Takes over saved registers.
+    pub fn restore(&self, saved: &Saved<Lapic>) -> Result<(), RestoreError> {
+        self.update(By::Other, |r, _| r.restore(saved))
+    }
+}
+
+impl Poll for LocalApic {
+    fn poll(&self, _: Nanos) -> Option<Nanos> {
+        self.update(By::Other, |r, moment| {
+            r.advance(moment);
+            r.deadline(moment)
+        })
+    }
+}
