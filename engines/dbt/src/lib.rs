@@ -1,1 +1,13 @@
 //! Software engines: they need no virtualization hardware and no privilege.
+//!
+//! [`interp_vcpu`] interprets every instruction. Vector and floating-point instructions are executed by the host's own
+//! units ([`host_unit`]).
+
+pub mod code_memory;
+pub mod code_tracker;
+pub mod env;
+pub mod host_cpu;
+pub mod host_unit;
+pub mod interp_vcpu;
+
+pub use interp_vcpu::InterpEngine;

@@ -2,4 +2,4 @@
 
 pub mod op;
 pub mod operand;
-mod vector;
+pub mod vector;

@@ -37,7 +37,7 @@ enum Unit {
 }
 
 /// Whether the instruction is encoded in the x87 opcodes D8 to DF.
-fn is_x87(code: Code) -> bool {
+pub fn is_x87(code: Code) -> bool {
     let info = code.op_code();
     let first_byte = if info.op_code() > 0xff { info.op_code() >> 8 } else { info.op_code() };
     info.encoding() == EncodingKind::Legacy
@@ -46,7 +46,7 @@ fn is_x87(code: Code) -> bool {
 }
 
 /// Whether any operand is an MMX register.
-fn uses_mmx_register(instruction: &Instruction) -> bool {
+pub fn uses_mmx_register(instruction: &Instruction) -> bool {
     (0..instruction.op_count())
         .any(|i| instruction.op_kind(i) == OpKind::Register && instruction.op_register(i).is_mm())
 }
@@ -354,6 +354,9 @@ impl Cpu {
                 self.state.xsave = before;
                 return Err(fault);
             }
+        }
+        if instruction.mnemonic() == Mnemonic::Fninit {
+            self.set_fpu_bytes(area::FOP, &[0; area::MXCSR - area::FOP]);
         }
         if unit == Unit::X87 && !keeps_fpu_pointers(instruction.mnemonic()) {
             self.set_fpu_pointers(op, operand.map(|memory| memory.offset));

@@ -1,0 +1,153 @@
+//! What lies around a virtual processor: guest memory, the machine's bus, and the host's vector units.
+
+use std::sync::Arc;
+
+use bivisor_machine::engine::VcpuBus;
+use bivisor_machine::memory::GuestMemory;
+use bivisor_x86::env::{Env, Event, HostExecution, HostInstruction};
+use bivisor_x86::state::CpuState;
+
+use crate::code_tracker::CodeTracker;
+use crate::host_cpu;
+use crate::host_unit::HostUnit;
+
+/// The surroundings of one virtual processor.
+pub struct VcpuEnv {
+    memory: Arc<GuestMemory>,
+    bus: Arc<dyn VcpuBus>,
+    code: Arc<CodeTracker>,
+    host_unit: HostUnit,
+}
+
+impl VcpuEnv {
+    /// The surroundings of a virtual processor with this RAM and bus.
+    ///
+    /// # Errors
+    /// The host gives no memory for executing vector instructions.
+    pub fn new(
+        memory: Arc<GuestMemory>,
+        bus: Arc<dyn VcpuBus>,
+        code: Arc<CodeTracker>,
+    ) -> std::io::Result<Self> {
+        Ok(Self { memory, bus, code, host_unit: HostUnit::new()? })
+    }
+}
+
+/// Stores, and tells the record of cached code.
+macro_rules! store {
+    ($name:ident, $ty:ty) => {
+        #[inline]
+        fn $name(&self, offset: u64, value: $ty) {
+            self.memory.$name(offset, value);
+            self.code.written(offset);
+        }
+    };
+}
+
+/// Loads.
+macro_rules! load {
+    ($name:ident, $ty:ty) => {
+        #[inline]
+        fn $name(&self, offset: u64) -> $ty {
+            self.memory.$name(offset)
+        }
+    };
+}
+
+impl Env for VcpuEnv {
+    fn ram_page(&self, gpa: u64) -> Option<u64> {
+        self.memory.offset(gpa & !0xfff)
+    }
+    load!(load8, u8);
+    load!(load16, u16);
+    load!(load32, u32);
+    load!(load64, u64);
+    fn load_bytes(&self, offset: u64, to: &mut [u8]) {
+        self.memory.load_bytes(offset, to);
+    }
+    store!(store8, u8);
+    store!(store16, u16);
+    store!(store32, u32);
+    store!(store64, u64);
+    fn store_bytes(&self, offset: u64, from: &[u8]) {
+        self.memory.store_bytes(offset, from);
+        self.code.written(offset);
+    }
+    fn compare_exchange(&self, offset: u64, size: usize, expected: u64, new: u64) -> u64 {
+        let old = self.memory.compare_exchange(offset, size, expected, new);
+        self.code.written(offset);
+        old
+    }
+    fn compare_exchange128(&self, offset: u64, expected: u128, new: u128) -> u128 {
+        let old = self.memory.compare_exchange128(offset, expected, new);
+        self.code.written(offset);
+        old
+    }
+
+    fn mark_code(&self, offset: u64) -> u32 {
+        self.code.mark(offset)
+    }
+    fn code_generation(&self, offset: u64) -> u32 {
+        self.code.generation(offset)
+    }
+    fn code_epoch(&self) -> u64 {
+        self.code.epoch()
+    }
+
+    fn mmio_read(&mut self, gpa: u64, size: usize) -> u64 {
+        self.bus.mmio_read(gpa, size)
+    }
+    fn mmio_write(&mut self, gpa: u64, size: usize, value: u64) {
+        self.bus.mmio_write(gpa, size, value);
+    }
+    fn port_in(&mut self, port: u16, size: usize) -> u32 {
+        self.bus.port_in(port, size)
+    }
+    fn port_out(&mut self, port: u16, size: usize, value: u32) {
+        self.bus.port_out(port, size, value);
+    }
+
+    fn has_event(&self) -> bool {
+        self.bus.has_event()
+    }
+    fn take_event(&mut self, interrupts: bool, nmis: bool) -> Option<Event> {
+        self.bus.take_event(interrupts, nmis)
+    }
+
+    fn tsc(&self) -> u64 {
+        host_cpu::tsc().wrapping_add(self.bus.tsc_offset())
+    }
+    fn set_tsc(&mut self, value: u64) {
+        self.bus.set_tsc(value);
+    }
+    fn cr8(&self) -> u8 {
+        self.bus.cr8()
+    }
+    fn set_cr8(&mut self, value: u8) {
+        self.bus.set_cr8(value);
+    }
+    fn read_msr(&mut self, msr: u32) -> Option<u64> {
+        self.bus.read_msr(msr)
+    }
+    fn write_msr(&mut self, msr: u32, value: u64) -> bool {
+        self.bus.write_msr(msr, value)
+    }
+    fn on_init(&mut self) {
+        self.bus.on_init();
+    }
+    fn random(&mut self) -> u64 {
+        host_cpu::random()
+    }
+    fn hypercall(&mut self, state: &CpuState) -> Option<u64> {
+        self.bus.hypercall(state)
+    }
+
+    fn execute_on_host(
+        &mut self,
+        instruction: &HostInstruction<'_>,
+        state: &mut CpuState,
+        memory: &mut [u8; 64],
+    ) -> HostExecution {
+        self.host_unit.execute(instruction, state, memory)
+    }
+}
