@@ -15,8 +15,8 @@ use bivisor_x86::interp::vector::{is_x87, uses_mmx_register};
 use bivisor_x86::registers::{Rflags, gpr};
 use bivisor_x86::state::{CpuState, XSAVE_AREA_SIZE};
 use iced_x86::{
-    Code, CodeSize, Encoder, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
-    OpKind, Register,
+    Code, CodeSize, Encoder, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
+    Register,
 };
 
 use crate::code_memory::CodeMemory;
@@ -287,7 +287,8 @@ impl HostUnit {
         context.memory = *memory;
         context.flags = state.rflags & arithmetic | Rflags::FIXED.bits();
         context.registers = [state.gpr[named], state.gpr[gpr::RCX], state.gpr[gpr::RDX]];
-        let result = if stub.is_x87 { execute_x87(&stub, state, context) } else { execute_sse(&stub, state, context) };
+        let result =
+            if stub.is_x87 { execute_x87(&stub, state, context) } else { execute_sse(&stub, state, context) };
         if result != HostExecution::Done {
             return result;
         }
@@ -521,4 +522,125 @@ fn execute_x87(stub: &Stub, state: &mut CpuState, context: &mut Context) -> Host
         state.xsave.bytes[..LEGACY_SIZE].copy_from_slice(&context.area);
     }
     result
+}
+
+#[cfg(test)]
+mod tests {
+    use iced_x86::{Decoder, DecoderOptions};
+
+    use super::*;
+
+    /// Executes one instruction.
+    fn run(unit: &mut HostUnit, state: &mut CpuState, bytes: &[u8], memory: &mut [u8; 64]) -> HostExecution {
+        let instruction = Decoder::with_ip(64, bytes, 0, DecoderOptions::NONE).decode();
+        assert!(!instruction.is_invalid() && instruction.len() == bytes.len());
+        unit.execute(&HostInstruction { instruction: &instruction, bytes }, state, memory)
+    }
+
+    fn set_xmm(state: &mut CpuState, number: usize, value: [f32; 4]) {
+        for (i, lane) in value.iter().enumerate() {
+            let at = XMM_OFFSET as usize + 16 * number + 4 * i;
+            state.xsave.bytes[at..at + 4].copy_from_slice(&lane.to_le_bytes());
+        }
+    }
+
+    fn xmm(state: &CpuState, number: usize) -> [f32; 4] {
+        std::array::from_fn(|i| {
+            let at = XMM_OFFSET as usize + 16 * number + 4 * i;
+            f32::from_le_bytes(state.xsave.bytes[at..at + 4].try_into().unwrap())
+        })
+    }
+
+    fn high_half(state: &mut CpuState, number: usize) -> &mut [u8] {
+        let at = YMM_HIGH_OFFSET as usize + 16 * number;
+        &mut state.xsave.bytes[at..at + 16]
+    }
+
+    #[test]
+    fn adds_packed_floats_and_keeps_the_upper_half() {
+        let (mut unit, mut state, mut memory) = (HostUnit::new().unwrap(), CpuState::default(), [0; 64]);
+        set_xmm(&mut state, 9, [1.0, 2.0, 3.0, 4.0]);
+        high_half(&mut state, 9).fill(7);
+        for (lane, value) in memory.chunks_exact_mut(4).zip([10.0f32, 20.0, 30.0, 40.0]) {
+            lane.copy_from_slice(&value.to_le_bytes());
+        }
+        // ADDPS XMM9, [R12 + 100h]
+        let bytes = [0x45, 0x0f, 0x58, 0x8c, 0x24, 0, 1, 0, 0];
+        assert_eq!(run(&mut unit, &mut state, &bytes, &mut memory), HostExecution::Done);
+        assert_eq!(xmm(&state, 9), [11.0, 22.0, 33.0, 44.0]);
+        assert_eq!(high_half(&mut state, 9), [7; 16]);
+        // VADDPS XMM9, XMM9, XMM9
+        assert_eq!(
+            run(&mut unit, &mut state, &[0xc4, 0x41, 0x30, 0x58, 0xc9], &mut memory),
+            HostExecution::Done
+        );
+        assert_eq!(xmm(&state, 9), [22.0, 44.0, 66.0, 88.0]);
+        assert_eq!(high_half(&mut state, 9), [0; 16], "VEX clears it");
+    }
+
+    #[test]
+    fn converts_from_and_to_any_general_register() {
+        let (mut unit, mut state, mut memory) = (HostUnit::new().unwrap(), CpuState::default(), [0; 64]);
+        state.gpr[gpr::RSP] = 0x1_0000_0005;
+        // CVTSI2SS XMM0, ESP; CVTTSS2SI RDI, XMM0
+        assert_eq!(run(&mut unit, &mut state, &[0xf3, 0x0f, 0x2a, 0xc4], &mut memory), HostExecution::Done);
+        assert_eq!(xmm(&state, 0)[0], 5.0);
+        assert_eq!(
+            run(&mut unit, &mut state, &[0xf3, 0x48, 0x0f, 0x2c, 0xf8], &mut memory),
+            HostExecution::Done
+        );
+        assert_eq!(state.gpr[gpr::RDI], 5);
+        assert_eq!(state.gpr[gpr::RSP], 0x1_0000_0005);
+    }
+
+    #[test]
+    fn an_unmasked_exception_changes_only_mxcsr() {
+        let (mut unit, mut state, mut memory) = (HostUnit::new().unwrap(), CpuState::default(), [0; 64]);
+        set_xmm(&mut state, 0, [1.0, 1.0, 1.0, 1.0]);
+        set_xmm(&mut state, 1, [0.0, 3.0, 1.0, 1.0]);
+        let unmask_zero_divide: u32 = 0x1f80 & !0x200;
+        state.xsave.bytes[24..28].copy_from_slice(&unmask_zero_divide.to_le_bytes());
+        let before = state.clone();
+        // DIVPS XMM0, XMM1: division by zero in one lane, inexact in another
+        let divide = [0x0f, 0x5e, 0xc1];
+        assert_eq!(run(&mut unit, &mut state, &divide, &mut memory), HostExecution::SimdException);
+        assert_eq!(mxcsr(&state), unmask_zero_divide | 4, "the inexact lane is not reported");
+        state.xsave.bytes[24..28].copy_from_slice(&unmask_zero_divide.to_le_bytes());
+        assert_eq!(state, before);
+        state.xsave.bytes[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
+        assert_eq!(run(&mut unit, &mut state, &divide, &mut memory), HostExecution::Done);
+        assert_eq!(mxcsr(&state), 0x1f80 | 0x24);
+    }
+
+    #[test]
+    fn x87_leaves_the_host_clean_and_never_traps() {
+        let (mut unit, mut state, mut memory) = (HostUnit::new().unwrap(), CpuState::default(), [0; 64]);
+        // FLD1; FLDZ; with division by zero unmasked FDIVP
+        for bytes in [[0xd9, 0xe8], [0xd9, 0xee]] {
+            assert_eq!(run(&mut unit, &mut state, &bytes, &mut memory), HostExecution::Done);
+        }
+        state.xsave.bytes[0] = 0x7b;
+        assert_eq!(run(&mut unit, &mut state, &[0xde, 0xf9], &mut memory), HostExecution::Done);
+        assert_eq!(state.xsave.bytes[2] & 0x84, 0x84, "ZE and the summary");
+        assert_eq!(run(&mut unit, &mut state, &[0xd9, 0xe8], &mut memory), HostExecution::X87Exception);
+        assert_eq!(run(&mut unit, &mut state, &[0xdb, 0xe2], &mut memory), HostExecution::Done);
+        assert_eq!(state.xsave.bytes[2] & 0x84, 0, "cleared by FNCLEX");
+        let mut host_control = 0u16;
+        // SAFETY: FNSTCW stores two bytes to the variable.
+        unsafe { std::arch::asm!("fnstcw [{}]", in(reg) &raw mut host_control) };
+        assert_eq!(host_control, 0x37f);
+    }
+
+    #[test]
+    fn flags_and_implicit_registers() {
+        let (mut unit, mut state, mut memory) = (HostUnit::new().unwrap(), CpuState::default(), [0; 64]);
+        state.gpr[gpr::RAX] = 3;
+        state.gpr[gpr::RDX] = 3;
+        state.rflags |= 0x200;
+        // PCMPESTRI XMM0, [memory], 0: equal any, of two strings of zeros
+        let bytes = [0x66, 0x0f, 0x3a, 0x61, 0x06, 0x00];
+        assert_eq!(run(&mut unit, &mut state, &bytes, &mut memory), HostExecution::Done);
+        assert_eq!(state.gpr[gpr::RCX], 0);
+        assert_eq!(state.rflags, 0x200 | 2 | 1 | 0x40 | 0x80 | 0x800);
+    }
 }

@@ -28,8 +28,8 @@ impl InterpEngine {
 
     fn tracker(&self, memory: &Arc<GuestMemory>) -> Result<Arc<CodeTracker>, EngineError> {
         let mut code = self.code.lock().unwrap_or_else(PoisonError::into_inner);
-        let (first, tracker) = code
-            .get_or_insert_with(|| (Arc::clone(memory), Arc::new(CodeTracker::new(memory.size()))));
+        let (first, tracker) =
+            code.get_or_insert_with(|| (Arc::clone(memory), Arc::new(CodeTracker::new(memory.size()))));
         if !Arc::ptr_eq(first, memory) {
             return Err(EngineError("all virtual processors of an engine must have the same RAM".into()));
         }
@@ -42,12 +42,13 @@ impl Engine for InterpEngine {
         "interp"
     }
 
-    fn create_vcpu(&self, _index: u32, setup: VcpuSetup) -> Result<Box<dyn Vcpu>, EngineError> {
+    fn create_vcpu(&self, index: u32, setup: VcpuSetup) -> Result<Box<dyn Vcpu>, EngineError> {
         let tracker = self.tracker(&setup.memory)?;
-        let env = VcpuEnv::new(setup.memory, setup.bus, tracker).map_err(|error| {
-            EngineError(format!("the host gives no memory for generated code: {error}"))
-        })?;
-        Ok(Box::new(InterpVcpu { cpu: Cpu::new(setup.model), env, debug: DebugControl::default() }))
+        let env = VcpuEnv::new(setup.memory, setup.bus, tracker)
+            .map_err(|error| EngineError(format!("the host gives no memory for generated code: {error}")))?;
+        let mut cpu = Cpu::new(setup.model);
+        cpu.apic_id = index;
+        Ok(Box::new(InterpVcpu { cpu, env, debug: DebugControl::default() }))
     }
 }
 

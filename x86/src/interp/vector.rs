@@ -4,7 +4,7 @@
 
 use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, Mnemonic, OpCodeTableKind, OpKind};
 
-use crate::cpu::Cpu;
+use crate::cpu::{Access, Cpu};
 use crate::env::{Env, HostExecution, HostInstruction};
 use crate::exception::Exception;
 use crate::interp::op::Op;
@@ -259,14 +259,6 @@ impl Cpu {
         Ok(())
     }
 
-    /// Linear address of an operand, for alignment checks.
-    pub(super) fn linear_address(&self, segment: SegReg, offset: u64) -> u64 {
-        match self.state.mode() {
-            Mode::Long64 if !matches!(segment, SegReg::Fs | SegReg::Gs) => offset,
-            _ => self.state.seg[segment as usize].base.wrapping_add(offset),
-        }
-    }
-
     /// Executes an x87, MMX, SSE or AVX instruction. False if it is none of these.
     pub fn exec_vector_op<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<bool, Exception> {
         let instruction = &op.instruction;
@@ -318,10 +310,14 @@ impl Cpu {
             Unit::Avx => requires_alignment(mnemonic),
             Unit::X87 | Unit::Mmx => false,
         };
-        if aligned && self.linear_address(segment, offset) & (size as u64).wrapping_sub(1) != 0 {
-            return Err(Exception::GP0);
-        }
         let is_store = if unit == Unit::X87 { is_x87_store(mnemonic) } else { operand == 0 };
+        if aligned {
+            let access = if is_store { Access::Write } else { Access::Read };
+            let linear = self.checked_address(segment, offset, size, access)?;
+            if linear & (size as u64).wrapping_sub(1) != 0 {
+                return Err(Exception::GP0);
+            }
+        }
         Ok(Some(MemoryOperand { segment, offset, size, is_store }))
     }
 
@@ -335,7 +331,9 @@ impl Cpu {
             self.read_vector(env, memory.segment, memory.offset, &mut buffer[..memory.size])?;
         }
         let store = operand.as_ref().filter(|memory| memory.is_store);
-        let before = store.map(|_| self.state.xsave);
+        if let Some(memory) = store {
+            self.check_write(env, memory.segment, memory.offset, memory.size)?;
+        }
         let host = HostInstruction { instruction, bytes: &op.bytes[..instruction.len()] };
         match env.execute_on_host(&host, &mut self.state, &mut buffer) {
             HostExecution::Done => {}
@@ -343,17 +341,12 @@ impl Cpu {
             HostExecution::X87Exception => return Err(Exception::MF),
             HostExecution::SimdException | HostExecution::Undefined => return Err(Exception::UD),
         }
-        if let (Some(memory), Some(before)) = (store, before) {
-            // An unmasked x87 exception other than precision keeps the operand as it was (SDM Vol. 1, 8.5).
-            let refused =
-                unit == Unit::X87 && self.fpu_word(area::FSW) & !self.fpu_word(area::FCW) & 0x1f != 0;
-            if !refused
-                && let Err(fault) =
-                    self.write_vector(env, memory.segment, memory.offset, &buffer[..memory.size])
-            {
-                self.state.xsave = before;
-                return Err(fault);
-            }
+        // An unmasked x87 exception other than precision keeps the operand as it was (SDM Vol. 1, 8.5).
+        let refused = unit == Unit::X87 && self.fpu_word(area::FSW) & !self.fpu_word(area::FCW) & 0x1f != 0;
+        if let Some(memory) = store
+            && !refused
+        {
+            self.write_vector(env, memory.segment, memory.offset, &buffer[..memory.size])?;
         }
         if instruction.mnemonic() == Mnemonic::Fninit {
             self.set_fpu_bytes(area::FOP, &[0; area::MXCSR - area::FOP]);
