@@ -6,11 +6,13 @@
 extern crate alloc;
 
 pub mod bus;
+pub mod boot;
 pub mod device;
 pub mod devices;
 pub mod engine;
 pub mod host;
 pub mod irq;
+pub mod map;
 pub mod memory;
 pub mod sync;
 pub mod timer;
