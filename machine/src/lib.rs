@@ -5,8 +5,8 @@
 
 extern crate alloc;
 
-pub mod bus;
 pub mod boot;
+pub mod bus;
 pub mod device;
 pub mod devices;
 pub mod engine;
