@@ -1,0 +1,60 @@
+//! The report of a guest: one line for each check, and a verdict that the harness compares.
+use crate::{Trap, machine, println};
+use core::fmt::Debug;
+
+/// Counts the checks of one guest.
+pub struct Suite {
+    name: &'static str,
+    passed: u32,
+    failed: u32,
+    skipped: u32,
+}
+
+impl Suite {
+    /// Starts a report.
+    pub fn new(name: &'static str) -> Self {
+        println!("{name}: begin");
+        Self { name, passed: 0, failed: 0, skipped: 0 }
+    }
+
+    /// Reports one check: passed if `got` equals `want`.
+    pub fn check<T: PartialEq + Debug>(&mut self, what: &str, got: T, want: T) {
+        if got == want {
+            self.passed += 1;
+            println!("{what}: ok");
+        } else {
+            self.failed += 1;
+            println!("{what}: FAILED, got {got:x?}, expected {want:x?}");
+        }
+    }
+
+    /// Reports a check of the trap that ended a piece of code: its vector, error code and place
+    /// ("at", "after" or "elsewhere"; see [`Trap::place`]).
+    pub fn trap(&mut self, what: &str, got: Option<Trap>, vector: u8, error: u64, place: &str) {
+        match got {
+            Some(trap) if (trap.vector, trap.error, trap.place()) == (vector, error, place) => {
+                self.passed += 1;
+                println!("{what}: ok");
+            }
+            _ => {
+                self.failed += 1;
+                println!("{what}: FAILED, got {got:?}, expected vector {vector} error {error:#x} ({place})");
+            }
+        }
+    }
+
+    /// Reports a check that this machine cannot run; the harness decides whether it may.
+    pub fn skip(&mut self, what: &str, why: &str) {
+        self.skipped += 1;
+        println!("{what}: skipped, {why}");
+    }
+
+    /// Prints the verdict and ends the machine.
+    pub fn finish(self) -> ! {
+        println!(
+            "{}: end, {} passed, {} failed, {} skipped",
+            self.name, self.passed, self.failed, self.skipped
+        );
+        machine::end(self.failed == 0)
+    }
+}

@@ -1,0 +1,39 @@
+//! The bare-metal guests as images, what each is expected to print, and the harness that runs one on any
+//! engine (or on QEMU, as a check of the guests themselves) and compares.
+
+mod harness;
+
+pub use harness::{Outcome, Verdict, run};
+
+/// A bare-metal guest: a static ELF64 kernel with a PVH entry note.
+#[derive(Clone, Copy, Debug)]
+pub struct Guest {
+    /// Its name, as in `guests/bare/src/bin`.
+    pub name: &'static str,
+    /// The ELF file.
+    pub image: &'static [u8],
+    /// What it prints, line by line. `*` stands for any text within a line, a line of `...` for any number of lines.
+    pub expected: &'static str,
+    /// What to type on its serial console.
+    pub input: &'static str,
+    /// Checks in which QEMU's TCG (7.2, `-cpu max`) is known to differ from the hardware.
+    pub qemu_differs: &'static [&'static str],
+}
+
+macro_rules! guest {
+    ($name:literal, input: $input:expr, qemu_differs: $differs:expr) => {
+        Guest {
+            name: $name,
+            image: include_bytes!(concat!(env!("BIVISOR_GUEST_IMAGES"), "/", $name)),
+            expected: include_str!(concat!("../expected/", $name, ".txt")),
+            input: $input,
+            qemu_differs: $differs,
+        }
+    };
+}
+
+/// The default guest: says what machine it sees, and has a small prompt.
+pub const HELLO: Guest = guest!("hello", input: "help\rinfo\rpoweroff\r", qemu_differs: &[]);
+
+/// Every guest.
+pub const ALL: &[Guest] = &[HELLO, guest!("exceptions", input: "", qemu_differs: &[])];

@@ -1,0 +1,37 @@
+//! `cargo xtask test`: everything that has to hold.
+use crate::{setup, steps::Tally};
+use anyhow::Result;
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// The folder of the workspace.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// A cargo of the same toolchain, to run in a folder of the repository.
+pub fn cargo(folder: &str) -> Command {
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(root().join(folder));
+    cargo
+}
+
+/// Runs every check; with `quick`, without the boot of Linux.
+///
+/// # Errors
+/// If something that the checks need is missing.
+pub fn all(_quick: bool) -> Result<bool> {
+    setup::prepare()?;
+    let mut tally = Tally::default();
+    tally.step("formatting", cargo(".").args(["fmt", "--all", "--check"]))?;
+    tally.step("formatting of the guests", cargo("guests/bare").args(["fmt", "--check"]))?;
+    let clippy = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
+    tally.step("lints", cargo(".").args(clippy))?;
+    let bare = ["clippy", "--release", "--", "-D", "warnings"];
+    tally.step("lints of the guests", cargo("guests/bare").args(bare))?;
+    tally.cargo_test("tests", cargo(".").args(["test", "--workspace", "--no-fail-fast"]))?;
+    Ok(tally.close())
+}
