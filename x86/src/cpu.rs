@@ -1,6 +1,7 @@
 //! One logical processor as the interpreter drives it.
 
 use crate::cpuid::{CpuModel, Word};
+use crate::debug::DebugWatch;
 use crate::env::Env;
 use crate::state::CpuState;
 use crate::tlb::Tlb;
@@ -18,6 +19,7 @@ pub struct Cpu {
     /// of CS. The run loop sets it to the following instruction before, and moves it to `state.rip` after.
     pub next_rip: u64,
     pub(crate) tlb: Tlb,
+    pub(crate) watch: DebugWatch,
     /// 1 GiB pages (CPUID 8000_0001h EDX bit 26).
     pub(crate) gigabyte_pages: bool,
 }
@@ -54,7 +56,15 @@ impl Cpu {
     /// A processor in its state after power-up.
     pub fn new(model: Arc<CpuModel>) -> Self {
         let gigabyte_pages = model.has(Word::X1Edx, 26);
-        Self { state: CpuState::default(), model, apic_id: 0, next_rip: 0, tlb: Tlb::new(), gigabyte_pages }
+        Self {
+            state: CpuState::default(),
+            model,
+            apic_id: 0,
+            next_rip: 0,
+            tlb: Tlb::new(),
+            watch: DebugWatch::default(),
+            gigabyte_pages,
+        }
     }
 
     /// The bits that a guest-physical address may have.
@@ -64,6 +74,8 @@ impl Cpu {
 
     /// Drops what was cached from `state` and guest memory (TLB, decoded code); call after changing it from outside.
     pub fn state_changed(&mut self) {
+        self.forget_debug_hits();
+        self.debug_changed();
         self.flush_tlb();
     }
     /// Executes instructions and delivers exceptions and events until something ends it. `budget`: at most this

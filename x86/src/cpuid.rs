@@ -116,7 +116,7 @@ impl CpuModel {
     /// Whether a feature bit is set.
     pub fn has(&self, word: Word, bit: u32) -> bool {
         let (function, index, register) = word.place();
-        self.query(function, index)[register] >> bit & 1 != 0
+        self.find(function, index).is_some_and(|leaf| leaf.registers[register] >> bit & 1 != 0)
     }
 
     /// What CPUID says, with the bits that follow the processor's state clear. Leaves beyond the highest are zero
@@ -148,7 +148,7 @@ impl CpuModel {
 }
 
 /// CPUID of [`REFERENCE_HOST`].
-fn read_reference(function: u32, index: u32) -> [u32; 4] {
+pub(crate) fn read_reference(function: u32, index: u32) -> [u32; 4] {
     REFERENCE_HOST
         .iter()
         .find(|leaf| leaf.function == function && leaf.index.unwrap_or(0) == index)

@@ -98,9 +98,9 @@ pub trait Env {
     /// Takes the next event by priority. Interrupts are given only if `interrupts` is true, NMIs only if `nmis` is.
     fn take_event(&mut self, interrupts: bool, nmis: bool) -> Option<Event>;
 
-    /// The time-stamp counter, without IA32_TSC_ADJUST.
+    /// The time-stamp counter as RDTSC gives it.
     fn tsc(&self) -> u64;
-    /// Sets the time-stamp counter (WRMSR to IA32_TIME_STAMP_COUNTER).
+    /// Sets the time-stamp counter (WRMSR to IA32_TIME_STAMP_COUNTER or IA32_TSC_ADJUST).
     fn set_tsc(&mut self, value: u64);
     /// CR8: the task priority class, 0 to 15.
     fn cr8(&self) -> u8;

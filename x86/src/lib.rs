@@ -8,17 +8,21 @@
 
 extern crate alloc;
 
+pub mod control;
 pub mod cpu;
 pub mod cpuid;
+pub mod debug;
 pub mod env;
 pub mod exception;
 pub mod interp;
 pub mod interrupt;
 pub mod memory;
+pub mod msr;
 pub mod paging;
 pub mod registers;
 pub mod segment;
 pub mod state;
+pub mod system;
 pub mod task;
 #[cfg(test)]
 pub(crate) mod testing;

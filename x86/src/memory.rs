@@ -202,6 +202,7 @@ impl Cpu {
         access: Access,
         privilege: Privilege,
     ) -> Result<Span, Exception> {
+        self.note_data_access(linear, size, access);
         let low = self.place(env, linear, access, privilege)?;
         let first = (PAGE - (linear & (PAGE - 1))) as usize;
         if size <= first {
@@ -439,6 +440,7 @@ impl Cpu {
         if linear & 15 != 0 {
             return Err(Exception::GP0);
         }
+        self.note_data_access(linear, 16, Access::Write);
         let place = self.place(env, linear, Access::Write, self.privilege())?;
         let mut old = [0; 16];
         load_bytes(env, place, &mut old);

@@ -285,9 +285,11 @@ impl Cpu {
         }
     }
 
-    /// Caches a translation if it leads to RAM, and says where the byte stands.
+    /// Caches a translation if it leads to RAM that no data breakpoint watches, and says where the byte stands.
     fn enter<E: Env>(&mut self, env: &E, linear: u64, gpa: u64, data: u64) -> Place {
-        if let Some(page) = env.ram_page(gpa) {
+        if let Some(page) = env.ram_page(gpa)
+            && !self.is_watched_page(linear)
+        {
             self.tlb.insert(linear, page & !0xfff | data);
         }
         self.locate(env, gpa, linear)

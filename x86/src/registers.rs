@@ -143,5 +143,7 @@ bitflags! {
         const SVME = 1 << 12;
         /// Fast FXSAVE and FXRSTOR (AMD).
         const FFXSR = 1 << 14;
+        /// Automatic IBRS (AMD).
+        const AUTO_IBRS = 1 << 21;
     }
 }

@@ -188,7 +188,16 @@ pub struct Msrs {
     pub mtrr_fixed: [u64; 11],
     pub mtrr_variable: [u64; 16],
     pub mcg_status: u64,
+    pub mcg_ctl: u64,
+    /// CTL, STATUS, ADDR and MISC of each bank.
+    pub mc_banks: [[u64; 4]; MC_BANKS],
+    pub spec_ctrl: u64,
+    /// AMD's HWCR.
+    pub hwcr: u64,
 }
+
+/// Machine-check banks.
+pub const MC_BANKS: usize = 4;
 
 /// IA32_PAT after reset (SDM Vol. 3A, section 12.12.4).
 pub const PAT_RESET: u64 = 0x0007_0406_0007_0406;
@@ -214,6 +223,10 @@ impl Default for Msrs {
             mtrr_fixed: [0; 11],
             mtrr_variable: [0; 16],
             mcg_status: 0,
+            mcg_ctl: 0,
+            mc_banks: [[0; 4]; MC_BANKS],
+            spec_ctrl: 0,
+            hwcr: 0,
         }
     }
 }

@@ -7,7 +7,7 @@ use alloc::vec::Vec;
 use core::cell::{Cell, RefCell};
 
 use crate::cpu::Cpu;
-use crate::cpuid::{CpuModel, Vendor};
+use crate::cpuid::{CpuModel, Vendor, read_reference};
 use crate::env::{Env, Event, HostExecution, HostInstruction, OPEN_BUS};
 use crate::state::CpuState;
 
@@ -66,11 +66,17 @@ impl TestEnv {
     }
 }
 
-/// A processor of the reference model, with this vendor's rules.
+/// A processor of the reference model, or of what it were if Intel had made the host.
 pub fn test_cpu(vendor: Vendor) -> Cpu {
-    let mut model = CpuModel::reference(1);
-    model.vendor = vendor;
-    Cpu::new(Arc::new(model))
+    let read = |function, index| {
+        let mut registers = read_reference(function, index);
+        if function == 0 && vendor == Vendor::Intel {
+            let name = |part: &[u8; 4]| u32::from_le_bytes(*part);
+            registers = [0x16, name(b"Genu"), name(b"ntel"), name(b"ineI")];
+        }
+        registers
+    };
+    Cpu::new(Arc::new(CpuModel::from_host(read, 1, 2_000_000_000)))
 }
 
 impl Env for TestEnv {
