@@ -5,6 +5,7 @@
 
 extern crate alloc;
 
+pub mod acpi;
 pub mod boot;
 pub mod bus;
 pub mod device;

@@ -29,3 +29,31 @@ pub const IOAPIC_SIZE: u64 = 0x1000;
 pub const LAPIC_BASE: u64 = 0xfee0_0000;
 /// Bytes of its range.
 pub const LAPIC_SIZE: u64 = 0x1000;
+
+/// Ports of the ACPI power-management block: PM1a event registers (4 bytes), PM1a control (2) and the timer (4).
+pub const PM1A_EVENT_PORT: u16 = 0x600;
+/// PM1a control register.
+pub const PM1A_CONTROL_PORT: u16 = 0x604;
+/// Power-management timer.
+pub const PM_TIMER_PORT: u16 = 0x608;
+/// Reset control register of Intel chipsets, which the FADT names as the reset register.
+pub const RESET_PORT: u16 = 0xcf9;
+/// First serial port.
+pub const COM1_PORT: u16 = 0x3f8;
+/// ISA interrupt of the first serial port.
+pub const COM1_IRQ: usize = 4;
+/// Index port of the CMOS RTC; the data port is the next.
+pub const RTC_PORT: u16 = 0x70;
+/// ISA interrupt of the RTC.
+pub const RTC_IRQ: usize = 8;
+/// The ACPI system control interrupt.
+pub const SCI_IRQ: usize = 9;
+/// PCI configuration mechanism 1: address at this port, data four above.
+pub const PCI_CONFIG_PORT: u16 = 0xcf8;
+/// I/O APIC pins 16 to 19 carry the PCI interrupts.
+pub const PCI_FIRST_PIN: u32 = 16;
+
+/// The I/O APIC pin of interrupt pin `pin` (0 is INTA#) of a PCI device on bus 0.
+pub const fn pci_interrupt_pin(device: u8, pin: u8) -> u32 {
+    PCI_FIRST_PIN + (device as u32 + pin as u32) % 4
+}
