@@ -1,0 +1,113 @@
+//! The command line. Scripts depend on these words.
+
+use std::path::PathBuf;
+
+use bivisor_backends::console::ConsoleSpec;
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{EngineChoice, GdbSpec, MemorySize};
+use crate::status;
+
+/// Virtual machines with or without virtualization hardware.
+#[derive(Debug, Parser)]
+#[command(name = "bivisor", version, propagate_version = true, arg_required_else_help = true)]
+pub struct Cli {
+    /// Tell more: causes of errors, and what guests do that devices refuse
+    #[arg(short, long, global = true)]
+    pub verbose: bool,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a virtual machine
+    #[command(after_help = status::HELP)]
+    Run(Box<RunArgs>),
+    /// Make and list images of guests
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// Tell which engines this host can run, and why or why not
+    Doctor,
+}
+
+/// `bivisor image`.
+#[derive(Debug, Subcommand)]
+pub enum ImageCommand {
+    /// Make an image
+    #[command(subcommand)]
+    Build(Recipe),
+    /// List images
+    Ls,
+}
+
+/// What `bivisor image build` can make.
+#[derive(Clone, Copy, Debug, Subcommand)]
+pub enum Recipe {
+    /// Debian's cloud kernel with a small initramfs: the default guest
+    Debian,
+}
+
+/// `bivisor run`.
+#[derive(Debug, Default, Args)]
+pub struct RunArgs {
+    /// An image's name, or a TOML file with the same words as the options; nothing: the default guest
+    #[arg(value_name = "NAME|FILE.toml")]
+    pub target: Option<String>,
+    /// Kernel: Linux bzImage, ELF with a PVH note, or Multiboot
+    #[arg(long, value_name = "PATH")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk of the kernel
+    #[arg(long, value_name = "PATH")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub append: Option<String>,
+    /// Size of RAM, such as 512M or 2G [default: 512M]
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<MemorySize>,
+    /// Number of virtual CPUs, 1 to 64 [default: 1]
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub cpus: Option<u32>,
+    /// What executes the guest's instructions [default: auto]
+    #[arg(long, value_enum, value_name = "ENGINE")]
+    pub engine: Option<EngineChoice>,
+    /// Where the guest's first serial port leads: stdio, pty, file=PATH or unix=PATH [default: stdio]
+    #[arg(long, value_name = "CONSOLE")]
+    pub console: Option<ConsoleSpec>,
+    /// End when the guest resets the machine, instead of starting it again
+    #[arg(long)]
+    pub no_reboot: bool,
+    /// Offer the devices of QEMU that test kernels use: isa-debug-exit at port 0xf4 and pc-testdev
+    #[arg(long)]
+    pub testdev: bool,
+    /// Wait for a debugger at a TCP port of this host's loopback address, or at a Unix socket
+    #[arg(long, value_name = ":PORT|unix=PATH")]
+    pub gdb: Option<GdbSpec>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn definitions_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_option_of_run_is_understood() {
+        let line = "bivisor run vm.toml --kernel k --initrd i --append -x --memory 1G --cpus 4 --engine interp \
+                    --console unix=s --no-reboot --testdev --gdb :1234";
+        let Command::Run(run) = Cli::try_parse_from(line.split_whitespace()).unwrap().command else {
+            panic!("not run");
+        };
+        assert_eq!(run.target.as_deref(), Some("vm.toml"));
+        assert_eq!(run.append.as_deref(), Some("-x"));
+        assert_eq!(run.cpus, Some(4));
+        assert!(run.no_reboot && run.testdev);
+    }
+}

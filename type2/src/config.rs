@@ -1,0 +1,377 @@
+//! What a machine is made of: the options of `bivisor run`, the same words in a TOML file, and their defaults.
+
+use std::borrow::Borrow;
+use std::fmt;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use bivisor_backends::console::ConsoleSpec;
+use clap::ValueEnum;
+use serde::Deserialize;
+use toml::Spanned;
+
+use crate::cli::RunArgs;
+
+/// RAM of a machine whose user says nothing: 512 MiB.
+const DEFAULT_MEMORY: MemorySize = MemorySize(512 << 20);
+/// vCPUs of a machine at most.
+const MAX_CPUS: i64 = 64;
+/// Smallest RAM: what lies below 1 MiB in a PC, and as much again for a kernel.
+const MIN_MEMORY: u64 = 2 << 20;
+
+/// Bytes of RAM: whole MiB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct MemorySize(pub u64);
+
+impl FromStr for MemorySize {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        let (number, unit) = text.split_at(digits);
+        let shift = match unit {
+            "K" | "KiB" => 10,
+            "M" | "MiB" => 20,
+            "G" | "GiB" => 30,
+            "T" | "TiB" => 40,
+            "" if !number.is_empty() => return Err(format!("'{text}' has no unit: say {text}M or {text}G")),
+            _ => {
+                return Err(format!(
+                    "'{text}' is no size of memory: say a number and K, M, G or T, as in 512M"
+                ));
+            }
+        };
+        let bytes = number.parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift));
+        let Some(bytes) = bytes.filter(|bytes| *bytes <= 1 << 46) else {
+            return Err(format!("'{text}' is more memory than a machine can have: say 64T or less"));
+        };
+        if bytes < MIN_MEMORY {
+            return Err(format!("'{text}' is too little memory for any guest: say 2M or more"));
+        }
+        if !bytes.is_multiple_of(1 << 20) {
+            return Err(format!("'{text}' is not a whole number of MiB: say {}M", bytes.div_ceil(1 << 20)));
+        }
+        Ok(Self(bytes))
+    }
+}
+
+impl fmt::Display for MemorySize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_multiple_of(1 << 30) {
+            write!(f, "{}G", self.0 >> 30)
+        } else {
+            write!(f, "{}M", self.0 >> 20)
+        }
+    }
+}
+
+/// `--engine`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum EngineChoice {
+    /// The fastest that works here
+    #[default]
+    Auto,
+    /// Interpreter: slow, works everywhere
+    Interp,
+    /// Dynamic binary translation
+    Dbt,
+    /// The CPU's virtualization, through Linux KVM
+    Kvm,
+}
+
+/// `--gdb`: where to wait for a debugger.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GdbSpec {
+    /// A TCP port of the loopback address.
+    Port(u16),
+    /// A Unix socket.
+    Unix(PathBuf),
+}
+
+impl FromStr for GdbSpec {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Some(port) = text.strip_prefix(':') {
+            return port
+                .parse()
+                .map(Self::Port)
+                .map_err(|_| format!("'{port}' is no TCP port: say a number from 0 to 65535"));
+        }
+        match text.strip_prefix("unix=") {
+            Some(path) if !path.is_empty() => Ok(Self::Unix(path.into())),
+            _ => Err(format!("'{text}' is no place for a debugger: say :PORT or unix=PATH")),
+        }
+    }
+}
+
+/// What to boot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Boot {
+    /// A kernel named by the user.
+    Kernel {
+        /// The kernel's file.
+        kernel: PathBuf,
+        /// The initial RAM disk's file.
+        initrd: Option<PathBuf>,
+    },
+    /// An image by name.
+    Image(String),
+    /// The default guest.
+    Default,
+}
+
+/// A machine to run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmConfig {
+    /// What to boot.
+    pub boot: Boot,
+    /// Kernel command line, if the user gave one.
+    pub append: Option<String>,
+    /// RAM.
+    pub memory: MemorySize,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Engine.
+    pub engine: EngineChoice,
+    /// Console.
+    pub console: ConsoleSpec,
+    /// End at a reset.
+    pub no_reboot: bool,
+    /// Test devices.
+    pub testdev: bool,
+    /// Debugger.
+    pub gdb: Option<GdbSpec>,
+}
+
+/// Why a configuration can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file can't be read.
+    #[error("cannot read the configuration {path}: {source}", path = .path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file is not TOML, or has a key or value that means nothing.
+    #[error("{path}:{line}:{column}: {message}", path = .path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Line, from 1.
+        line: usize,
+        /// Column, from 1, in characters.
+        column: usize,
+        /// What is wrong.
+        message: String,
+    },
+    /// An initrd without a kernel.
+    #[error("an initrd needs a kernel: give --kernel too, or leave --initrd away")]
+    InitrdAlone,
+    /// Both a kernel and an image.
+    #[error("both the image '{0}' and a kernel are given: leave one of them away")]
+    KernelAndImage(String),
+    /// A command line with a NUL character.
+    #[error("the kernel command line contains a NUL character: leave it away")]
+    NulInAppend,
+    /// More RAM than the host has.
+    #[error(
+        "the machine is to have {asked} of memory, but this host has only {host}M: say --memory with less"
+    )]
+    TooMuchMemory {
+        /// What is asked for.
+        asked: MemorySize,
+        /// MiB that the host has.
+        host: u64,
+    },
+}
+
+/// The keys of a TOML file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct FileConfig {
+    image: Option<String>,
+    kernel: Option<PathBuf>,
+    initrd: Option<PathBuf>,
+    append: Option<String>,
+    memory: Option<Spanned<String>>,
+    cpus: Option<Spanned<i64>>,
+    engine: Option<Spanned<String>>,
+    console: Option<Spanned<String>>,
+    no_reboot: Option<bool>,
+    testdev: Option<bool>,
+    gdb: Option<Spanned<String>>,
+}
+
+impl VmConfig {
+    /// Merges the command line with the TOML file that it names, if it names one: options win.
+    pub fn new(args: &RunArgs) -> Result<Self, ConfigError> {
+        let mut settings = Settings::default();
+        let mut image = None;
+        match args.target.as_deref() {
+            Some(target) if is_file_name(target) => {
+                (settings, image) = Settings::read(Path::new(target))?;
+            }
+            Some(name) => image = Some(name.to_owned()),
+            None => {}
+        }
+        settings.override_with(args);
+        if args.kernel.is_some() && args.target.as_deref().is_some_and(is_file_name) {
+            // An option wins over the file's image, and the file's initrd belongs to the file's kernel.
+            image = None;
+            settings.initrd.clone_from(&args.initrd);
+        }
+        let boot = match (settings.kernel, image) {
+            (Some(_), Some(image)) => return Err(ConfigError::KernelAndImage(image)),
+            (Some(kernel), None) => Boot::Kernel { kernel, initrd: settings.initrd },
+            (None, _) if settings.initrd.is_some() => return Err(ConfigError::InitrdAlone),
+            (None, Some(image)) => Boot::Image(image),
+            (None, None) => Boot::Default,
+        };
+        if settings.append.as_deref().is_some_and(|text| text.contains('\0')) {
+            return Err(ConfigError::NulInAppend);
+        }
+        Ok(Self {
+            boot,
+            append: settings.append,
+            memory: settings.memory.unwrap_or(DEFAULT_MEMORY),
+            cpus: settings.cpus.unwrap_or(1),
+            engine: settings.engine.unwrap_or_default(),
+            console: settings.console.unwrap_or(ConsoleSpec::Stdio),
+            no_reboot: settings.no_reboot,
+            testdev: settings.testdev,
+            gdb: settings.gdb,
+        })
+    }
+
+    /// Checks the machine's RAM against the host's, in bytes.
+    pub fn check_memory(&self, host: u64) -> Result<(), ConfigError> {
+        if self.memory.0 > host {
+            return Err(ConfigError::TooMuchMemory { asked: self.memory, host: host >> 20 });
+        }
+        Ok(())
+    }
+}
+
+/// Whether a target names a file rather than an image.
+fn is_file_name(target: &str) -> bool {
+    target.ends_with(".toml") || target.contains('/')
+}
+
+/// What was set by file or option.
+#[derive(Default)]
+struct Settings {
+    kernel: Option<PathBuf>,
+    initrd: Option<PathBuf>,
+    append: Option<String>,
+    memory: Option<MemorySize>,
+    cpus: Option<u32>,
+    engine: Option<EngineChoice>,
+    console: Option<ConsoleSpec>,
+    no_reboot: bool,
+    testdev: bool,
+    gdb: Option<GdbSpec>,
+}
+
+impl Settings {
+    /// Reads a file; returns its settings and its image's name.
+    fn read(path: &Path) -> Result<(Self, Option<String>), ConfigError> {
+        let bytes = fs::read(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let text = String::from_utf8(bytes).map_err(|error| {
+            let valid = String::from_utf8_lossy(&error.as_bytes()[..error.utf8_error().valid_up_to()]);
+            Source { path, text: &valid }.error(valid.len(), "this is not UTF-8 text, so not TOML".into())
+        })?;
+        let source = Source { path, text: &text };
+        let file: FileConfig = toml::from_str(&text).map_err(|error| {
+            let at = error.span().map_or(0, |span| span.start);
+            source.error(at, one_line(error.message()))
+        })?;
+        let folder = path.parent().unwrap_or(Path::new(""));
+        let settings = Self {
+            kernel: file.kernel.map(|path| folder.join(path)),
+            initrd: file.initrd.map(|path| folder.join(path)),
+            append: file.append,
+            memory: source.value("memory", file.memory, MemorySize::from_str)?,
+            cpus: source.value("cpus", file.cpus, parse_cpus)?,
+            engine: source.value("engine", file.engine, parse_engine)?,
+            console: source.value("console", file.console, ConsoleSpec::from_str)?.map(|c| match c {
+                ConsoleSpec::File(path) => ConsoleSpec::File(folder.join(path)),
+                ConsoleSpec::Unix(path) => ConsoleSpec::Unix(folder.join(path)),
+                other => other,
+            }),
+            no_reboot: file.no_reboot.unwrap_or(false),
+            testdev: file.testdev.unwrap_or(false),
+            gdb: source.value("gdb", file.gdb, GdbSpec::from_str)?.map(|gdb| match gdb {
+                GdbSpec::Unix(path) => GdbSpec::Unix(folder.join(path)),
+                port => port,
+            }),
+        };
+        Ok((settings, file.image))
+    }
+
+    fn override_with(&mut self, args: &RunArgs) {
+        fn set<T: Clone>(setting: &mut Option<T>, option: &Option<T>) {
+            if option.is_some() {
+                setting.clone_from(option);
+            }
+        }
+        set(&mut self.kernel, &args.kernel);
+        set(&mut self.initrd, &args.initrd);
+        set(&mut self.append, &args.append);
+        set(&mut self.memory, &args.memory);
+        set(&mut self.cpus, &args.cpus);
+        set(&mut self.engine, &args.engine);
+        set(&mut self.console, &args.console);
+        set(&mut self.gdb, &args.gdb);
+        self.no_reboot |= args.no_reboot;
+        self.testdev |= args.testdev;
+    }
+}
+
+/// A file's text, for errors with a place.
+struct Source<'a> {
+    path: &'a Path,
+    text: &'a str,
+}
+
+impl Source<'_> {
+    fn error(&self, at: usize, message: String) -> ConfigError {
+        let before = self.text.get(..at).unwrap_or(self.text);
+        let line = before.matches('\n').count() + 1;
+        let column = before.rsplit('\n').next().unwrap_or("").chars().count() + 1;
+        ConfigError::File { path: self.path.to_owned(), line, column, message }
+    }
+
+    /// Parses a value as the option of the same name is parsed.
+    fn value<V: Borrow<T>, T: ?Sized, R>(
+        &self,
+        key: &str,
+        value: Option<Spanned<V>>,
+        parse: impl Fn(&T) -> Result<R, String>,
+    ) -> Result<Option<R>, ConfigError> {
+        let Some(value) = value else { return Ok(None) };
+        let at = value.span().start;
+        parse(value.get_ref().borrow())
+            .map(Some)
+            .map_err(|message| self.error(at, format!("{key}: {message}")))
+    }
+}
+
+fn parse_engine(text: &str) -> Result<EngineChoice, String> {
+    EngineChoice::from_str(text, false)
+        .map_err(|_| format!("'{text}' is no engine: say auto, interp, dbt or kvm"))
+}
+
+fn parse_cpus(number: &i64) -> Result<u32, String> {
+    match u32::try_from(*number) {
+        Ok(cpus @ 1..) if *number <= MAX_CPUS => Ok(cpus),
+        _ => Err(format!("{number} is no number of CPUs: say 1 to {MAX_CPUS}")),
+    }
+}
+
+/// The TOML library explains some errors over several lines.
+fn one_line(message: &str) -> String {
+    message.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(", ")
+}
