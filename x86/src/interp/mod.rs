@@ -1,5 +1,7 @@
 //! The interpreter: one instruction after the other, as the manuals describe it.
 
+mod fpu_state;
 pub mod op;
 pub mod operand;
 pub mod vector;
+mod vector_memory;

@@ -17,6 +17,8 @@ pub(super) mod area {
     pub const FCW: usize = 0;
     /// x87 status word.
     pub const FSW: usize = 2;
+    /// x87 tags, one bit per physical register in use.
+    pub const FTW: usize = 4;
     /// x87 opcode of the last instruction (11 bits).
     pub const FOP: usize = 6;
     /// x87 instruction pointer, 64 bits.
@@ -79,6 +81,7 @@ fn unit(instruction: &Instruction) -> Option<Unit> {
                         | F::SSSE3
                         | F::SSE4_1
                         | F::SSE4_2
+                        | F::SSE4A
                         | F::AES
                         | F::PCLMULQDQ
                         | F::SHA
@@ -262,11 +265,12 @@ impl Cpu {
     /// Executes an x87, MMX, SSE or AVX instruction. False if it is none of these.
     pub fn exec_vector_op<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<bool, Exception> {
         let instruction = &op.instruction;
-        let Some(unit) = unit(instruction) else { return Ok(false) };
+        let Some(unit) = unit(instruction) else { return self.exec_fpu_state_op(env, op) };
         let mnemonic = instruction.mnemonic();
         self.check_unit(unit, mnemonic)?;
         match mnemonic {
             Mnemonic::Wait => {}
+            Mnemonic::Fninit => self.init_x87_control(),
             Mnemonic::Ldmxcsr | Mnemonic::Vldmxcsr => self.load_mxcsr(env, op)?,
             Mnemonic::Stmxcsr | Mnemonic::Vstmxcsr => {
                 let value = self.mxcsr();
@@ -280,6 +284,8 @@ impl Cpu {
                 let value = self.fpu_word(area::FSW);
                 self.write_operand(env, op, 0, value.into())?;
             }
+            _ if unit == Unit::X87 && self.exec_environment_op(env, op)? => {}
+            _ if self.exec_vector_memory_op(env, op)? => {}
             _ => self.execute_on_host(env, op, unit)?,
         }
         Ok(true)
@@ -347,9 +353,6 @@ impl Cpu {
             && !refused
         {
             self.write_vector(env, memory.segment, memory.offset, &buffer[..memory.size])?;
-        }
-        if instruction.mnemonic() == Mnemonic::Fninit {
-            self.set_fpu_bytes(area::FOP, &[0; area::MXCSR - area::FOP]);
         }
         if unit == Unit::X87 && !keeps_fpu_pointers(instruction.mnemonic()) {
             self.set_fpu_pointers(op, operand.map(|memory| memory.offset));
