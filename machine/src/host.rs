@@ -19,6 +19,8 @@ pub trait Clock: Send + Sync {
 pub trait ByteStream: Send + Sync {
     /// Sends bytes; the machine does not wait and nothing is returned: what the far end can't take is lost.
     fn write(&self, bytes: &[u8]);
+    /// The machine's end has room for bytes again after it had none. Called by a vCPU's thread.
+    fn ready(&self) {}
 }
 
 /// Somebody who must hear when the earliest deadline of the machine changes ([`crate::timer`]).

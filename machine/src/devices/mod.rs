@@ -7,8 +7,12 @@
 pub mod ioapic;
 pub mod lapic;
 pub mod local_apic;
+pub mod log;
 pub mod message;
 pub mod pic;
+#[cfg(test)]
+mod testing;
+pub mod uart;
 
 /// What a register machine saves: its registers, and the version of their layout.
 #[derive(Clone, Debug, PartialEq, Eq)]
