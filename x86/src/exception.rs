@@ -66,6 +66,10 @@ impl Exception {
     pub const fn gp(code: u32) -> Self {
         Self::with_code(vector::GP, code)
     }
+    /// An exception whose error code is a selector: #TS, #NP, #SS or #GP.
+    pub const fn selector(vector: u8, selector: u16) -> Self {
+        Self::with_code(vector, selector as u32 & 0xfffc)
+    }
     /// #PF at a linear address with the given page-fault error code.
     pub const fn page_fault(linear: u64, code: u32) -> Self {
         Self { vector: vector::PF, error_code: Some(code), cr2: linear }

@@ -22,8 +22,10 @@ pub mod paging;
 pub mod registers;
 pub mod segment;
 pub mod state;
+pub mod syscall;
 pub mod system;
 pub mod task;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod tlb;
+pub mod transfer;

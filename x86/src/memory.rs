@@ -8,6 +8,7 @@
 use crate::cpu::{Access, Cpu};
 use crate::env::Env;
 use crate::exception::Exception;
+use crate::interp::operand::truncate;
 use crate::paging::Place;
 use crate::registers::{Cr0, Efer, Rflags, gpr};
 use crate::state::{SegReg, Segment};
@@ -316,7 +317,7 @@ impl Cpu {
     ) -> Result<(), Exception> {
         let span = self.span(env, linear, size, Access::Write, privilege)?;
         match span.places[0] {
-            Place::Mmio(gpa) if size <= span.first => env.mmio_write(gpa, size, value),
+            Place::Mmio(gpa) if size <= span.first => env.mmio_write(gpa, size, truncate(value, size)),
             Place::Ram(offset) if size <= span.first => store(env, offset, size, value),
             _ => span.store(env, &value.to_le_bytes()[..size.min(8)]),
         }

@@ -149,6 +149,12 @@ impl Cpu {
         self.tlb.flush_all(pcid);
     }
 
+    /// Drops the cached translations of the current PCID, except global ones.
+    pub(crate) fn flush_tlb_non_global(&mut self) {
+        let pcid = self.pcid();
+        self.tlb.flush_pcid(pcid, pcid);
+    }
+
     /// Drops the translations of a linear address, as INVLPG does.
     pub fn flush_tlb_page(&mut self, linear: u64) {
         self.tlb.flush_page(linear);
@@ -179,11 +185,10 @@ impl Cpu {
             self.state.pdpte = self.read_pdptes(env, value)?;
         }
         self.state.cr3 = value;
-        let pcid = self.pcid();
         if keep {
-            self.tlb.select(pcid);
+            self.tlb.select(self.pcid());
         } else {
-            self.tlb.flush_pcid(pcid, pcid);
+            self.flush_tlb_non_global();
         }
         Ok(())
     }

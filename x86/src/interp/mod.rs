@@ -3,5 +3,6 @@
 mod fpu_state;
 pub mod op;
 pub mod operand;
+pub mod segment_ops;
 pub mod vector;
 mod vector_memory;

@@ -1,0 +1,304 @@
+//! The instructions that deal in segments, gates, tasks and descriptor tables: operands here, the work in
+//! [`crate::segment`], [`crate::transfer`], [`crate::task`] and [`crate::syscall`].
+
+use iced_x86::{Code, Mnemonic, OpKind};
+
+use crate::cpu::Cpu;
+use crate::env::Env;
+use crate::exception::{Exception, vector};
+use crate::interp::op::Op;
+use crate::interp::operand::{segment_register, truncate};
+use crate::interrupt::Source;
+use crate::memory::is_canonical;
+use crate::registers::{Cr4, Rflags};
+use crate::state::{Mode, SegReg, TableRegister};
+use crate::transfer::Transfer;
+
+impl Cpu {
+    /// Executes an instruction that deals in segments, gates and tasks, if `op` is one: far JMP, CALL and RET,
+    /// IRET, INT n, INT3, INT1, INTO, SYSCALL, SYSRET, SYSENTER, SYSEXIT, MOV, POP and PUSH of segment
+    /// registers, LDS and its kin, LLDT, LTR, SLDT, STR, VERR, VERW, LAR, LSL, ARPL, LGDT, LIDT, SGDT, SIDT.
+    /// Transfers set [`Cpu::next_rip`]. False: not one of these.
+    pub fn exec_segment_op<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<bool, Exception> {
+        match op.instruction.mnemonic() {
+            Mnemonic::Mov => return self.exec_move_segment(env, op),
+            Mnemonic::Push => return self.exec_push_segment(env, op),
+            Mnemonic::Pop => return self.exec_pop_segment(env, op),
+            Mnemonic::Jmp => return self.exec_far_transfer(env, op, Transfer::Jump),
+            Mnemonic::Call => return self.exec_far_transfer(env, op, Transfer::Call),
+            Mnemonic::Retf => {
+                let release = if op.instruction.op_count() > 0 { op.instruction.immediate16() } else { 0 };
+                let size = match op.instruction.code() {
+                    Code::Retfw | Code::Retfw_imm16 => 2,
+                    Code::Retfd | Code::Retfd_imm16 => 4,
+                    _ => 8,
+                };
+                self.far_return(env, size, release)?;
+            }
+            Mnemonic::Iret => self.interrupt_return(env, 2)?,
+            Mnemonic::Iretd => self.interrupt_return(env, 4)?,
+            Mnemonic::Iretq => self.interrupt_return(env, 8)?,
+            Mnemonic::Int => {
+                // Without virtual-8086 mode extensions, INT n is IOPL-sensitive there.
+                if self.state.mode() == Mode::Virtual8086 && self.iopl() < 3 {
+                    return Err(Exception::GP0);
+                }
+                self.software_interrupt(env, op.instruction.immediate8(), Source::Software)?;
+            }
+            Mnemonic::Int3 => self.software_interrupt(env, vector::BP, Source::Software)?,
+            Mnemonic::Int1 => self.software_interrupt(env, vector::DB, Source::PrivilegedSoftware)?,
+            Mnemonic::Into => {
+                if self.state.has_flags(Rflags::OF) {
+                    self.software_interrupt(env, vector::OF, Source::Software)?;
+                }
+            }
+            Mnemonic::Syscall => self.syscall()?,
+            Mnemonic::Sysret => self.sysret(false)?,
+            Mnemonic::Sysretq => self.sysret(true)?,
+            Mnemonic::Sysenter => self.sysenter()?,
+            Mnemonic::Sysexit => self.sysexit(false)?,
+            Mnemonic::Sysexitq => self.sysexit(true)?,
+            Mnemonic::Lds | Mnemonic::Les | Mnemonic::Lfs | Mnemonic::Lgs | Mnemonic::Lss => {
+                self.exec_load_far_pointer(env, op)?;
+            }
+            Mnemonic::Lldt | Mnemonic::Ltr | Mnemonic::Sldt | Mnemonic::Str => {
+                self.exec_system_segment(env, op)?;
+            }
+            Mnemonic::Verr | Mnemonic::Verw | Mnemonic::Lar | Mnemonic::Lsl | Mnemonic::Arpl => {
+                self.exec_selector_query(env, op)?;
+            }
+            Mnemonic::Lgdt | Mnemonic::Lidt => self.exec_load_table(env, op)?,
+            Mnemonic::Sgdt | Mnemonic::Sidt => self.exec_store_table(env, op)?,
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// MOV to and from segment registers.
+    fn exec_move_segment<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<bool, Exception> {
+        let instruction = &op.instruction;
+        match instruction.code() {
+            Code::Mov_rm16_Sreg | Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg => {
+                let selector = self.segment(segment_register(instruction.op1_register())).selector;
+                self.write_operand(env, op, 0, selector.into())?;
+            }
+            Code::Mov_Sreg_rm16 | Code::Mov_Sreg_r32m16 | Code::Mov_Sreg_r64m16 => {
+                let seg = segment_register(instruction.op0_register());
+                if seg == SegReg::Cs {
+                    return Err(Exception::UD);
+                }
+                let selector = self.read_operand(env, op, 1)? as u16;
+                self.load_segment(env, seg, selector)?;
+                self.shadow_stack_load(seg);
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// MOV SS and POP SS hold interrupts and debug traps back for one instruction, so that RSP can follow
+    /// undisturbed (SDM Vol. 3A, section 6.8.3).
+    fn shadow_stack_load(&mut self, seg: SegReg) {
+        if seg == SegReg::Ss {
+            self.state.interrupt_shadow = true;
+            self.state.ss_shadow = true;
+        }
+    }
+
+    fn exec_push_segment<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<bool, Exception> {
+        let register = op.instruction.op0_register();
+        if op.instruction.op0_kind() != OpKind::Register || !register.is_segment_register() {
+            return Ok(false);
+        }
+        let size = op.instruction.stack_pointer_increment().unsigned_abs() as usize;
+        let selector = self.segment(segment_register(register)).selector;
+        self.push(env, size, selector.into())?;
+        Ok(true)
+    }
+
+    fn exec_pop_segment<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<bool, Exception> {
+        let register = op.instruction.op0_register();
+        if op.instruction.op0_kind() != OpKind::Register || !register.is_segment_register() {
+            return Ok(false);
+        }
+        let size = op.instruction.stack_pointer_increment().unsigned_abs() as usize;
+        let seg = segment_register(register);
+        self.attempt(|cpu| {
+            let selector = cpu.pop(env, size)? as u16;
+            cpu.load_segment(env, seg, selector)
+        })?;
+        self.shadow_stack_load(seg);
+        Ok(true)
+    }
+
+    fn exec_far_transfer<E: Env>(
+        &mut self,
+        env: &mut E,
+        op: &Op,
+        kind: Transfer,
+    ) -> Result<bool, Exception> {
+        let instruction = &op.instruction;
+        let (selector, offset, size) = match instruction.code() {
+            Code::Jmp_ptr1616 | Code::Call_ptr1616 => {
+                (instruction.far_branch_selector(), instruction.far_branch16().into(), 2)
+            }
+            Code::Jmp_ptr1632 | Code::Call_ptr1632 => {
+                (instruction.far_branch_selector(), instruction.far_branch32().into(), 4)
+            }
+            Code::Jmp_m1616 | Code::Call_m1616 => self.read_far_pointer(env, op, 2)?,
+            Code::Jmp_m1632 | Code::Call_m1632 => self.read_far_pointer(env, op, 4)?,
+            Code::Jmp_m1664 | Code::Call_m1664 => self.read_far_pointer(env, op, 8)?,
+            _ => return Ok(false),
+        };
+        self.far_transfer(env, kind, selector, offset, size)?;
+        Ok(true)
+    }
+
+    /// Reads the memory operand selector:offset, whose offset has `size` bytes and stands first.
+    fn read_far_pointer<E: Env>(
+        &mut self,
+        env: &mut E,
+        op: &Op,
+        size: usize,
+    ) -> Result<(u16, u64, usize), Exception> {
+        let (seg, address) = self.effective_address(op);
+        let mut bytes = [0; 10];
+        let Some((used, _)) = bytes.split_at_mut_checked(size + 2) else { return Err(Exception::UD) };
+        self.read_bytes(env, seg, address, used)?;
+        let (offset, selector) = used.split_at(size);
+        let number =
+            |bytes: &[u8]| bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte));
+        Ok((number(selector) as u16, number(offset), size))
+    }
+
+    fn exec_load_far_pointer<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<(), Exception> {
+        let seg = match op.instruction.mnemonic() {
+            Mnemonic::Lds => SegReg::Ds,
+            Mnemonic::Les => SegReg::Es,
+            Mnemonic::Lfs => SegReg::Fs,
+            Mnemonic::Lgs => SegReg::Gs,
+            _ => SegReg::Ss,
+        };
+        let register = op.instruction.op0_register();
+        let (selector, offset, _) = self.read_far_pointer(env, op, register.size())?;
+        self.load_segment(env, seg, selector)?;
+        self.set_register(register, offset);
+        Ok(())
+    }
+
+    /// #UD outside protected mode.
+    fn require_protected(&self) -> Result<(), Exception> {
+        if self.is_protected() { Ok(()) } else { Err(Exception::UD) }
+    }
+
+    /// #GP(0) in an outer ring, if the operating system hides system registers from it.
+    fn check_umip(&self) -> Result<(), Exception> {
+        if self.state.cpl > 0 && self.state.cr4_has(Cr4::UMIP) { Err(Exception::GP0) } else { Ok(()) }
+    }
+
+    fn exec_system_segment<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<(), Exception> {
+        self.require_protected()?;
+        let mnemonic = op.instruction.mnemonic();
+        if matches!(mnemonic, Mnemonic::Sldt | Mnemonic::Str) {
+            self.check_umip()?;
+            let segment = if mnemonic == Mnemonic::Sldt { &self.state.ldtr } else { &self.state.tr };
+            return self.write_operand(env, op, 0, segment.selector.into());
+        }
+        if self.state.cpl != 0 {
+            return Err(Exception::GP0);
+        }
+        let selector = self.read_operand(env, op, 0)? as u16;
+        if mnemonic == Mnemonic::Lldt {
+            self.load_ldtr(env, selector, vector::GP)
+        } else {
+            self.load_tr(env, selector)
+        }
+    }
+
+    /// Instructions that tell about a selector in ZF, and fault on nothing but their operand.
+    fn exec_selector_query<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<(), Exception> {
+        self.require_protected()?;
+        let instruction = &op.instruction;
+        let mnemonic = instruction.mnemonic();
+        let zero_flag = match mnemonic {
+            Mnemonic::Verr | Mnemonic::Verw => {
+                let selector = self.read_operand(env, op, 0)? as u16;
+                self.verify_segment(env, selector, mnemonic == Mnemonic::Verw)?
+            }
+            Mnemonic::Arpl => self.adjust_rpl(env, op)?,
+            _ => {
+                let selector = self.read_operand(env, op, 1)? as u16;
+                let value = match mnemonic {
+                    Mnemonic::Lar => self.access_rights(env, selector)?,
+                    _ => self.segment_limit(env, selector)?,
+                };
+                if let Some(value) = value {
+                    let register = instruction.op0_register();
+                    self.set_register(register, truncate(value.into(), register.size()));
+                }
+                value.is_some()
+            }
+        };
+        self.state.rflags &= !Rflags::ZF.bits();
+        if zero_flag {
+            self.state.rflags |= Rflags::ZF.bits();
+        }
+        Ok(())
+    }
+
+    /// ARPL: raises the RPL of the destination to that of the source; whether it had to.
+    fn adjust_rpl<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<bool, Exception> {
+        let level = self.register(op.instruction.op1_register()) & 3;
+        let adjusted = |selector: u64| if selector & 3 < level { selector & !3 | level } else { selector };
+        let old = if op.instruction.op0_kind() == OpKind::Register {
+            let old = self.register(op.instruction.op0_register());
+            self.set_register(op.instruction.op0_register(), adjusted(old));
+            old
+        } else {
+            let (seg, offset) = self.effective_address(op);
+            self.read_modify_write(env, seg, offset, 2, false, &mut |old| adjusted(old))?
+        };
+        Ok(old & 3 < level)
+    }
+
+    fn exec_load_table<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<(), Exception> {
+        if self.state.cpl != 0 {
+            return Err(Exception::GP0);
+        }
+        let long = self.in_64bit_mode();
+        let (seg, offset) = self.effective_address(op);
+        let mut bytes = [0; 10];
+        let used = if long { &mut bytes[..] } else { &mut bytes[..6] };
+        self.read_bytes(env, seg, offset, used)?;
+        let [limit0, limit1, base @ ..] = bytes;
+        let mut base = u64::from_le_bytes(base);
+        if matches!(op.instruction.code(), Code::Lgdt_m1632_16 | Code::Lidt_m1632_16) {
+            base &= 0xff_ffff;
+        }
+        if !is_canonical(base) {
+            return Err(Exception::GP0);
+        }
+        let table = TableRegister { base, limit: u16::from_le_bytes([limit0, limit1]) };
+        if op.instruction.mnemonic() == Mnemonic::Lgdt {
+            self.state.gdtr = table;
+        } else {
+            self.state.idtr = table;
+        }
+        Ok(())
+    }
+
+    fn exec_store_table<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<(), Exception> {
+        self.check_umip()?;
+        let table =
+            if op.instruction.mnemonic() == Mnemonic::Sgdt { self.state.gdtr } else { self.state.idtr };
+        let mut bytes = [0; 10];
+        let (limit, base) = bytes.split_at_mut(2);
+        limit.copy_from_slice(&table.limit.to_le_bytes());
+        base.copy_from_slice(&table.base.to_le_bytes());
+        let (seg, offset) = self.effective_address(op);
+        // Outside 64-bit mode all four bytes of the base are stored, whatever the operand size.
+        let used = if self.in_64bit_mode() { &bytes[..] } else { &bytes[..6] };
+        self.write_bytes(env, seg, offset, used)
+    }
+}
+

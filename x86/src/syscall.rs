@@ -1,0 +1,157 @@
+//! SYSCALL, SYSRET, SYSENTER and SYSEXIT (SDM Vol. 2B; APM Vol. 3). Intel's processors have SYSCALL in 64-bit
+//! mode only, AMD's have SYSENTER outside long mode only.
+
+use crate::cpu::Cpu;
+use crate::cpuid::Vendor;
+use crate::exception::Exception;
+use crate::memory::is_canonical;
+use crate::registers::{Cr0, Efer, Rflags, gpr};
+use crate::state::{SegReg, Segment};
+
+/// Flags that SYSRET loads from R11: all but RF, VM and the reserved ones.
+const SYSRET_FLAGS: u64 = 0x003c_7fd7;
+
+/// Size of the code that a fast system call leads to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Size {
+    Bits32,
+    Bits64,
+}
+
+/// A flat code segment at privilege level `cpl`.
+fn flat_code(selector: u16, cpl: u8, size: Size) -> Segment {
+    let bits = match size {
+        Size::Bits32 => Segment::DB,
+        Size::Bits64 => Segment::L,
+    };
+    flat(selector, cpl, bits | 0xb)
+}
+
+/// A flat stack segment at privilege level `cpl`.
+fn flat_stack(selector: u16, cpl: u8) -> Segment {
+    flat(selector, cpl, Segment::DB | 3)
+}
+
+fn flat(selector: u16, cpl: u8, attributes: u16) -> Segment {
+    let level = u16::from(cpl);
+    Segment {
+        base: 0,
+        limit: u32::MAX,
+        selector: selector & !3 | level,
+        attributes: attributes | Segment::G | Segment::P | Segment::S | level << 5,
+    }
+}
+
+impl Cpu {
+    /// #UD where this vendor has no SYSCALL and SYSRET.
+    fn check_syscall(&self) -> Result<(), Exception> {
+        let enabled = self.state.msr.efer & Efer::SCE.bits() != 0;
+        let here = self.model.vendor == Vendor::Amd || self.in_64bit_mode();
+        if enabled && here && self.state.cr0_has(Cr0::PE) { Ok(()) } else { Err(Exception::UD) }
+    }
+
+    /// SYSCALL.
+    pub(crate) fn syscall(&mut self) -> Result<(), Exception> {
+        self.check_syscall()?;
+        let star = self.state.msr.star;
+        let selector = (star >> 32) as u16 & !3;
+        let flags = self.state.rflags & !Rflags::RF.bits();
+        let mut size = Size::Bits32;
+        let return_ip = self.next_rip;
+        if self.in_long_mode() {
+            size = Size::Bits64;
+            let msr = &self.state.msr;
+            self.next_rip = if self.in_64bit_mode() { msr.lstar } else { msr.cstar };
+            self.state.gpr[gpr::RCX] = return_ip;
+            self.state.gpr[11] = flags;
+            self.state.rflags = flags & !self.state.msr.sfmask | Rflags::FIXED.bits();
+        } else {
+            self.next_rip = star & 0xffff_ffff;
+            self.state.gpr[gpr::RCX] = return_ip;
+            self.state.rflags = flags & !(Rflags::VM | Rflags::IF).bits();
+        }
+        self.set_code_segment(flat_code(selector, 0, size), 0);
+        self.set_segment(SegReg::Ss, flat_stack(selector.wrapping_add(8), 0));
+        Ok(())
+    }
+
+    /// SYSRET; `wide`: with a 64-bit operand size.
+    pub(crate) fn sysret(&mut self, wide: bool) -> Result<(), Exception> {
+        self.check_syscall()?;
+        if self.state.cpl != 0 {
+            return Err(Exception::GP0);
+        }
+        let target = self.state.gpr[gpr::RCX];
+        // AMD's processors leave the address to fault in user mode.
+        if wide && !is_canonical(target) && self.model.vendor == Vendor::Intel {
+            return Err(Exception::GP0);
+        }
+        let selector = (self.state.msr.star >> 48) as u16;
+        let long = self.in_long_mode();
+        if long {
+            self.state.rflags = self.state.gpr[11] & SYSRET_FLAGS | Rflags::FIXED.bits();
+        } else {
+            self.state.rflags |= Rflags::IF.bits();
+        }
+        if wide && long {
+            self.set_code_segment(flat_code(selector.wrapping_add(16), 3, Size::Bits64), 3);
+            self.next_rip = target;
+        } else {
+            self.set_code_segment(flat_code(selector, 3, Size::Bits32), 3);
+            self.next_rip = target & 0xffff_ffff;
+        }
+        self.set_segment(SegReg::Ss, flat_stack(selector.wrapping_add(8), 3));
+        Ok(())
+    }
+
+    /// #UD where this vendor has no SYSENTER and SYSEXIT, #GP(0) where they can't work.
+    fn check_sysenter(&self) -> Result<(), Exception> {
+        if self.model.vendor == Vendor::Amd && self.in_long_mode() {
+            return Err(Exception::UD);
+        }
+        let usable = self.state.cr0_has(Cr0::PE) && self.state.msr.sysenter_cs & 0xfffc != 0;
+        if usable { Ok(()) } else { Err(Exception::GP0) }
+    }
+
+    /// SYSENTER.
+    pub(crate) fn sysenter(&mut self) -> Result<(), Exception> {
+        self.check_sysenter()?;
+        let selector = self.state.msr.sysenter_cs as u16 & !3;
+        let (mut ip, mut rsp) = (self.state.msr.sysenter_eip, self.state.msr.sysenter_esp);
+        let mut size = Size::Bits64;
+        if !self.in_long_mode() {
+            size = Size::Bits32;
+            ip &= 0xffff_ffff;
+            rsp &= 0xffff_ffff;
+        }
+        self.state.rflags &= !(Rflags::VM | Rflags::IF | Rflags::RF).bits();
+        self.set_code_segment(flat_code(selector, 0, size), 0);
+        self.set_segment(SegReg::Ss, flat_stack(selector.wrapping_add(8), 0));
+        self.state.gpr[gpr::RSP] = rsp;
+        self.next_rip = ip;
+        Ok(())
+    }
+
+    /// SYSEXIT; `wide`: with a 64-bit operand size.
+    pub(crate) fn sysexit(&mut self, wide: bool) -> Result<(), Exception> {
+        self.check_sysenter()?;
+        if self.state.cpl != 0 {
+            return Err(Exception::GP0);
+        }
+        let selector = self.state.msr.sysenter_cs as u16;
+        let (mut ip, mut rsp) = (self.state.gpr[gpr::RDX], self.state.gpr[gpr::RCX]);
+        if wide && !(is_canonical(ip) && is_canonical(rsp)) {
+            return Err(Exception::GP0);
+        }
+        let (first, size) = if wide { (32, Size::Bits64) } else { (16, Size::Bits32) };
+        if !wide {
+            ip &= 0xffff_ffff;
+            rsp &= 0xffff_ffff;
+        }
+        self.set_code_segment(flat_code(selector.wrapping_add(first), 3, size), 3);
+        self.set_segment(SegReg::Ss, flat_stack(selector.wrapping_add(first + 8), 3));
+        self.state.gpr[gpr::RSP] = rsp;
+        self.next_rip = ip;
+        Ok(())
+    }
+}
