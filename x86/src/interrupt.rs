@@ -175,7 +175,8 @@ impl Cpu {
                 Ok(())
             }
             Err(mut exception) => {
-                let by_selector = matches!(exception.vector, vector::TS | vector::NP | vector::SS | vector::GP);
+                let by_selector =
+                    matches!(exception.vector, vector::TS | vector::NP | vector::SS | vector::GP);
                 if source != Source::Software && by_selector {
                     exception.error_code = exception.error_code.map(|code| code | EXT);
                 }
@@ -233,8 +234,7 @@ impl Cpu {
             return Err(Exception::gp(code));
         }
         let low = self.read_system(env, base.wrapping_add(entry), 8)?;
-        let high =
-            if size == 16 { self.read_system(env, base.wrapping_add(entry + 8), 8)? } else { 0 };
+        let high = if size == 16 { self.read_system(env, base.wrapping_add(entry + 8), 8)? } else { 0 };
         let gate = Descriptor { low, high };
         if !gate.is_system() || !types.contains(&gate.kind()) {
             return Err(Exception::gp(code));

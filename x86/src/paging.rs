@@ -419,7 +419,7 @@ impl Cpu {
         linear: u64,
         reserved: u64,
     ) -> Result<Walk, WalkFault> {
-        let pde = walk.step(env, above & ADDRESS | (linear >> 21 & 0x1ff) * 8)?;
+        let pde = walk.step(env, above & ADDRESS | ((linear >> 21 & 0x1ff) * 8))?;
         if pde & PAGE_SIZE != 0 {
             if pde & (reserved | 0x001f_e000) != 0 {
                 return Err(WalkFault::ReservedBit);
@@ -430,7 +430,7 @@ impl Cpu {
         if pde & reserved != 0 {
             return Err(WalkFault::ReservedBit);
         }
-        let pte = walk.step(env, pde & ADDRESS | (linear >> 12 & 0x1ff) * 8)?;
+        let pte = walk.step(env, pde & ADDRESS | ((linear >> 12 & 0x1ff) * 8))?;
         if pte & reserved != 0 {
             return Err(WalkFault::ReservedBit);
         }
@@ -439,7 +439,7 @@ impl Cpu {
 
     fn walk_2level<E: Env>(&self, env: &E, linear: u64) -> Result<Walk, WalkFault> {
         let mut walk = Walk::new(4);
-        let pde = walk.step(env, self.state.cr3 & 0xffff_f000 | (linear >> 22 & 0x3ff) * 4)?;
+        let pde = walk.step(env, self.state.cr3 & 0xffff_f000 | ((linear >> 22 & 0x3ff) * 4))?;
         if pde & PAGE_SIZE != 0 && self.state.cr4_has(Cr4::PSE) {
             // PSE-36: bits 13 to 20 are bits 32 to 39 of the address; bit 21 is reserved, as are those of
             // them that lie above the physical address width.
@@ -449,7 +449,7 @@ impl Cpu {
             }
             return Ok(walk.finish(pde, pde & 0xffc0_0000 | high | linear & 0x3f_ffff, true));
         }
-        let pte = walk.step(env, pde & 0xffff_f000 | (linear >> 12 & 0x3ff) * 4)?;
+        let pte = walk.step(env, pde & 0xffff_f000 | ((linear >> 12 & 0x3ff) * 4))?;
         Ok(walk.finish(pte, pte & 0xffff_f000, false))
     }
 }

@@ -223,16 +223,13 @@ impl Cpu {
     }
 
     /// Loads a segment register other than CS as MOV does, with all checks.
-    pub fn load_segment<E: Env>(
-        &mut self,
-        env: &mut E,
-        seg: SegReg,
-        selector: u16,
-    ) -> Result<(), Exception> {
+    pub fn load_segment<E: Env>(&mut self, env: &mut E, seg: SegReg, selector: u16) -> Result<(), Exception> {
         let segment = match self.state.mode() {
             Mode::Real => self.real_segment(seg, selector),
             Mode::Virtual8086 => virtual_8086_segment(selector),
-            _ if seg == SegReg::Ss => self.checked_stack_segment(env, selector, self.state.cpl, vector::GP)?,
+            _ if seg == SegReg::Ss => {
+                self.checked_stack_segment(env, selector, self.state.cpl, vector::GP)?
+            }
             _ => self.checked_data_segment(env, selector, vector::GP)?,
         };
         self.set_segment(seg, segment);

@@ -14,8 +14,6 @@ use crate::tlb::Privilege;
 const IO_MAP_BASE: u64 = 0x66;
 /// Offset in a 64-bit TSS of the first interrupt stack pointer.
 const IST1: u64 = 0x24;
-/// DR6 bit BT: the new task's TSS has the T flag.
-const DR6_TASK_SWITCH: u64 = 1 << 15;
 
 /// What makes a task switch; decides on busy bits, back link and NT (SDM Vol. 3A, table 7-2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,8 +34,7 @@ pub(crate) struct Origin {
 }
 
 /// Order of the segment registers in a TSS.
-const TSS_SEGMENTS: [SegReg; 6] =
-    [SegReg::Es, SegReg::Cs, SegReg::Ss, SegReg::Ds, SegReg::Fs, SegReg::Gs];
+const TSS_SEGMENTS: [SegReg; 6] = [SegReg::Es, SegReg::Cs, SegReg::Ss, SegReg::Ds, SegReg::Fs, SegReg::Gs];
 
 /// Where the fields of a 16- or 32-bit TSS stand: general registers and segments follow the flags.
 struct Layout {
@@ -253,8 +250,7 @@ impl Cpu {
         }
         self.load_task_segments(env, &new)?;
         if new.trap {
-            self.state.dr[6] |= DR6_TASK_SWITCH;
-            return Err(Exception::DB);
+            return Err(self.task_switch_trap());
         }
         Ok(())
     }
@@ -303,7 +299,7 @@ impl Cpu {
         let mut save = |offset: u64, size: usize, value: u64| {
             self.write_system(env, tr.base.wrapping_add(offset), size, value)
         };
-        save(layout.ip, layout.size, origin)?;
+        save(layout.ip, layout.size, origin.ip)?;
         save(layout.flags(), layout.size, flags)?;
         for number in gpr::RAX..=gpr::RDI {
             let value = self.state.gpr[number];
@@ -321,8 +317,7 @@ impl Cpu {
         let virtual_8086 = self.state.has_flags(Rflags::VM);
         // First the selectors alone, so that a fault finds all of them in place.
         for (seg, selector) in TSS_SEGMENTS.into_iter().zip(new.segments) {
-            let segment =
-                if virtual_8086 { virtual_8086_segment(selector) } else { null_segment(selector) };
+            let segment = if virtual_8086 { virtual_8086_segment(selector) } else { null_segment(selector) };
             self.set_segment(seg, segment);
         }
         let [_, code, stack, ..] = new.segments;

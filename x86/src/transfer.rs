@@ -10,9 +10,7 @@ use crate::interp::operand::truncate;
 use crate::interrupt::{Source, on_new_stack};
 use crate::memory::is_canonical;
 use crate::registers::{Rflags, gpr};
-use crate::segment::{
-    Descriptor, is_null, null_stack_segment, rpl, system_type, virtual_8086_segment,
-};
+use crate::segment::{Descriptor, is_null, null_stack_segment, rpl, system_type, virtual_8086_segment};
 use crate::state::{Mode, SegReg, Segment};
 use crate::task::{Origin, TaskSwitch};
 
@@ -91,9 +89,7 @@ impl Cpu {
         let origin = self.origin();
         match descriptor.kind() {
             TASK_GATE => self.task_gate(env, &descriptor, kind.task_switch(), origin),
-            TSS16 | TSS32 => {
-                self.switch_to_available(env, selector, &descriptor, kind.task_switch(), origin)
-            }
+            TSS16 | TSS32 => self.switch_to_available(env, selector, &descriptor, kind.task_switch(), origin),
             _ => self.attempt(|cpu| cpu.gate_transfer(env, kind, selector)),
         }
     }
@@ -357,7 +353,8 @@ impl Cpu {
     ) -> Result<(), Exception> {
         let level = rpl(selector);
         let outward = level > self.state.cpl;
-        let ip = if segment.attributes & Segment::L != 0 && self.in_long_mode() { ip } else { truncate(ip, 4) };
+        let ip =
+            if segment.attributes & Segment::L != 0 && self.in_long_mode() { ip } else { truncate(ip, 4) };
         let new_stack = match stack {
             Some((selector, rsp)) => Some((self.return_stack(env, selector, level, &segment)?, rsp)),
             None => None,

@@ -131,12 +131,7 @@ impl Cpu {
         Ok(true)
     }
 
-    fn exec_far_transfer<E: Env>(
-        &mut self,
-        env: &mut E,
-        op: &Op,
-        kind: Transfer,
-    ) -> Result<bool, Exception> {
+    fn exec_far_transfer<E: Env>(&mut self, env: &mut E, op: &Op, kind: Transfer) -> Result<bool, Exception> {
         let instruction = &op.instruction;
         let (selector, offset, size) = match instruction.code() {
             Code::Jmp_ptr1616 | Code::Call_ptr1616 => {
@@ -166,8 +161,7 @@ impl Cpu {
         let Some((used, _)) = bytes.split_at_mut_checked(size + 2) else { return Err(Exception::UD) };
         self.read_bytes(env, seg, address, used)?;
         let (offset, selector) = used.split_at(size);
-        let number =
-            |bytes: &[u8]| bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte));
+        let number = |bytes: &[u8]| bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte));
         Ok((number(selector) as u16, number(offset), size))
     }
 
@@ -301,4 +295,3 @@ impl Cpu {
         self.write_bytes(env, seg, offset, used)
     }
 }
-
