@@ -241,6 +241,16 @@ impl LocalApic {
         });
     }
 
+    /// Sets what to add to the host's time-stamp counter, as of reset or restoring: every processor of a machine
+    /// gets the same, so that their counters agree. Not for a machine that runs.
+    pub fn set_tsc_offset(&self, offset: u64) {
+        self.tsc_offset.store(offset, Ordering::Relaxed);
+    }
+    /// Drops the events that no register holds: NMI, INIT, start-up and kick. Not for a machine that runs.
+    pub fn forget_events(&self) {
+        self.events.fetch_and(event::INTERRUPT, Ordering::SeqCst);
+    }
+
     // ---- for everybody ----
 
     /// Makes the vCPU's engine return to its caller soon.
