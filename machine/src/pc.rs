@@ -3,11 +3,12 @@
 use alloc::sync::Arc;
 
 use crate::bus::{MmioMap, PortMap};
-use crate::devices::{RestoreError, pic};
+use crate::devices::uart::{self, SerialPort, Uart};
+use crate::devices::{RestoreError, Saved, pic};
 use crate::host::{ByteStream, Clock, EventSink};
 use crate::irq::{Interrupts, IoApicMmio, PicPorts, SavedInterrupts};
 use crate::machine::{MachineConfig, MachineError};
-use crate::map::{IOAPIC_BASE, IOAPIC_SIZE, SCI_IRQ};
+use crate::map::{COM1_IRQ, COM1_PORT, IOAPIC_BASE, IOAPIC_SIZE, SCI_IRQ};
 use crate::timer::TimerHub;
 
 /// All devices but the local APICs.
@@ -15,6 +16,7 @@ pub struct Pc {
     ports: Arc<PortMap>,
     mmio: Arc<MmioMap>,
     interrupts: Arc<Interrupts>,
+    com1: Arc<SerialPort>,
 }
 
 /// What [`Pc::save`] gives.
@@ -22,6 +24,8 @@ pub struct Pc {
 pub struct SavedPc {
     /// PIC and I/O APIC.
     pub interrupts: SavedInterrupts,
+    /// The first serial port.
+    pub com1: Saved<Uart>,
 }
 
 impl Pc {
@@ -32,7 +36,7 @@ impl Pc {
         _timers: &Arc<TimerHub>,
         interrupts: &Arc<Interrupts>,
         _events: Arc<dyn EventSink>,
-        _console: Arc<dyn ByteStream>,
+        console: Arc<dyn ByteStream>,
     ) -> Result<Self, MachineError> {
         let ports = Arc::new(PortMap::new());
         let mmio = Arc::new(MmioMap::new());
@@ -41,9 +45,11 @@ impl Pc {
             ports.insert(first, 2, 1, pic_ports.clone())?;
         }
         mmio.insert(IOAPIC_BASE, IOAPIC_SIZE, Arc::new(IoApicMmio(interrupts.clone())))?;
+        let com1 = SerialPort::new(interrupts.line(COM1_IRQ), console);
+        ports.insert(COM1_PORT, uart::PORTS, 1, com1.clone())?;
         // As firmware does for the interrupts that are no edges: ACPI's.
         interrupts.set_level_triggered(1 << SCI_IRQ);
-        Ok(Self { ports, mmio, interrupts: interrupts.clone() })
+        Ok(Self { ports, mmio, interrupts: interrupts.clone(), com1 })
     }
 
     /// The machine's ports.
@@ -57,7 +63,7 @@ impl Pc {
 
     /// Bytes from the far end of the first serial line; says how many it took.
     pub fn console_receive(&self, bytes: &[u8]) -> usize {
-        bytes.len()
+        self.com1.receive(bytes)
     }
 
     /// Presses the power button.
@@ -65,11 +71,12 @@ impl Pc {
 
     /// Everything that the devices hold.
     pub fn save(&self) -> SavedPc {
-        SavedPc { interrupts: self.interrupts.save() }
+        SavedPc { interrupts: self.interrupts.save(), com1: self.com1.save() }
     }
 
     /// Takes over what [`Pc::save`] gave.
     pub fn restore(&self, saved: &SavedPc) -> Result<(), RestoreError> {
-        self.interrupts.restore(&saved.interrupts)
+        self.interrupts.restore(&saved.interrupts)?;
+        self.com1.restore(&saved.com1)
     }
 }
