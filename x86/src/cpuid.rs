@@ -108,9 +108,13 @@ impl CpuModel {
 
     /// Whether the processor has this instruction; without it, it raises #UD. Meant for the decode step.
     pub fn offers_instruction(&self, instruction: &Instruction) -> bool {
-        // RDSSP is a NOP where there are no shadow stacks (SDM Vol. 2B, RDSSPD): programs rely on it.
-        matches!(instruction.code(), Code::Rdsspd_r32 | Code::Rdsspq_r64)
-            || instruction.cpuid_features().iter().all(|&set| self.offers(set))
+        matches!(
+            instruction.code(),
+            // A NOP where there are no shadow stacks (SDM Vol. 2B, RDSSPD): programs rely on it.
+            Code::Rdsspd_r32 | Code::Rdsspq_r64
+            // Hypercalls are for guests of every vendor's processors, and need no CPUID bit of theirs.
+            | Code::Vmcall | Code::Vmmcall
+        ) || instruction.cpuid_features().iter().all(|&set| self.offers(set))
     }
 
     /// Whether a feature bit is set.
@@ -465,6 +469,8 @@ mod tests {
         let model = CpuModel::reference(1);
         assert!(offers(&model, &[0xf3, 0x0f, 0x1e, 0xfa]), "endbr64 is a NOP");
         assert!(offers(&model, &[0xf3, 0x48, 0x0f, 0x1e, 0xc8]), "rdsspq is a NOP");
+        assert!(offers(&model, &[0x0f, 0x01, 0xc1]), "vmcall");
+        assert!(offers(&model, &[0x0f, 0x01, 0xd9]), "vmmcall");
         assert!(offers(&model, &[0xc5, 0xf5, 0xfe, 0xc2]), "vpaddd ymm");
         assert!(offers(&model, &[0xc4, 0xe2, 0x75, 0xdc, 0xc2]), "vaesenc ymm");
         assert!(!offers(&model, &[0x62, 0xf1, 0x75, 0x48, 0xfe, 0xc2]), "vpaddd zmm");
