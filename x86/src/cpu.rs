@@ -2,10 +2,11 @@
 
 use crate::cpuid::{CpuModel, Word};
 use crate::debug::DebugWatch;
-use crate::env::Env;
+use crate::interp::cache::DecodeCache;
 use crate::state::CpuState;
 use crate::tlb::Tlb;
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 
 /// A logical processor: its architectural state and what is cached from it.
 pub struct Cpu {
@@ -18,6 +19,9 @@ pub struct Cpu {
     /// While an instruction executes (`state.rip` is still its own): where execution goes on, without the base
     /// of CS. The run loop sets it to the following instruction before, and moves it to `state.rip` after.
     pub next_rip: u64,
+    /// Linear addresses of instructions that a debugger outside wants [`Cpu::run`] to return before.
+    pub breakpoints: Vec<u64>,
+    pub(crate) decode_cache: DecodeCache,
     pub(crate) tlb: Tlb,
     pub(crate) watch: DebugWatch,
     /// 1 GiB pages (CPUID 8000_0001h EDX bit 26).
@@ -61,6 +65,8 @@ impl Cpu {
             model,
             apic_id: 0,
             next_rip: 0,
+            breakpoints: Vec::new(),
+            decode_cache: DecodeCache::default(),
             tlb: Tlb::new(),
             watch: DebugWatch::default(),
             gigabyte_pages,
@@ -77,10 +83,6 @@ impl Cpu {
         self.forget_debug_hits();
         self.debug_changed();
         self.flush_tlb();
-    }
-    /// Executes instructions and delivers exceptions and events until something ends it. `budget`: at most this
-    /// many instructions.
-    pub fn run<E: Env>(&mut self, _env: &mut E, _budget: u64) -> RunExit {
-        todo!()
+        self.decode_cache = DecodeCache::default();
     }
 }

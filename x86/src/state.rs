@@ -4,7 +4,7 @@ use crate::registers::{Cr0, Cr4, Efer, Rflags};
 
 /// Segment register numbers, in the order of their instruction encoding (SDM Vol. 2A, table 2-3 "sreg").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(usize)]
+#[repr(u8)]
 #[allow(missing_docs)]
 pub enum SegReg {
     Es = 0,

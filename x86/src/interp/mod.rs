@@ -1,8 +1,26 @@
 //! The interpreter: one instruction after the other, as the manuals describe it.
+//!
+//! `run` is the loop over events and instructions, `cache` keeps decoded ones, `decode` and `op` make them,
+//! `dispatch` executes the frequent ones and knows who executes the others.
 
+mod bits;
+pub(crate) mod cache;
+mod control;
+mod data;
+mod decimal;
+mod decode;
+mod dispatch;
+mod flag_instructions;
+mod flags;
 mod fpu_state;
+mod multiply;
 pub mod op;
 pub mod operand;
+mod port;
+mod processor;
+mod run;
 pub mod segment_ops;
+mod stack;
+mod string;
 pub mod vector;
 mod vector_memory;

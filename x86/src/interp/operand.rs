@@ -5,13 +5,13 @@ use iced_x86::{OpKind, Register};
 use crate::cpu::Cpu;
 use crate::env::Env;
 use crate::exception::Exception;
-use crate::interp::op::Op;
+use crate::interp::op::{Op, place};
 use crate::state::SegReg;
 
 /// Number of a general register in [`crate::state::CpuState::gpr`], its size in bytes, and whether it is AH, CH, DH or BH.
 fn general_register(register: Register) -> (usize, usize, bool) {
     let number = register as usize;
-    let from = |first: Register| number - first as usize;
+    let from = |first: Register| number.wrapping_sub(first as usize) & 15;
     match register.size() {
         1 if register >= Register::SPL => (from(Register::SPL) + 4, 1, false),
         1 if register >= Register::AH => (from(Register::AH), 1, true),
@@ -22,14 +22,16 @@ fn general_register(register: Register) -> (usize, usize, bool) {
     }
 }
 
-/// The value cut to `size` bytes.
-pub fn truncate(value: u64, size: usize) -> u64 {
-    if size >= 8 { value } else { value & ((1 << (size * 8)) - 1) }
+/// The value cut to `size` (1 to 8) bytes.
+#[inline(always)]
+pub const fn truncate(value: u64, size: usize) -> u64 {
+    value & u64::MAX >> (64u32.wrapping_sub(8 * size as u32) & 63)
 }
 
-/// The value of `size` bytes, sign-extended to 64 bits.
-pub fn sign_extend(value: u64, size: usize) -> u64 {
-    let unused = 64 - 8 * size as u32;
+/// The value of `size` (1 to 8) bytes, sign-extended to 64 bits.
+#[inline(always)]
+pub const fn sign_extend(value: u64, size: usize) -> u64 {
+    let unused = 64u32.wrapping_sub(8 * size as u32) & 63;
     ((value << unused) as i64 >> unused) as u64
 }
 
@@ -49,50 +51,57 @@ impl Cpu {
     /// A general register's value, zero-extended.
     pub fn register(&self, register: Register) -> u64 {
         let (number, size, high) = general_register(register);
-        if high { self.state.gpr[number] >> 8 & 0xff } else { truncate(self.state.gpr[number], size) }
+        let full = self.state.gpr[number & 15];
+        if high { full >> 8 & 0xff } else { truncate(full, size) }
     }
 
     /// Writes a general register: 4-byte writes clear the upper half, smaller ones leave the rest.
     pub fn set_register(&mut self, register: Register, value: u64) {
         let (number, size, high) = general_register(register);
-        let full = &mut self.state.gpr[number];
+        let number = number as u8 & 15;
+        self.set_gpr(if high { number | place::HIGH_BYTE } else { number }, size, value);
+    }
+
+    /// Value of the register at a [`place`], zero-extended from `size` bytes.
+    #[inline(always)]
+    pub(crate) fn gpr(&self, place: u8, size: usize) -> u64 {
+        let full = self.state.gpr[usize::from(place & 15)];
+        let shift = if place & place::HIGH_BYTE != 0 { 8 } else { 0 };
+        truncate(full >> shift, size)
+    }
+
+    /// Writes `size` bytes of the register at a [`place`].
+    #[inline(always)]
+    pub(crate) fn set_gpr(&mut self, place: u8, size: usize, value: u64) {
+        let full = &mut self.state.gpr[usize::from(place & 15)];
         *full = match size {
-            1 if high => *full & !0xff00 | (value & 0xff) << 8,
-            1 => *full & !0xff | value & 0xff,
-            2 => *full & !0xffff | value & 0xffff,
+            8 => value,
             4 => value & 0xffff_ffff,
-            _ => value,
+            2 => *full & !0xffff | value & 0xffff,
+            _ if place & place::HIGH_BYTE != 0 => *full & !0xff00 | (value & 0xff) << 8,
+            _ => *full & !0xff | value & 0xff,
         };
     }
 
+    /// Offset of the instruction's ModRM (or moffs) memory operand in its segment.
+    #[inline(always)]
+    pub(crate) fn effective_offset(&self, op: &Op) -> u64 {
+        let mut offset = op.displacement;
+        if op.base & 0xf0 == 0 {
+            offset = offset.wrapping_add(self.state.gpr[usize::from(op.base & 15)]);
+        } else if op.base == place::RIP {
+            offset = offset.wrapping_add(self.state.rip);
+        }
+        if op.index & 0xf0 == 0 {
+            offset = offset.wrapping_add(self.state.gpr[usize::from(op.index & 15)] << (op.scale & 3));
+        }
+        truncate(offset, op.address_size.into())
+    }
+
     /// Segment and offset of the instruction's ModRM (or moffs) memory operand.
+    #[inline(always)]
     pub fn effective_address(&self, op: &Op) -> (SegReg, u64) {
-        let instruction = &op.instruction;
-        let segment = segment_register(instruction.memory_segment());
-        let base = instruction.memory_base();
-        let mut offset = instruction.memory_displacement64();
-        let mut size = 0;
-        match base {
-            Register::None => {}
-            Register::RIP | Register::EIP => {
-                size = base.size();
-                offset = offset.wrapping_add(op.ip_delta(self.state.rip));
-            }
-            _ => {
-                size = base.size();
-                offset = offset.wrapping_add(self.register(base));
-            }
-        }
-        let index = instruction.memory_index();
-        if index.is_gpr() {
-            size = index.size();
-            offset = offset
-                .wrapping_add(self.register(index).wrapping_mul(instruction.memory_index_scale().into()));
-        }
-        if size == 0 {
-            size = instruction.memory_displ_size() as usize;
-        }
-        (segment, truncate(offset, size))
+        (op.segment, self.effective_offset(op))
     }
 
     /// Size in bytes of an explicit operand.
@@ -133,5 +142,71 @@ impl Cpu {
         }
         let (segment, offset) = self.effective_address(op);
         self.write(env, segment, offset, op.instruction.memory_size().size(), value)
+    }
+
+    /// Value of the second operand (register, memory or immediate), zero-extended from its size.
+    #[inline(always)]
+    pub(crate) fn read_source<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<u64, Exception> {
+        let size = op.source_size.into();
+        match op.source {
+            place::IMMEDIATE => Ok(op.immediate),
+            place::MEMORY => self.read(env, op.segment, self.effective_offset(op), size),
+            register => Ok(self.gpr(register, size)),
+        }
+    }
+
+    /// Value of the first operand (register or memory), zero-extended from its size.
+    #[inline(always)]
+    pub(crate) fn read_destination<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<u64, Exception> {
+        let size = op.size.into();
+        if op.destination == place::MEMORY {
+            return self.read(env, op.segment, self.effective_offset(op), size);
+        }
+        Ok(self.gpr(op.destination, size))
+    }
+
+    /// Writes the first operand (register or memory).
+    #[inline(always)]
+    pub(crate) fn write_destination<E: Env>(
+        &mut self,
+        env: &mut E,
+        op: &Op,
+        value: u64,
+    ) -> Result<(), Exception> {
+        let size = op.size.into();
+        if op.destination == place::MEMORY {
+            return self.write(env, op.segment, self.effective_offset(op), size, value);
+        }
+        self.set_gpr(op.destination, size, value);
+        Ok(())
+    }
+
+    /// Replaces the first operand (register or memory) by what `update` makes of it and of RFLAGS; returns its
+    /// old value. In memory that is one read-modify-write, atomic with a LOCK prefix.
+    #[inline(always)]
+    pub(crate) fn modify<E: Env>(
+        &mut self,
+        env: &mut E,
+        op: &Op,
+        update: impl Fn(u64, u64) -> (u64, u64),
+    ) -> Result<u64, Exception> {
+        let size = op.size.into();
+        let rflags = self.state.rflags;
+        if op.destination == place::MEMORY {
+            let offset = self.effective_offset(op);
+            let mut new_flags = rflags;
+            let old = self.read_modify_write(env, op.segment, offset, size, op.locked, &mut |old| {
+                let (new, flags) = update(old, rflags);
+                new_flags = flags;
+                new
+            })?;
+            self.state.rflags = new_flags;
+            return Ok(old);
+        }
+        let old = self.gpr(op.destination, size);
+        let (new, flags) = update(old, rflags);
+        self.set_gpr(op.destination, size, new);
+        self.state.rflags = flags;
+        Ok(old)
     }
 }

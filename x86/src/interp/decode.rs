@@ -1,0 +1,51 @@
+//! From bytes to an [`Op`].
+
+use iced_x86::{Code, CpuidFeature, Decoder, DecoderError, DecoderOptions};
+
+use crate::cpuid::{CpuModel, Vendor};
+use crate::interp::op::{Handler, MAX_INSTRUCTION_LENGTH, Op};
+
+/// Decodes for one CPU model.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct InstructionDecoder {
+    options: u32,
+}
+
+impl InstructionDecoder {
+    /// With what the model's vendor and features make of some opcodes.
+    pub(crate) fn new(model: &CpuModel) -> Self {
+        let unless = |set: CpuidFeature, option: u32| if model.offers(set) { 0 } else { option };
+        let vendor = if model.vendor == Vendor::Amd { DecoderOptions::AMD } else { DecoderOptions::NONE };
+        Self {
+            options: vendor
+                | unless(CpuidFeature::BMI1, DecoderOptions::NO_MPFX_0FBC)
+                | unless(CpuidFeature::LZCNT, DecoderOptions::NO_MPFX_0FBD)
+                | unless(CpuidFeature::WBNOINVD, DecoderOptions::NO_WBNOINVD),
+        }
+    }
+
+    /// Decodes the instruction at the start of `bytes` as code of `bits` (16, 32 or 64); `None` if more bytes are
+    /// needed. Instructions that the model does not offer, and invalid ones, come out as #UD; those longer
+    /// than 15 bytes as #GP(0) (SDM Vol. 3A, section 6.15, interrupt 13).
+    pub(crate) fn decode(&self, bytes: &[u8], bits: u32, model: &CpuModel) -> Option<Op> {
+        let mut decoder = Decoder::with_ip(bits, bytes, 0, self.options);
+        let instruction = decoder.decode();
+        let invalid = instruction.code() == Code::INVALID;
+        if invalid && decoder.last_error() == DecoderError::NoMoreBytes {
+            return None;
+        }
+        let mut own = [0; MAX_INSTRUCTION_LENGTH];
+        for (to, from) in own.iter_mut().zip(bytes) {
+            *to = *from;
+        }
+        let mut op = Op::new(instruction, own);
+        if invalid && instruction.len() >= MAX_INSTRUCTION_LENGTH {
+            op.handler = Handler::TooLong;
+        } else if op.handler != Handler::Nop && !model.offers_instruction(&instruction) {
+            // Hints are no-operations where they are unknown.
+            op.handler = Handler::Undefined;
+            op.ends_block = true;
+        }
+        Some(op)
+    }
+}

@@ -1,0 +1,101 @@
+//! Tests of the run loop: blocks, self-modifying code, budgets, events.
+
+use crate::cpu::{Cpu, RunExit};
+use crate::cpuid::Vendor;
+use crate::registers::gpr::{RAX, RBX, RCX};
+use crate::registers::{Cr0, Efer, Rflags};
+use crate::state::{SegReg, Segment};
+use crate::testing::{TestEnv, test_cpu};
+
+/// Where the code of the tests stands.
+pub(super) const CODE: u64 = 0x1000;
+
+/// A processor in 64-bit mode at CPL 0 without paging, with `code` at [`CODE`] and its stack at 0x8000.
+pub(super) fn machine(code: &[u8]) -> (Cpu, TestEnv) {
+    let mut cpu = test_cpu(Vendor::Amd);
+    let env = TestEnv::new(0x10000);
+    env.put(CODE, code);
+    let state = &mut cpu.state;
+    state.cr0 |= Cr0::PE.bits();
+    state.msr.efer |= (Efer::LME | Efer::LMA).bits();
+    state.seg[SegReg::Cs as usize] = Segment { base: 0, limit: u32::MAX, selector: 8, attributes: 0xa09b };
+    state.seg[SegReg::Ss as usize] = Segment { base: 0, limit: u32::MAX, selector: 16, attributes: 0xc093 };
+    state.rip = CODE;
+    state.gpr[4] = 0x8000;
+    (cpu, env)
+}
+
+#[test]
+fn counts_in_a_loop_until_halted() {
+    // mov ecx, 1000; l: add rax, rcx; loop l; hlt
+    let (mut cpu, mut env) = machine(&[0xb9, 0xe8, 3, 0, 0, 0x48, 0x01, 0xc8, 0xe2, 0xfb, 0xf4]);
+    assert_eq!(cpu.run(&mut env, 10_000), RunExit::Halted);
+    assert_eq!((cpu.state.gpr[RAX], cpu.state.gpr[RCX]), (500_500, 0));
+    assert_eq!(cpu.state.rip, CODE + 11);
+}
+
+#[test]
+fn stops_when_the_budget_is_used_up() {
+    // three times inc eax, then jmp to itself
+    let (mut cpu, mut env) = machine(&[0xff, 0xc0, 0xff, 0xc0, 0xff, 0xc0, 0xeb, 0xfe]);
+    assert_eq!(cpu.run(&mut env, 2), RunExit::Budget);
+    assert_eq!((cpu.state.gpr[RAX], cpu.state.rip), (2, CODE + 4));
+    assert_eq!(cpu.run(&mut env, 5), RunExit::Budget);
+    assert_eq!((cpu.state.gpr[RAX], cpu.state.rip), (3, CODE + 6));
+}
+
+#[test]
+fn the_very_next_instruction_may_be_overwritten() {
+    // mov byte [rip+1], 0x2a; mov al, 1; hlt: the store changes the immediate of the second instruction.
+    let (mut cpu, mut env) = machine(&[0xc6, 0x05, 1, 0, 0, 0, 0x2a, 0xb0, 1, 0xf4]);
+    assert_eq!(cpu.run(&mut env, 100), RunExit::Halted);
+    assert_eq!(cpu.state.gpr[RAX], 0x2a);
+}
+
+#[test]
+fn instructions_across_pages_follow_both_pages() {
+    let (mut cpu, mut env) = machine(&[]);
+    let at = CODE + 0xffd;
+    for round in [0x11u8, 0x22] {
+        // mov eax, imm32 whose last two bytes stand in the next page; hlt
+        env.put(at, &[0xb8, 1, 2, round, 4, 0xf4]);
+        cpu.state.rip = at;
+        cpu.state.activity = crate::state::Activity::Running;
+        assert_eq!(cpu.run(&mut env, 100), RunExit::Halted);
+        assert_eq!(cpu.state.gpr[RAX], u64::from_le_bytes([1, 2, round, 4, 0, 0, 0, 0]));
+    }
+}
+
+#[test]
+fn breakpoints_of_the_debugger_stop_before_but_not_at_the_first_instruction() {
+    // inc eax; inc ebx; hlt
+    let (mut cpu, mut env) = machine(&[0xff, 0xc0, 0xff, 0xc3, 0xf4]);
+    cpu.breakpoints.push(CODE + 2);
+    assert_eq!(cpu.run(&mut env, 100), RunExit::Breakpoint);
+    assert_eq!((cpu.state.rip, cpu.state.gpr[RBX]), (CODE + 2, 0));
+    assert_eq!(cpu.run(&mut env, 100), RunExit::Halted);
+}
+
+#[test]
+fn a_repeated_string_instruction_goes_on_after_its_interruption() {
+    // mov ecx, 5000; mov edi, 0x4000; rep stosb; hlt
+    let code = [0xb9, 0x88, 0x13, 0, 0, 0xbf, 0, 0x40, 0, 0, 0xf3, 0xaa, 0xf4];
+    let (mut cpu, mut env) = machine(&code);
+    cpu.state.gpr[RAX] = 0x77;
+    assert_eq!(cpu.run(&mut env, 3), RunExit::Budget);
+    assert_eq!(cpu.state.rip, CODE + 10);
+    assert_eq!(cpu.state.gpr[RCX], 5000 - 0x1000);
+    assert_eq!(cpu.run(&mut env, 100), RunExit::Halted);
+    assert_eq!((cpu.state.gpr[RCX], cpu.state.gpr[7]), (0, 0x4000 + 5000));
+    assert_eq!(env.get::<2>(0x4000 + 4999), [0x77, 0]);
+}
+
+#[test]
+fn sti_shadows_one_instruction_only() {
+    // sti; inc eax; inc eax
+    let (mut cpu, mut env) = machine(&[0xfb, 0xff, 0xc0, 0xff, 0xc0]);
+    assert_eq!(cpu.run(&mut env, 1), RunExit::Budget);
+    assert!(cpu.state.interrupt_shadow && cpu.state.has_flags(Rflags::IF));
+    assert_eq!(cpu.run(&mut env, 1), RunExit::Budget);
+    assert!(!cpu.state.interrupt_shadow);
+}
