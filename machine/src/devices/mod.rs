@@ -4,12 +4,17 @@
 //! Locks are taken in this order: a device's own, then the interrupt controllers' (PIC and I/O APIC), then a
 //! local APIC's; the timer hub's comes last of all.
 
+pub mod acpi_pm;
+pub mod i8042;
 pub mod ioapic;
 pub mod lapic;
 pub mod local_apic;
 pub mod log;
 pub mod message;
+pub mod pci;
 pub mod pic;
+pub mod reset;
+pub mod testdev;
 #[cfg(test)]
 mod testing;
 pub mod uart;
