@@ -19,7 +19,7 @@ use crate::irq::Interrupts;
 use crate::lifecycle::{Lifecycle, Transition, TransitionError};
 use crate::map::PCI_MEMORY64_START;
 use crate::memory::{GuestMemory, HIGH_RAM_START, LOW_RAM_END};
-use crate::pc::{Pc, SavedPc};
+use crate::pc::{Pc, PcParts, SavedPc};
 use crate::sync::Mutex;
 use crate::timer::TimerHub;
 use crate::vcpu_bus::ProcessorBus;
@@ -139,7 +139,14 @@ impl Machine {
         let timers = TimerHub::new(host.alarm);
         let interrupts = Interrupts::new(config.cpus, model.physical_bits, &host.clock, &timers);
         let events = Arc::new(Events { host: host.events, interrupts: interrupts.clone() });
-        let pc = Pc::new(&config, &host.clock, &timers, &interrupts, events, host.console)?;
+        let pc = Pc::new(PcParts {
+            testdev: config.testdev,
+            clock: host.clock.clone(),
+            timers: timers.clone(),
+            interrupts: interrupts.clone(),
+            events,
+            console: host.console,
+        })?;
         let offset = 0u64.wrapping_sub(host.clock.tsc());
         for apic in interrupts.apics() {
             apic.set_tsc_offset(offset);

@@ -1,4 +1,11 @@
-//! Where things are in the PC's address spaces. Compatible with the PCs that firmware and old kernels know.
+//! Where things are in the PC's address spaces, as far as a device does not say so itself. Compatible with the
+//! PCs that firmware and old kernels know.
+
+pub use crate::devices::acpi_pm::SCI as SCI_IRQ;
+pub use crate::devices::ioapic::{BASE as IOAPIC_BASE, SIZE as IOAPIC_SIZE};
+pub use crate::devices::lapic::DEFAULT_BASE as LAPIC_BASE;
+pub use crate::devices::pci::CONFIG_ADDRESS as PCI_CONFIG_PORT;
+pub use crate::devices::reset::{RESET_CONTROL as RESET_PORT, RESET_VALUE};
 
 /// Start of the extended BIOS data area at the end of conventional memory.
 pub const EBDA_START: u64 = 0x9_fc00;
@@ -21,23 +28,6 @@ pub const ECAM_SIZE: u64 = 0x1000_0000;
 pub const PCI_MEMORY64_START: u64 = 0x40_0000_0000;
 /// Its bytes. It ends at 512 GiB, within 39 bits of physical address.
 pub const PCI_MEMORY64_SIZE: u64 = 0x40_0000_0000;
-/// The I/O APIC.
-pub const IOAPIC_BASE: u64 = 0xfec0_0000;
-/// Bytes of its range.
-pub const IOAPIC_SIZE: u64 = 0x1000;
-/// Every processor's local APIC after reset.
-pub const LAPIC_BASE: u64 = 0xfee0_0000;
-/// Bytes of its range.
-pub const LAPIC_SIZE: u64 = 0x1000;
-
-/// Ports of the ACPI power-management block: PM1a event registers (4 bytes), PM1a control (2) and the timer (4).
-pub const PM1A_EVENT_PORT: u16 = 0x600;
-/// PM1a control register.
-pub const PM1A_CONTROL_PORT: u16 = 0x604;
-/// Power-management timer.
-pub const PM_TIMER_PORT: u16 = 0x608;
-/// Reset control register of Intel chipsets, which the FADT names as the reset register.
-pub const RESET_PORT: u16 = 0xcf9;
 /// First serial port.
 pub const COM1_PORT: u16 = 0x3f8;
 /// ISA interrupt of the first serial port.
@@ -46,10 +36,6 @@ pub const COM1_IRQ: usize = 4;
 pub const RTC_PORT: u16 = 0x70;
 /// ISA interrupt of the RTC.
 pub const RTC_IRQ: usize = 8;
-/// The ACPI system control interrupt.
-pub const SCI_IRQ: usize = 9;
-/// PCI configuration mechanism 1: address at this port, data four above.
-pub const PCI_CONFIG_PORT: u16 = 0xcf8;
 /// I/O APIC pins 16 to 19 carry the PCI interrupts.
 pub const PCI_FIRST_PIN: u32 = 16;
 

@@ -2,14 +2,37 @@
 
 use alloc::sync::Arc;
 
-use crate::bus::{MmioMap, PortMap};
+use crate::bus::{MapError, MmioMap, PortMap};
+use crate::devices::acpi_pm::{self, AcpiPm, PowerManagement};
+use crate::devices::i8042::{self, I8042, KeyboardController};
+use crate::devices::log::GuestLog;
+use crate::devices::pci::{self, ConfigPorts, Ecam, PciRoot};
+use crate::devices::reset::{PORT_A, PortA, QuietPorts, ResetControl};
+use crate::devices::testdev::{self, DebugConsole, DebugExit, Echo, Flush, IoMemory, IrqPorts};
 use crate::devices::uart::{self, SerialPort, Uart};
 use crate::devices::{RestoreError, Saved, pic};
 use crate::host::{ByteStream, Clock, EventSink};
-use crate::irq::{Interrupts, IoApicMmio, PicPorts, SavedInterrupts};
-use crate::machine::{MachineConfig, MachineError};
-use crate::map::{COM1_IRQ, COM1_PORT, IOAPIC_BASE, IOAPIC_SIZE, SCI_IRQ};
+use crate::irq::{Interrupts, IoApicMmio, LINES, PicPorts, SavedInterrupts};
+use crate::map::{
+    COM1_IRQ, COM1_PORT, ECAM_BASE, ECAM_SIZE, IOAPIC_BASE, IOAPIC_SIZE, PCI_CONFIG_PORT, SCI_IRQ,
+};
 use crate::timer::TimerHub;
+
+/// What the devices are made with.
+pub struct PcParts {
+    /// With QEMU's test devices.
+    pub testdev: bool,
+    /// Time.
+    pub clock: Arc<dyn Clock>,
+    /// Deadlines.
+    pub timers: Arc<TimerHub>,
+    /// Interrupt controllers.
+    pub interrupts: Arc<Interrupts>,
+    /// Hears what the guest asks of the whole machine.
+    pub events: Arc<dyn EventSink>,
+    /// The far end of the first serial line.
+    pub console: Arc<dyn ByteStream>,
+}
 
 /// All devices but the local APICs.
 pub struct Pc {
@@ -17,6 +40,9 @@ pub struct Pc {
     mmio: Arc<MmioMap>,
     interrupts: Arc<Interrupts>,
     com1: Arc<SerialPort>,
+    power: Arc<PowerManagement>,
+    keyboard: Arc<KeyboardController>,
+    pci: Arc<PciRoot>,
 }
 
 /// What [`Pc::save`] gives.
@@ -26,30 +52,54 @@ pub struct SavedPc {
     pub interrupts: SavedInterrupts,
     /// The first serial port.
     pub com1: Saved<Uart>,
+    /// ACPI power management.
+    pub power: Saved<AcpiPm>,
+    /// The keyboard controller.
+    pub keyboard: Saved<I8042>,
 }
 
 impl Pc {
     /// Makes all devices, and wires them as a PC's are.
-    pub fn new(
-        _config: &MachineConfig,
-        _clock: &Arc<dyn Clock>,
-        _timers: &Arc<TimerHub>,
-        interrupts: &Arc<Interrupts>,
-        _events: Arc<dyn EventSink>,
-        console: Arc<dyn ByteStream>,
-    ) -> Result<Self, MachineError> {
+    pub fn new(parts: PcParts) -> Result<Self, MapError> {
+        let PcParts { testdev, clock, timers: _, interrupts, events, console } = parts;
         let ports = Arc::new(PortMap::new());
         let mmio = Arc::new(MmioMap::new());
+        let log = GuestLog::new(events.clone(), clock.clone());
+
         let pic_ports = Arc::new(PicPorts(interrupts.clone()));
         for first in [pic::MASTER, pic::SLAVE, pic::ELCR] {
             ports.insert(first, 2, 1, pic_ports.clone())?;
         }
         mmio.insert(IOAPIC_BASE, IOAPIC_SIZE, Arc::new(IoApicMmio(interrupts.clone())))?;
-        let com1 = SerialPort::new(interrupts.line(COM1_IRQ), console);
-        ports.insert(COM1_PORT, uart::PORTS, 1, com1.clone())?;
-        // As firmware does for the interrupts that are no edges: ACPI's.
+        // As firmware does for the one ISA interrupt that is no edge: ACPI's.
         interrupts.set_level_triggered(1 << SCI_IRQ);
-        Ok(Self { ports, mmio, interrupts: interrupts.clone(), com1 })
+
+        let com1 = SerialPort::new(interrupts.line(COM1_IRQ), console.clone());
+        ports.insert(COM1_PORT, uart::PORTS, 1, com1.clone())?;
+
+        let reset = ResetControl::new(events.clone());
+        let power = PowerManagement::new(interrupts.line(SCI_IRQ), clock, events.clone(), log);
+        ports.insert(acpi_pm::BASE, acpi_pm::PORTS, 4, power.clone())?;
+        let keyboard = KeyboardController::new(
+            interrupts.line(i8042::KEYBOARD_IRQ),
+            interrupts.line(i8042::MOUSE_IRQ),
+            reset.clone(),
+        );
+        ports.insert(i8042::DATA, 1, 1, keyboard.clone())?;
+        ports.insert(i8042::COMMAND, 1, 1, keyboard.clone())?;
+        ports.insert(PORT_A, 1, 1, PortA::new(reset.clone()))?;
+        for (first, count) in QuietPorts::RANGES {
+            ports.insert(first, count, 1, QuietPorts::new(first))?;
+        }
+
+        let pci = PciRoot::new();
+        ports.insert(PCI_CONFIG_PORT, pci::PORTS, 4, ConfigPorts::new(pci.clone(), reset))?;
+        mmio.insert(ECAM_BASE, ECAM_SIZE, Arc::new(Ecam(pci.clone())))?;
+
+        if testdev {
+            insert_testdev(&ports, &mmio, &interrupts, events, console)?;
+        }
+        Ok(Self { ports, mmio, interrupts, com1, power, keyboard, pci })
     }
 
     /// The machine's ports.
@@ -60,6 +110,10 @@ impl Pc {
     pub fn mmio(&self) -> &Arc<MmioMap> {
         &self.mmio
     }
+    /// Where PCI functions are plugged in.
+    pub fn pci(&self) -> &Arc<PciRoot> {
+        &self.pci
+    }
 
     /// Bytes from the far end of the first serial line; says how many it took.
     pub fn console_receive(&self, bytes: &[u8]) -> usize {
@@ -67,16 +121,43 @@ impl Pc {
     }
 
     /// Presses the power button.
-    pub fn power_button(&self) {}
+    pub fn power_button(&self) {
+        self.power.press_power_button();
+    }
 
     /// Everything that the devices hold.
     pub fn save(&self) -> SavedPc {
-        SavedPc { interrupts: self.interrupts.save(), com1: self.com1.save() }
+        SavedPc {
+            interrupts: self.interrupts.save(),
+            com1: self.com1.save(),
+            power: self.power.save(),
+            keyboard: self.keyboard.save(),
+        }
     }
 
     /// Takes over what [`Pc::save`] gave.
     pub fn restore(&self, saved: &SavedPc) -> Result<(), RestoreError> {
         self.interrupts.restore(&saved.interrupts)?;
-        self.com1.restore(&saved.com1)
+        self.com1.restore(&saved.com1)?;
+        self.power.restore(&saved.power)?;
+        self.keyboard.restore(&saved.keyboard)
     }
+}
+
+/// What QEMU has with `-device pc-testdev -device isa-debug-exit,iobase=0xf4,iosize=4 -debugcon stdio`.
+fn insert_testdev(
+    ports: &PortMap,
+    mmio: &MmioMap,
+    interrupts: &Arc<Interrupts>,
+    events: Arc<dyn EventSink>,
+    console: Arc<dyn ByteStream>,
+) -> Result<(), MapError> {
+    let echo = Arc::new(Echo::default());
+    ports.insert(testdev::DEBUG_EXIT, 4, 4, Arc::new(DebugExit(events)))?;
+    ports.insert(testdev::DEBUG_CONSOLE, 1, 1, Arc::new(DebugConsole(console)))?;
+    ports.insert(testdev::ECHO, 4, 4, echo.clone())?;
+    ports.insert(testdev::ECHO_BYTES, 1, 1, echo)?;
+    ports.insert(testdev::FLUSH, 4, 4, Arc::new(Flush))?;
+    ports.insert(testdev::IRQ_LINES, LINES as u32, 1, IrqPorts::new(interrupts))?;
+    mmio.insert(testdev::MEMORY, testdev::MEMORY_SIZE, IoMemory::new())
 }

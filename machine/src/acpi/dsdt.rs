@@ -14,21 +14,16 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
 use super::{AcpiConfig, OEM, OEM_REVISION, OEM_TABLE};
+use crate::devices::acpi_pm::{self, SLEEP_TYPE_S5};
 use crate::map::{
     COM1_IRQ, COM1_PORT, ECAM_BASE, ECAM_SIZE, IOAPIC_BASE, PCI_CONFIG_PORT, PCI_MEMORY_END,
-    PCI_MEMORY_START, PCI_MEMORY64_SIZE, PCI_MEMORY64_START, PM1A_EVENT_PORT, RTC_IRQ, RTC_PORT,
-    pci_interrupt_pin,
+    PCI_MEMORY_START, PCI_MEMORY64_SIZE, PCI_MEMORY64_START, RTC_IRQ, RTC_PORT, pci_interrupt_pin,
 };
-
-/// Value of SLP_TYP in PM1a control that switches the machine off.
-pub const S5_SLEEP_TYPE: u8 = 5;
-/// Bytes of the ports of the power-management block.
-const PM_PORTS: u8 = 12;
 
 /// The whole table.
 pub fn dsdt(config: &AcpiConfig) -> Sdt {
     let mut aml = Vec::new();
-    let s5 = S5_SLEEP_TYPE;
+    let s5 = SLEEP_TYPE_S5;
     Name::new("_S5_".into(), &Package::new(vec![&s5, &s5, &ZERO, &ZERO])).to_aml_bytes(&mut aml);
     let (pci, motherboard, com1, rtc) = (pci_root(), motherboard(), com1(), rtc());
     let system: [&[u8]; 5] = [&pci, &motherboard, &com1, &rtc, &processors(config.cpus)];
@@ -153,7 +148,7 @@ fn motherboard() -> Vec<u8> {
         "_CRS".into(),
         &ResourceTemplate::new(vec![
             &Memory32Fixed::new(true, ECAM_BASE as u32, ECAM_SIZE as u32),
-            &IO::new(PM1A_EVENT_PORT, PM1A_EVENT_PORT, 1, PM_PORTS),
+            &IO::new(acpi_pm::BASE, acpi_pm::BASE, 1, acpi_pm::PORTS as u8),
         ]),
     );
     bytes(&Device::new(

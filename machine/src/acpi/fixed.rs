@@ -5,10 +5,12 @@ use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::sdt::Sdt;
 
 use super::{AcpiConfig, OEM, OEM_REVISION, OEM_TABLE};
-use crate::irq::TIMER_PIN;
-use crate::map::{
-    IOAPIC_BASE, LAPIC_BASE, PM_TIMER_PORT, PM1A_CONTROL_PORT, PM1A_EVENT_PORT, RESET_PORT, SCI_IRQ,
+use crate::devices::acpi_pm::{
+    GPE0, GPE0_LENGTH, PM_TIMER, PM_TIMER_LENGTH, PM1_CONTROL, PM1_CONTROL_LENGTH, PM1_EVENT,
+    PM1_EVENT_LENGTH,
 };
+use crate::irq::TIMER_PIN;
+use crate::map::{IOAPIC_BASE, LAPIC_BASE, RESET_PORT, RESET_VALUE, SCI_IRQ};
 
 /// IAPC_BOOT_ARCH: there are devices on ISA ports; no VGA. Without the bit for a keyboard controller, none is
 /// looked for.
@@ -16,8 +18,6 @@ const LEGACY_DEVICES: u16 = 1 << 0;
 const NO_VGA: u16 = 1 << 2;
 /// A latency that says: there is no such sleep state (above 100 µs for C2, above 1000 µs for C3).
 const NO_C_STATE: u16 = 0xfff;
-/// What resets the machine when written to [`RESET_PORT`]: full reset of processor and system.
-const RESET_VALUE: u8 = 0x06;
 /// CMOS register of the century.
 const CENTURY: u8 = 0x32;
 
@@ -40,15 +40,18 @@ pub fn fadt(facs: u64, dsdt: u64) -> FADT {
     fadt.dsdt = (dsdt as u32).into();
     fadt.firmware_ctrl = (facs as u32).into();
     fadt.sci_int = (SCI_IRQ as u16).into();
-    fadt.pm1a_evt_blk = u32::from(PM1A_EVENT_PORT).into();
-    fadt.pm1_evt_len = 4;
-    fadt.x_pm1a_evt_blk = port(PM1A_EVENT_PORT, 32, AccessSize::WordAccess);
-    fadt.pm1a_cnt_blk = u32::from(PM1A_CONTROL_PORT).into();
-    fadt.pm1_cnt_len = 2;
-    fadt.x_pm1a_cnt_blk = port(PM1A_CONTROL_PORT, 16, AccessSize::WordAccess);
-    fadt.pm_tmr_blk = u32::from(PM_TIMER_PORT).into();
-    fadt.pm_tmr_len = 4;
-    fadt.x_pm_tmr_blk = port(PM_TIMER_PORT, 32, AccessSize::DwordAccess);
+    fadt.pm1a_evt_blk = u32::from(PM1_EVENT).into();
+    fadt.pm1_evt_len = PM1_EVENT_LENGTH;
+    fadt.x_pm1a_evt_blk = port(PM1_EVENT, 8 * PM1_EVENT_LENGTH, AccessSize::WordAccess);
+    fadt.pm1a_cnt_blk = u32::from(PM1_CONTROL).into();
+    fadt.pm1_cnt_len = PM1_CONTROL_LENGTH;
+    fadt.x_pm1a_cnt_blk = port(PM1_CONTROL, 8 * PM1_CONTROL_LENGTH, AccessSize::WordAccess);
+    fadt.pm_tmr_blk = u32::from(PM_TIMER).into();
+    fadt.pm_tmr_len = PM_TIMER_LENGTH;
+    fadt.x_pm_tmr_blk = port(PM_TIMER, 8 * PM_TIMER_LENGTH, AccessSize::DwordAccess);
+    fadt.gpe0_blk = u32::from(GPE0).into();
+    fadt.gpe0_blk_len = GPE0_LENGTH;
+    fadt.x_gpe0_blk = port(GPE0, 8 * GPE0_LENGTH, AccessSize::ByteAccess);
     fadt.p_lvl2_lat = NO_C_STATE.into();
     fadt.p_lvl3_lat = NO_C_STATE.into();
     fadt.century = CENTURY;

@@ -31,10 +31,6 @@ fn descriptor(segment: &Segment) -> u64 {
     0x000f_0000_0000_ffff | u64::from(segment.attributes) << 40
 }
 
-/// IA32_MTRR_DEF_TYPE as firmware leaves it: MTRRs enabled (bit 11), memory is write-back unless the page tables
-/// say otherwise. With MTRRs disabled Linux would switch the PAT off, too.
-const MTRRS_WRITE_BACK: u64 = 1 << 11 | 6;
-
 /// Flat segments, loaded in the registers and in a GDT in memory, for kernels that reload a register before
 /// they have a table of their own.
 fn flat(layout: &mut Layout<'_>, selectors: &Selectors, code_size: u16) -> Result<CpuState, BootError> {
@@ -55,7 +51,6 @@ fn flat(layout: &mut Layout<'_>, selectors: &Selectors, code_size: u16) -> Resul
     state.idtr = TableRegister::default();
     // A busy 32-bit TSS of the smallest size, as PVH wants it (and VM entries on hardware do).
     state.tr = Segment { base: 0, limit: 0x67, selector: 0, attributes: 0x8b };
-    state.msr.mtrr_def_type = MTRRS_WRITE_BACK;
     Ok(state)
 }
 
