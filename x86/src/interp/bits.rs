@@ -5,7 +5,7 @@ use iced_x86::Mnemonic;
 use crate::cpu::Cpu;
 use crate::env::Env;
 use crate::exception::Exception;
-use crate::interp::flags::{self, ARITHMETIC, CF, SF, Shift, ZF, flag_if};
+use crate::interp::flags::{self, AF, ARITHMETIC, CF, OF, Shift, ZF, flag_if};
 use crate::interp::op::{Op, place};
 use crate::interp::operand::{sign_extend, truncate};
 use crate::registers::gpr::RCX;
@@ -136,6 +136,7 @@ impl Cpu {
         let value = self.read_source(env, op)?;
         let leading = u64::from(value.leading_zeros()).wrapping_sub(64 - bits);
         let trailing = u64::from(value.trailing_zeros()).min(bits);
+        let overflow = self.state.rflags & OF;
         let (result, flags) = match mnemonic {
             Mnemonic::Bsf | Mnemonic::Bsr if value == 0 => {
                 // The destination stays as it is.
@@ -144,15 +145,15 @@ impl Cpu {
             }
             Mnemonic::Bsf => (trailing, self.state.rflags & ARITHMETIC & !ZF),
             Mnemonic::Bsr => (bits - 1 - leading, self.state.rflags & ARITHMETIC & !ZF),
-            Mnemonic::Tzcnt => (trailing, flag_if(CF, value == 0) | flag_if(ZF, trailing == 0)),
-            Mnemonic::Lzcnt => (leading, flag_if(CF, value == 0) | flag_if(ZF, leading == 0)),
+            Mnemonic::Tzcnt => (trailing, overflow | flag_if(CF, value == 0) | flag_if(ZF, trailing == 0)),
+            Mnemonic::Lzcnt => (leading, overflow | flag_if(CF, value == 0) | flag_if(ZF, leading == 0)),
             Mnemonic::Popcnt => (value.count_ones().into(), flag_if(ZF, value == 0)),
             Mnemonic::Blsi => (value & value.wrapping_neg(), flag_if(CF, value != 0)),
             Mnemonic::Blsmsk => (value ^ value.wrapping_sub(1), flag_if(CF, value == 0)),
             _ => (value & value.wrapping_sub(1), flag_if(CF, value == 0)),
         };
         let result = truncate(result, size);
-        let flags = if three { flags | flags::result_flags(result, size) & (SF | ZF) } else { flags };
+        let flags = if three { flags | flags::result_flags(result, size) } else { flags };
         self.set_gpr(op.destination, size, result);
         self.state.rflags = self.state.rflags & !ARITHMETIC | flags;
         Ok(())
@@ -165,32 +166,31 @@ impl Cpu {
         let second = self.read_operand(env, op, 2)?;
         let count = (second & count_mask(size)) as u32;
         let bits = 8 * size as u64;
-        let sign_zero = SF | ZF;
-        // Flags that change, if any; SF and ZF follow the result.
-        let (result, changed, carry) = match op.instruction.mnemonic() {
-            Mnemonic::Andn => (!first & second, sign_zero, false),
+        // The result, whether flags follow it, and CF and other flags that do not.
+        let (result, changes, flags) = match op.instruction.mnemonic() {
+            Mnemonic::Andn => (!first & second, true, 0),
             Mnemonic::Bextr => {
                 let (start, length) = (second & 0xff, second >> 8 & 0xff);
                 let shifted = if start < 64 { first >> start } else { 0 };
                 let field = if length < 64 { shifted & ((1 << length) - 1) } else { shifted };
-                (field, ZF, false)
+                (field, true, AF)
             }
             Mnemonic::Bzhi => {
                 let index = second & 0xff;
                 let kept = if index < bits { first & ((1 << index) - 1) } else { first };
-                (kept, sign_zero, index >= bits)
+                (kept, true, flag_if(CF, index >= bits))
             }
-            Mnemonic::Rorx => (flags::shift(Shift::Ror, first, count, size, 0).0, 0, false),
-            Mnemonic::Sarx => (flags::shift(Shift::Sar, first, count, size, 0).0, 0, false),
-            Mnemonic::Shlx => (first << count, 0, false),
-            Mnemonic::Shrx => (first >> count, 0, false),
-            Mnemonic::Pdep => (deposit(first, second), 0, false),
-            _ => (extract(first, second), 0, false),
+            Mnemonic::Rorx => (flags::shift(Shift::Ror, first, count, size, 0).0, false, 0),
+            Mnemonic::Sarx => (flags::shift(Shift::Sar, first, count, size, 0).0, false, 0),
+            Mnemonic::Shlx => (first << count, false, 0),
+            Mnemonic::Shrx => (first >> count, false, 0),
+            Mnemonic::Pdep => (deposit(first, second), false, 0),
+            _ => (extract(first, second), false, 0),
         };
         let result = truncate(result, size);
         self.set_gpr(op.destination, size, result);
-        if changed != 0 {
-            let flags = flags::result_flags(result, size) & changed | flag_if(CF, carry);
+        if changes {
+            let flags = flags | flags::result_flags(result, size);
             self.state.rflags = self.state.rflags & !ARITHMETIC | flags;
         }
         Ok(())

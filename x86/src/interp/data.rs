@@ -6,7 +6,7 @@ use crate::cpu::Cpu;
 use crate::env::Env;
 use crate::exception::Exception;
 use crate::interp::flags::{self, ARITHMETIC, ZF, flag_if};
-use crate::interp::op::Op;
+use crate::interp::op::{Op, place};
 use crate::interp::operand::{sign_extend, truncate};
 use crate::registers::gpr::{RAX, RBX, RCX, RDX};
 
@@ -80,11 +80,23 @@ impl Cpu {
     fn compare_exchange<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<(), Exception> {
         let size = usize::from(op.size);
         let (expected, new) = (self.gpr(A, size), self.gpr(op.source, size));
-        // Memory is written in either case.
-        let old = self.modify(env, op, |old, rflags| {
+        let update = |old, rflags| {
             let (_, flags) = flags::subtract(expected, old, 0, size);
             (if old == expected { new } else { old }, rflags & !ARITHMETIC | flags)
-        })?;
+        };
+        let old = if op.destination == place::MEMORY {
+            // Written in either case.
+            self.modify(env, op, update)?
+        } else {
+            // Not written, nor its upper half cleared, if they differ.
+            let old = self.gpr(op.destination, size);
+            let (value, rflags) = update(old, self.state.rflags);
+            self.state.rflags = rflags;
+            if old == expected {
+                self.set_gpr(op.destination, size, value);
+            }
+            old
+        };
         if old != expected {
             self.set_gpr(A, size, old);
         }

@@ -125,7 +125,7 @@ pub(crate) fn shift(kind: Shift, value: u64, count: u32, size: usize, rflags: u6
     };
     let new = carry | flag_if(OF, overflow & 1 != 0);
     let flags = match kind {
-        Shift::Shl | Shift::Shr | Shift::Sar => rflags & !ARITHMETIC | new | result_flags(result, size),
+        Shift::Shl | Shift::Shr | Shift::Sar => rflags & !ARITHMETIC | new | AF | result_flags(result, size),
         _ => rflags & !(CF | OF) | new,
     };
     (result, flags)
@@ -151,20 +151,20 @@ pub(crate) fn double_shift(
     }
     let bits = 8 * size as u32;
     let (value, fill) = (u128::from(value), u128::from(fill));
-    // With 16-bit operands the count may exceed the size: then the value itself follows the fill once more.
+    // With 16-bit operands the count may exceed the size: then Zen lets the fill come in once more.
     let (result, carry) = if left {
         let (window, shift) =
-            if size == 2 { (value << 32 | fill << 16 | value, 32) } else { (value << bits | fill, bits) };
+            if size == 2 { (value << 32 | fill << 16 | fill, 32) } else { (value << bits | fill, bits) };
         let shifted = window << count;
         (shifted >> shift, shifted >> (shift + bits) & 1)
     } else {
-        let window = if size == 2 { value << 32 | fill << 16 | value } else { fill << bits | value };
+        let window = if size == 2 { fill << 32 | fill << 16 | value } else { fill << bits | value };
         (window >> count, window >> (count - 1) & 1)
     };
     let result = truncate(result as u64, size);
     let overflow =
         if left { sign(result, size) ^ carry as u64 } else { sign(result, size) ^ result >> (bits - 2) & 1 };
-    let flags = carry as u64 | flag_if(OF, overflow != 0) | result_flags(result, size);
+    let flags = carry as u64 | AF | flag_if(OF, overflow != 0) | result_flags(result, size);
     (result, rflags & !ARITHMETIC | flags)
 }
 
@@ -273,5 +273,7 @@ mod tests {
         assert_eq!(double_shift(true, 0x8000_0001, 0xc000_0000, 1, 4, 0).1 & CF, CF);
         assert_eq!(double_shift(false, 1, 3, 1, 8, 0).0, 1 << 63);
         assert_eq!(double_shift(false, 0x1234, 0xabcd, 4, 2, 0).0, 0xd123);
+        assert_eq!(double_shift(false, 0x1234, 0xabcd, 20, 2, 0).0, 0xdabc);
+        assert_eq!(double_shift(true, 0x1234, 0xabcd, 20, 2, 0).0, 0xbcda);
     }
 }

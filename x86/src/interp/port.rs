@@ -19,7 +19,7 @@ impl Cpu {
             Mnemonic::In => {
                 let size = usize::from(op.size);
                 let port = if op.source == place::IMMEDIATE { op.immediate as u16 } else { dx };
-                self.check_io(env, port, size)?;
+                self.check_port(env, port, size)?;
                 let value = env.port_in(port, size);
                 self.set_gpr(A, size, value.into());
                 Ok(())
@@ -27,7 +27,7 @@ impl Cpu {
             Mnemonic::Out => {
                 let size = usize::from(op.source_size);
                 let port = if op.destination == place::IMMEDIATE { op.immediate as u16 } else { dx };
-                self.check_io(env, port, size)?;
+                self.check_port(env, port, size)?;
                 env.port_out(port, size, self.gpr(A, size) as u32);
                 Ok(())
             }
@@ -36,10 +36,17 @@ impl Cpu {
         }
     }
 
+    /// Permission check, and the watch of the debug registers.
+    fn check_port<E: Env>(&mut self, env: &mut E, port: u16, size: usize) -> Result<(), Exception> {
+        self.check_io(env, port, size)?;
+        self.note_port_access(port, size);
+        Ok(())
+    }
+
     /// One iteration of INS. The destination is checked before the port is read.
     fn input_element<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<bool, Exception> {
         let (port, size) = (self.state.gpr[RDX] as u16, usize::from(op.size));
-        self.check_io(env, port, size)?;
+        self.check_port(env, port, size)?;
         let offset = self.gpr(RDI as u8, op.address_size.into());
         self.check_write(env, SegReg::Es, offset, size)?;
         let value = env.port_in(port, size);
@@ -51,7 +58,7 @@ impl Cpu {
     /// One iteration of OUTS.
     fn output_element<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<bool, Exception> {
         let (port, size) = (self.state.gpr[RDX] as u16, usize::from(op.size));
-        self.check_io(env, port, size)?;
+        self.check_port(env, port, size)?;
         let offset = self.gpr(RSI as u8, op.address_size.into());
         let value = self.read(env, op.segment, offset, size)?;
         env.port_out(port, size, value as u32);
