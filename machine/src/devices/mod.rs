@@ -13,6 +13,7 @@ pub mod log;
 pub mod message;
 pub mod pci;
 pub mod pic;
+pub mod pit;
 pub mod reset;
 pub mod testdev;
 #[cfg(test)]
