@@ -31,8 +31,6 @@ mod dr7 {
     pub const ONES: u64 = 0x400;
 }
 
-/// IA32_DEBUGCTL: branches are recorded.
-const DEBUGCTL_LBR: u64 = 1 << 0;
 /// IA32_DEBUGCTL: RFLAGS.TF steps from branch to branch.
 const DEBUGCTL_BTF: u64 = 1 << 1;
 
@@ -156,11 +154,6 @@ impl Cpu {
         self.debug_exception(dr6::BT)
     }
 
-    /// INT1: a #DB that shows in no bit of DR6.
-    pub(crate) fn int1_trap(&mut self) -> Exception {
-        self.debug_exception(0)
-    }
-
     /// Whether a data breakpoint lies in the page of this linear address.
     pub(crate) fn is_watched_page(&self, linear: u64) -> bool {
         // A breakpoint is aligned to its length: it is in one page.
@@ -217,13 +210,10 @@ impl Cpu {
         address.wrapping_sub(start) < length || start.wrapping_sub(address) < size as u64
     }
 
-    /// Sets DR6 for a debug exception, and does what the processor does when it raises one: DR7.GD is cleared, and
-    /// so are LBR and BTF (SDM Vol. 3B, sections 18.2.4 and 18.4.3).
+    /// Sets DR6 for a debug exception. Its delivery clears DR7.GD, LBR and BTF.
     fn debug_exception(&mut self, bits: u64) -> Exception {
         self.watch.hits = 0;
         self.state.dr[6] = self.state.dr[6] & !dr6::HITS | bits;
-        self.state.dr[7] &= !dr7::GD;
-        self.state.msr.debugctl &= !(DEBUGCTL_LBR | DEBUGCTL_BTF);
         Exception::DB
     }
 }
@@ -253,11 +243,12 @@ mod tests {
     }
 
     #[test]
-    fn general_detect_is_a_fault_once() {
+    fn general_detect_is_a_fault() {
         let mut cpu = test_cpu(Vendor::Amd);
         cpu.write_debug_register(7, dr7::GD).unwrap();
         assert_eq!(cpu.debug_register_number(Register::DR0), Err(Exception::DB));
         assert_eq!(cpu.state.dr[6] & dr6::WRITABLE, dr6::BD);
+        cpu.write_debug_register(7, 0).unwrap();
         assert_eq!(cpu.debug_register_number(Register::DR4), Ok(6));
         cpu.state.cr4 = Cr4::DE.bits();
         assert_eq!(cpu.debug_register_number(Register::DR5), Err(Exception::UD));
@@ -322,6 +313,5 @@ mod tests {
         cpu.state.msr.debugctl = DEBUGCTL_BTF;
         assert_eq!(cpu.debug_trap(true, false), Ok(()));
         assert_eq!(cpu.debug_trap(true, true), Err(Exception::DB));
-        assert_eq!(cpu.state.msr.debugctl, 0);
     }
 }

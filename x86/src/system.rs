@@ -85,11 +85,6 @@ impl Cpu {
             Mnemonic::Vmcall | Mnemonic::Vmmcall => {
                 self.state.gpr[RAX] = env.hypercall(&self.state).ok_or(Exception::UD)?;
             }
-            // INT1 is a trap: its return address is the next instruction. It sets no bit of DR6.
-            Mnemonic::Int1 => {
-                self.state.rip = self.next_rip;
-                return Err(self.int1_trap());
-            }
             // Outside of system management mode.
             Mnemonic::Rsm => return Err(Exception::UD),
             _ => return Ok(false),
@@ -289,3 +284,7 @@ impl Cpu {
         self.write_bytes(env, segment_register(segment), line, &[0; CACHE_LINE as usize])
     }
 }
+
+#[cfg(test)]
+#[path = "system_tests.rs"]
+mod tests;

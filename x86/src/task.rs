@@ -81,8 +81,9 @@ struct TaskState {
 
 impl Cpu {
     /// Whether the current privilege level may access `size` ports from `port` on: IOPL, then the I/O
-    /// permission bitmap; #GP(0) if not (SDM Vol. 1, section 18.5).
+    /// permission bitmap; #GP(0) if not (SDM Vol. 1, section 18.5). If so, port breakpoints see the access.
     pub fn check_io<E: Env>(&mut self, env: &mut E, port: u16, size: usize) -> Result<(), Exception> {
+        self.note_port_access(port, size);
         let virtual_8086 = self.state.has_flags(Rflags::VM);
         if !self.state.cr0_has(Cr0::PE) || (!virtual_8086 && self.state.cpl <= self.iopl()) {
             return Ok(());
@@ -234,6 +235,7 @@ impl Cpu {
         self.state.cr0 |= Cr0::TS.bits();
         // Local breakpoint enables end with the task.
         self.state.dr[7] &= !0x155;
+        self.debug_changed();
         if let Some(cr3) = new.cr3 {
             self.state.pdpte = pdptes;
             self.state.cr3 = cr3;
