@@ -141,6 +141,11 @@ impl Console {
         Self { output, input, address, patience, _held: held }
     }
 
+    /// The far end of the guest's serial port.
+    pub fn line(&self) -> Arc<dyn ByteStream> {
+        Arc::new(FarSide { output: self.output.clone(), input: self.input.clone() })
+    }
+
     /// Where the guest's serial port writes to.
     pub fn output(&self) -> Output {
         self.output.clone()
@@ -160,6 +165,21 @@ impl Console {
     /// did not take.
     pub fn close(self) -> u64 {
         self.output.flush(self.patience)
+    }
+}
+
+/// Both directions of the line, as the guest's serial port sees them.
+struct FarSide {
+    output: Output,
+    input: Input,
+}
+
+impl ByteStream for FarSide {
+    fn write(&self, bytes: &[u8]) {
+        self.output.write(bytes);
+    }
+    fn ready(&self) {
+        self.input.ready();
     }
 }
 

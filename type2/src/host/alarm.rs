@@ -4,7 +4,7 @@
 //! tick; the thread here is for the time when all vCPUs are busy.
 
 use std::num::NonZeroU64;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -15,15 +15,15 @@ use super::clock::LinuxClock;
 
 /// No deadline.
 const NEVER: Nanos = Nanos::MAX;
-/// How much later than a sleeping vCPU the thread looks.
-const GRACE: Nanos = 200_000;
+/// How much later than a vCPU that sleeps until the same deadline the thread looks.
+const GRACE: Nanos = 60_000;
 
 /// The machine's alarm clock.
 pub struct HostAlarm {
     clock: Arc<LinuxClock>,
     deadline: AtomicU64,
-    /// vCPUs that wait for the deadline themselves.
-    sleepers: AtomicUsize,
+    /// The deadline that a sleeping vCPU waits for itself; 0 if none does.
+    attended: AtomicU64,
     /// Guards against a deadline that changes between the thread's look and its sleep.
     thread: Mutex<ThreadState>,
     changed: Condvar,
@@ -42,7 +42,7 @@ impl HostAlarm {
         Arc::new(Self {
             clock,
             deadline: AtomicU64::new(NEVER),
-            sleepers: AtomicUsize::new(0),
+            attended: AtomicU64::new(0),
             thread: Mutex::default(),
             changed: Condvar::new(),
         })
@@ -55,12 +55,14 @@ impl HostAlarm {
 
     /// Waits on the current thread until it is unparked or the deadline has come.
     pub fn park(&self) {
-        self.sleepers.fetch_add(1, Ordering::Relaxed);
         match self.deadline() {
-            Some(deadline) => thread::park_timeout(self.clock.until(deadline)),
+            Some(deadline) => {
+                self.attended.store(deadline, Ordering::Relaxed);
+                thread::park_timeout(self.clock.until(deadline));
+                self.attended.store(0, Ordering::Relaxed);
+            }
             None => thread::park(),
         }
-        self.sleepers.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Starts the thread, which calls `expired` whenever a deadline has come, until the returned value is dropped.
@@ -77,7 +79,7 @@ impl HostAlarm {
         while !state.ended {
             let deadline = self.deadline.load(Ordering::SeqCst);
             let now = self.clock.now();
-            let grace = if self.sleepers.load(Ordering::Relaxed) > 0 { GRACE } else { 0 };
+            let grace = if self.attended.load(Ordering::Relaxed) == deadline { GRACE } else { 0 };
             let until = deadline.saturating_add(grace);
             if until <= now {
                 state.until = 0;

@@ -1,0 +1,149 @@
+//! The threads that execute a machine's virtual CPUs, one each.
+
+use std::io;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::{self, JoinHandle, Thread};
+
+use bivisor_machine::engine::{EngineError, Exit, Vcpu, VcpuBus};
+use bivisor_machine::host::{Clock, Nanos, Waker};
+use bivisor_x86::state::CpuState;
+
+use super::gate::Gate;
+use crate::host::alarm::HostAlarm;
+use crate::host::clock::LinuxClock;
+
+/// Why a vCPU stands still and somebody must decide.
+#[derive(Debug)]
+pub enum VcpuEvent {
+    /// A triple fault: the vCPU's state, and the bytes at its instruction pointer.
+    Crash {
+        /// Which vCPU.
+        cpu: u32,
+        /// Its registers.
+        state: Box<CpuState>,
+        /// What it was about to execute, as far as it can be read.
+        code: Vec<u8>,
+    },
+    /// The debugger's breakpoint or step.
+    Debug {
+        /// Which vCPU.
+        cpu: u32,
+    },
+    /// The engine can't go on.
+    Engine {
+        /// Which vCPU.
+        cpu: u32,
+        /// Why.
+        error: EngineError,
+    },
+}
+
+/// Wakes a vCPU's thread from HLT.
+#[derive(Default)]
+pub struct ThreadWaker(OnceLock<Thread>);
+
+impl Waker for ThreadWaker {
+    fn wake(&self) {
+        if let Some(thread) = self.0.get() {
+            thread.unpark();
+        }
+    }
+}
+
+/// What the threads of one machine share.
+pub struct Surroundings {
+    /// Whether they may execute.
+    pub gate: Gate,
+    /// Time.
+    pub clock: Arc<LinuxClock>,
+    /// The machine's earliest deadline.
+    pub alarm: Arc<HostAlarm>,
+    /// Polls the devices that are due.
+    pub expired: Box<dyn Fn(Nanos) + Send + Sync>,
+}
+
+/// A virtual CPU; its thread holds the lock while it executes.
+pub type SharedVcpu = Arc<Mutex<Box<dyn Vcpu>>>;
+
+/// Locks a vCPU that stands still.
+pub fn lock(vcpu: &SharedVcpu) -> MutexGuard<'_, Box<dyn Vcpu>> {
+    vcpu.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The thread of one vCPU.
+pub struct VcpuThread {
+    /// Number, from 0.
+    pub index: u32,
+    /// The vCPU.
+    pub vcpu: SharedVcpu,
+    /// What lies around it.
+    pub bus: Arc<dyn VcpuBus>,
+    /// What all vCPUs share.
+    pub surroundings: Arc<Surroundings>,
+    /// Who hears what happens.
+    pub events: Sender<VcpuEvent>,
+}
+
+impl VcpuThread {
+    /// Starts the thread, which waits at the gate. `waker` then wakes it.
+    pub fn start(self, waker: &ThreadWaker) -> io::Result<JoinHandle<()>> {
+        let handle = thread::Builder::new().name(format!("vcpu{}", self.index)).spawn(move || self.run())?;
+        // A waker serves one thread.
+        let _ = waker.0.set(handle.thread().clone());
+        Ok(handle)
+    }
+
+    fn run(self) {
+        let gate = &self.surroundings.gate;
+        while gate.enter() {
+            let event = self.execute();
+            // Before others see the gate empty, so that they find the gate closed too.
+            if event.is_some() {
+                gate.close();
+            }
+            gate.leave();
+            if let Some(event) = event
+                && self.events.send(event).is_err()
+            {
+                return;
+            }
+        }
+    }
+
+    /// Executes until the gate closes or something must be decided.
+    fn execute(&self) -> Option<VcpuEvent> {
+        let mut vcpu = lock(&self.vcpu);
+        while self.surroundings.gate.is_open() {
+            match vcpu.run() {
+                Ok(Exit::Halt) => self.sleep(),
+                Ok(Exit::Kicked) => {}
+                Ok(Exit::Debug) => return Some(VcpuEvent::Debug { cpu: self.index }),
+                Ok(Exit::Shutdown) => return Some(self.crash(&mut **vcpu)),
+                Err(error) => return Some(VcpuEvent::Engine { cpu: self.index, error }),
+            }
+        }
+        None
+    }
+
+    /// Waits for an event of a halted vCPU, and does what becomes due meanwhile.
+    fn sleep(&self) {
+        let Surroundings { gate, clock, alarm, expired } = &*self.surroundings;
+        while !self.bus.has_event() && gate.is_open() {
+            let now = clock.now();
+            if alarm.deadline().is_some_and(|deadline| deadline <= now) {
+                expired(now);
+            } else {
+                alarm.park();
+            }
+        }
+    }
+
+    fn crash(&self, vcpu: &mut dyn Vcpu) -> VcpuEvent {
+        let cpu = self.index;
+        match vcpu.state() {
+            Ok(state) => VcpuEvent::Crash { cpu, state: Box::new(state), code: Vec::new() },
+            Err(error) => VcpuEvent::Engine { cpu, error },
+        }
+    }
+}
