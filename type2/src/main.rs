@@ -2,10 +2,14 @@
 
 mod cli;
 mod config;
+mod engines;
 mod error;
+mod guest;
 mod host;
 mod image;
+mod run;
 mod status;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -20,7 +24,7 @@ fn main() -> ExitCode {
         Err(error) => return usage(&error),
     };
     let result = match &cli.command {
-        Command::Run(args) => config::VmConfig::new(args).map(|_| 0).map_err(Failure::configuration),
+        Command::Run(args) => run::run(args, cli.verbose),
         Command::Image(ImageCommand::Build(Recipe::Debian)) => {
             image::build_debian().map(|_| 0).map_err(Failure::configuration)
         }

@@ -1,7 +1,7 @@
 //! Time of the host: CLOCK_MONOTONIC, the wall clock, and the time-stamp counter with its frequency.
 #![allow(unsafe_code)]
 
-use std::arch::x86_64::{__cpuid, _rdtsc};
+use std::arch::x86_64::{__cpuid, __cpuid_count, _rdtsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bivisor_machine::host::{Clock, Nanos};
@@ -21,6 +21,11 @@ impl LinuxClock {
     /// Starts the clock. Takes 20 ms, for the frequency of the time-stamp counter.
     pub fn start() -> Self {
         Self { start: Instant::now(), tsc_hz: tsc_frequency() }
+    }
+
+    /// Ticks per second of the time-stamp counter.
+    pub fn frequency(&self) -> u64 {
+        self.tsc_hz
     }
 
     /// Time until a deadline; zero if it has come.
@@ -70,6 +75,12 @@ fn stated_frequency() -> Option<u64> {
         return None;
     }
     u64::from(leaf.ecx).checked_mul(leaf.ebx.into()).map(|product| product / u64::from(leaf.eax))
+}
+
+/// The host's CPUID: EAX, EBX, ECX, EDX of a leaf and sub-leaf.
+pub fn host_cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
+    let answer = __cpuid_count(leaf, subleaf);
+    [answer.eax, answer.ebx, answer.ecx, answer.edx]
 }
 
 /// Whether the counter ticks at a constant rate in all power states (CPUID 80000007h EDX bit 8).

@@ -25,10 +25,7 @@ pub struct Gate {
 impl Gate {
     /// A closed gate.
     pub fn new() -> Self {
-        Self {
-            state: Mutex::new(State { position: Position::Closed, inside: 0 }),
-            changed: Condvar::new(),
-        }
+        Self { state: Mutex::new(State { position: Position::Closed, inside: 0 }), changed: Condvar::new() }
     }
 
     /// Waits until the gate is open and goes through; false when it is locked.
@@ -74,9 +71,7 @@ impl Gate {
     pub fn wait_until_empty(&self) {
         let state = self.lock();
         drop(
-            self.changed
-                .wait_while(state, |state| state.inside > 0)
-                .unwrap_or_else(PoisonError::into_inner),
+            self.changed.wait_while(state, |state| state.inside > 0).unwrap_or_else(PoisonError::into_inner),
         );
     }
 

@@ -72,8 +72,8 @@ fn write_dump(f: &mut String, state: &CpuState, code: &[u8]) -> std::fmt::Result
         names(Rflags::from_bits_truncate(state.rflags & !Rflags::FIXED.bits()).iter_names())
     )?;
     const GENERAL: [&str; 16] = [
-        "RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", "R8 ", "R9 ", "R10", "R11", "R12", "R13", "R14",
-        "R15",
+        "RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", "R8 ", "R9 ", "R10", "R11", "R12", "R13",
+        "R14", "R15",
     ];
     for row in GENERAL.iter().zip(state.gpr).collect::<Vec<_>>().chunks(4) {
         let row: Vec<_> = row.iter().map(|(name, value)| format!("{name} {value:016x}")).collect();
@@ -165,9 +165,16 @@ mod tests {
     #[test]
     fn the_dump_shows_every_kind_of_register() {
         let text = dump(&CpuState::default(), &[0x0f, 0x0b]);
-        for part in
-            ["real mode", "RIP 000000000000fff0", "RSP ", "CS  f000 base 00000000ffff0000", "CR0 60000010", "[ET NW CD]", "EFER", "code at RIP: 0f 0b"]
-        {
+        for part in [
+            "real mode",
+            "RIP 000000000000fff0",
+            "RSP ",
+            "CS  f000 base 00000000ffff0000",
+            "CR0 60000010",
+            "[ET NW CD]",
+            "EFER",
+            "code at RIP: 0f 0b",
+        ] {
             assert!(text.contains(part), "{part} in\n{text}");
         }
         assert!(dump(&CpuState::default(), &[]).contains("not mapped"));

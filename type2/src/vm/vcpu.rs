@@ -4,14 +4,20 @@ use std::io;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
+use std::time::Duration;
 
 use bivisor_machine::engine::{EngineError, Exit, Vcpu, VcpuBus};
 use bivisor_machine::host::{Clock, Nanos, Waker};
+use bivisor_machine::memory::GuestMemory;
 use bivisor_x86::state::CpuState;
 
 use super::gate::Gate;
+use super::{Event, inspect};
 use crate::host::alarm::HostAlarm;
 use crate::host::clock::LinuxClock;
+
+/// How often a halted vCPU whose events are all masked looks again.
+const MASKED_RECHECK: Duration = Duration::from_millis(10);
 
 /// Why a vCPU stands still and somebody must decide.
 #[derive(Debug)]
@@ -54,11 +60,13 @@ impl Waker for ThreadWaker {
 /// What the threads of one machine share.
 pub struct Surroundings {
     /// Whether they may execute.
-    pub gate: Gate,
+    pub gate: Arc<Gate>,
     /// Time.
     pub clock: Arc<LinuxClock>,
     /// The machine's earliest deadline.
     pub alarm: Arc<HostAlarm>,
+    /// RAM.
+    pub memory: Arc<GuestMemory>,
     /// Polls the devices that are due.
     pub expired: Box<dyn Fn(Nanos) + Send + Sync>,
 }
@@ -82,7 +90,7 @@ pub struct VcpuThread {
     /// What all vCPUs share.
     pub surroundings: Arc<Surroundings>,
     /// Who hears what happens.
-    pub events: Sender<VcpuEvent>,
+    pub events: Sender<Event>,
 }
 
 impl VcpuThread {
@@ -104,7 +112,7 @@ impl VcpuThread {
             }
             gate.leave();
             if let Some(event) = event
-                && self.events.send(event).is_err()
+                && self.events.send(Event::Vcpu(event)).is_err()
             {
                 return;
             }
@@ -114,21 +122,29 @@ impl VcpuThread {
     /// Executes until the gate closes or something must be decided.
     fn execute(&self) -> Option<VcpuEvent> {
         let mut vcpu = lock(&self.vcpu);
+        let mut idle = false;
         while self.surroundings.gate.is_open() {
             match vcpu.run() {
-                Ok(Exit::Halt) => self.sleep(),
+                // Halted again in spite of an event: it is masked, and only another one can help.
+                Ok(Exit::Halt) if idle && self.bus.has_event() => thread::park_timeout(MASKED_RECHECK),
+                Ok(Exit::Halt) => {
+                    self.sleep();
+                    idle = true;
+                    continue;
+                }
                 Ok(Exit::Kicked) => {}
                 Ok(Exit::Debug) => return Some(VcpuEvent::Debug { cpu: self.index }),
                 Ok(Exit::Shutdown) => return Some(self.crash(&mut **vcpu)),
                 Err(error) => return Some(VcpuEvent::Engine { cpu: self.index, error }),
             }
+            idle = false;
         }
         None
     }
 
     /// Waits for an event of a halted vCPU, and does what becomes due meanwhile.
     fn sleep(&self) {
-        let Surroundings { gate, clock, alarm, expired } = &*self.surroundings;
+        let Surroundings { gate, clock, alarm, expired, .. } = &*self.surroundings;
         while !self.bus.has_event() && gate.is_open() {
             let now = clock.now();
             if alarm.deadline().is_some_and(|deadline| deadline <= now) {
@@ -142,7 +158,13 @@ impl VcpuThread {
     fn crash(&self, vcpu: &mut dyn Vcpu) -> VcpuEvent {
         let cpu = self.index;
         match vcpu.state() {
-            Ok(state) => VcpuEvent::Crash { cpu, state: Box::new(state), code: Vec::new() },
+            Ok(state) => {
+                let mut code = vec![0; 15];
+                let length =
+                    inspect::read(vcpu, &self.surroundings.memory, inspect::linear_rip(&state), &mut code);
+                code.truncate(length);
+                VcpuEvent::Crash { cpu, state: Box::new(state), code }
+            }
             Err(error) => VcpuEvent::Engine { cpu, error },
         }
     }

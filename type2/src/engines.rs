@@ -1,0 +1,28 @@
+//! The one place that picks an engine.
+
+use bivisor_dbt::InterpEngine;
+use bivisor_machine::engine::Engine;
+
+use crate::config::EngineChoice;
+
+/// An engine that is not to be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EngineUnavailable {
+    /// The translator does not exist yet.
+    #[error("the engine dbt (the translator) is not built yet: leave --engine away, or say --engine interp")]
+    Dbt,
+    /// The KVM engine does not exist yet.
+    #[error(
+        "the engine kvm is not built yet, whatever this host's /dev/kvm: leave --engine away, or say --engine interp"
+    )]
+    Kvm,
+}
+
+/// Makes the engine that was asked for.
+pub fn make(choice: EngineChoice) -> Result<Box<dyn Engine>, EngineUnavailable> {
+    match choice {
+        EngineChoice::Auto | EngineChoice::Interp => Ok(Box::new(InterpEngine::new())),
+        EngineChoice::Dbt => Err(EngineUnavailable::Dbt),
+        EngineChoice::Kvm => Err(EngineUnavailable::Kvm),
+    }
+}

@@ -1,0 +1,175 @@
+//! `bivisor run`: makes the machine, supervises it, and tells how it ended.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+
+use bivisor_backends::console::{Command, Console, ConsoleEvent};
+use bivisor_backends::terminal::{self, message};
+use bivisor_machine::host::MachineEvent;
+use bivisor_machine::sync::set_yield;
+
+use crate::cli::RunArgs;
+use crate::config::VmConfig;
+use crate::error::Failure;
+use crate::guest::Guest;
+use crate::host::clock::LinuxClock;
+use crate::host::log::Log;
+use crate::host::{memory, signals};
+use crate::vm::vcpu::VcpuEvent;
+use crate::vm::{Event, Parts, Session, inspect};
+use crate::{engines, status};
+
+/// How a machine ended.
+struct Ending {
+    status: u8,
+    /// What is told; nothing after an orderly power-off.
+    sentence: String,
+}
+
+impl Ending {
+    fn new(status: u8, sentence: impl Into<String>) -> Self {
+        Self { status, sentence: sentence.into() }
+    }
+}
+
+/// Runs a machine to its end; returns the exit status.
+pub fn run(args: &RunArgs, verbose: bool) -> Result<u8, Failure> {
+    let config = VmConfig::new(args).map_err(Failure::configuration)?;
+    config.check_memory(memory::host_memory()).map_err(Failure::configuration)?;
+    engines::make(config.engine).map_err(Failure::configuration)?;
+    let guest = Guest::find(&config).map_err(Failure::configuration)?;
+    let clock = Arc::new(LinuxClock::start());
+    set_yield(|| {
+        rustix::thread::sched_yield();
+    });
+
+    let (events, happenings) = channel();
+    let log = Arc::new(Log::start(verbose).map_err(Failure::host)?);
+    let on_signal = events.clone();
+    signals::watch(move |signal| {
+        // The supervisor is only gone at the end.
+        let _ = on_signal.send(Event::Signal(signal));
+    })
+    .map_err(Failure::host)?;
+    let console_events = events.clone();
+    let console = Console::open(
+        &config.console,
+        Arc::new(move |event| {
+            let _ = console_events.send(Event::Console(event));
+        }),
+    )
+    .map_err(Failure::host)?;
+    greet(&console);
+    let parts = Parts { config, guest, clock, console, log, events };
+    let ending = supervise(&parts, &happenings);
+
+    let lost = parts.console.close();
+    if lost > 0 {
+        message(&format!("bivisor: {lost} bytes of console output could not be delivered\n"));
+    }
+    let ending = ending?;
+    if !ending.sentence.is_empty() {
+        message(&format!("bivisor: {}\n", ending.sentence));
+    }
+    Ok(ending.status)
+}
+
+/// Tells what a user must know to use the console.
+fn greet(console: &Console) {
+    if terminal::is_raw() {
+        message("bivisor: Ctrl-A x ends the machine, Ctrl-A h tells more\n");
+    } else if let Some(address) = console.address() {
+        message(&format!("bivisor: the console is at {address}\n"));
+    }
+}
+
+/// Runs the machine, again after every reset, until something ends it.
+fn supervise(parts: &Parts, happenings: &Receiver<Event>) -> Result<Ending, Failure> {
+    loop {
+        let session = Session::new(parts)?;
+        session.resume();
+        let ending = wait_for_end(&session, parts, happenings);
+        session.stop();
+        if let Some(ending) = ending {
+            return Ok(ending);
+        }
+        // What this machine still had to say must not be taken for the next one's.
+        while let Ok(event) = happenings.try_recv() {
+            if let Some(ending) = outside_event(event, &session) {
+                return Ok(ending);
+            }
+        }
+    }
+}
+
+/// Waits for the machine's end (`Some`) or reset (`None`).
+fn wait_for_end(session: &Session, parts: &Parts, happenings: &Receiver<Event>) -> Option<Ending> {
+    loop {
+        // The senders live as long as `parts`.
+        let event = happenings.recv().ok()?;
+        match event {
+            Event::Machine(MachineEvent::PowerOff) => return Some(Ending::new(status::SUCCESS, "")),
+            Event::Machine(MachineEvent::Reset) if parts.config.no_reboot => {
+                return Some(Ending::new(
+                    status::RESET,
+                    "the guest reset the machine, which ends it (--no-reboot)",
+                ));
+            }
+            Event::Machine(MachineEvent::Reset) => return None,
+            Event::Machine(MachineEvent::TestExit(code)) => {
+                let status = code as u8;
+                return Some(Ending::new(status, format!("the guest ended its test with status {status}")));
+            }
+            Event::Vcpu(event) => return Some(vcpu_ending(event)),
+            other => {
+                if let Some(ending) = outside_event(other, session) {
+                    return Some(ending);
+                }
+            }
+        }
+    }
+}
+
+/// What users and the host do to a machine; machines' own events are passed over.
+fn outside_event(event: Event, session: &Session) -> Option<Ending> {
+    match event {
+        Event::Signal(signal) => Some(Ending::new(
+            status::of_signal(signal),
+            format!("the machine was ended by {}", signals::name(signal)),
+        )),
+        Event::Console(ConsoleEvent::Lost(error)) => Some(Ending::new(
+            status::CONSOLE_LOST,
+            format!("the console is gone ({error}), so the machine was ended"),
+        )),
+        Event::Console(ConsoleEvent::Command(Command::Quit)) => {
+            Some(Ending::new(status::QUIT, "the machine was ended by Ctrl-A x"))
+        }
+        Event::Killed => Some(Ending::new(status::QUIT, "the machine was ended by the debugger")),
+        Event::Console(ConsoleEvent::Command(Command::PowerButton)) => {
+            session.machine().power_button();
+            None
+        }
+        Event::Console(ConsoleEvent::Command(Command::Help)) | Event::Machine(_) | Event::Vcpu(_) => None,
+    }
+}
+
+fn vcpu_ending(event: VcpuEvent) -> Ending {
+    match event {
+        VcpuEvent::Crash { cpu, state, code } => {
+            let dump = inspect::dump(&state, &code);
+            Ending::new(
+                status::CRASH,
+                format!(
+                    "the guest crashed: triple fault of CPU {cpu}, whose registers are\n{}",
+                    dump.trim_end()
+                ),
+            )
+        }
+        VcpuEvent::Engine { cpu, error } => {
+            Ending::new(status::ENGINE, format!("the engine could not go on with CPU {cpu}: {error}"))
+        }
+        VcpuEvent::Debug { cpu } => {
+            Ending::new(status::INTERNAL, format!("CPU {cpu} stopped for a debugger that is not there"))
+        }
+    }
+}
