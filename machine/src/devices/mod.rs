@@ -15,6 +15,7 @@ pub mod pci;
 pub mod pic;
 pub mod pit;
 pub mod reset;
+pub mod rtc;
 pub mod testdev;
 #[cfg(test)]
 mod testing;
