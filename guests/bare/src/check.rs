@@ -1,5 +1,5 @@
 //! The report of a guest: one line for each check, and a verdict that the harness compares.
-use crate::{Trap, machine, println};
+use crate::{Trap, machine, println, user};
 use core::fmt::Debug;
 
 /// Counts the checks of one guest.
@@ -32,7 +32,7 @@ impl Suite {
     /// ("at", "after" or "elsewhere"; see [`Trap::place`]).
     pub fn trap(&mut self, what: &str, got: Option<Trap>, vector: u8, error: u64, place: &str) {
         match got {
-            Some(trap) if (trap.vector, trap.error, trap.place()) == (vector, error, place) => {
+            Some(trap) if (trap.vector, trap.error, trap.place) == (vector, error, place) => {
                 self.passed += 1;
                 println!("{what}: ok");
             }
@@ -41,6 +41,12 @@ impl Suite {
                 println!("{what}: FAILED, got {got:?}, expected vector {vector} error {error:#x} ({place})");
             }
         }
+    }
+
+    /// As [`Suite::trap`], for code of [`crate::user::Space`]: `place` is the offset of RIP in its code page.
+    pub fn user_trap(&mut self, what: &str, got: Option<Trap>, vector: u8, error: u64, place: u64) {
+        let got = got.map(|trap| (trap.vector, trap.error, trap.frame.rip.wrapping_sub(user::CODE)));
+        self.check(what, got, Some((vector, error, place)));
     }
 
     /// Reports a check that this machine cannot run; the harness decides whether it may.

@@ -16,6 +16,7 @@ pub mod segments;
 pub mod serial;
 pub mod start;
 pub mod trap;
+pub mod user;
 
 pub use check::Suite;
 pub use global::Global;

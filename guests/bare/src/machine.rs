@@ -4,6 +4,13 @@ use crate::{acpi, cpu, serial};
 /// Port of the isa-debug-exit device (QEMU `hw/misc/debugexit.c`): writing N ends with status 2N + 1.
 const DEBUG_EXIT: u16 = 0xf4;
 
+/// Whether this is QEMU's translator, which leaves some checks of the architecture out.
+pub fn is_qemu_tcg() -> bool {
+    let hypervisor = cpu::cpuid(0x4000_0000, 0);
+    let tcg = u32::from_le_bytes(*b"TCGT");
+    cpu::feature_1_ecx(31) && hypervisor.ebx == tcg
+}
+
 /// Ends the machine with a verdict: status 33 for true and 35 for false where there is a test device,
 /// a power-off elsewhere.
 pub fn end(passed: bool) -> ! {

@@ -27,6 +27,9 @@ pub mod fault {
     pub const I: u64 = 1 << 4;
 }
 
+/// Bytes of a 2 MiB page.
+pub const LARGE: u64 = 1 << 21;
+
 /// Bits of an entry that hold a physical address.
 pub const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
@@ -74,7 +77,7 @@ pub fn boot_root() -> u64 {
     (&raw const boot_pml4) as u64
 }
 
-/// A set of 4-level tables that starts as a copy of the boot tables' lowest 4 GiB.
+/// A set of 4-level tables that starts with the lowest 4 GiB one to one, in 2 MiB pages for ring 0, writable.
 #[derive(Clone, Copy)]
 pub struct Tables {
     /// Physical address of the PML4.
@@ -82,11 +85,13 @@ pub struct Tables {
 }
 
 impl Tables {
-    /// Makes tables that share the boot tables' mapping.
+    /// Makes tables; the upper levels leave every right to the pages.
     pub fn new() -> Self {
-        let root = pages(1);
-        write(root, read::<u64>(boot_root()));
-        Self { root }
+        let tables = Self { root: pages(1) };
+        for address in (0..1 << 32).step_by(LARGE as usize) {
+            write(tables.entry(address, 2), address | bit::P | bit::W | bit::PS);
+        }
+        tables
     }
 
     /// Loads them.
@@ -95,13 +100,13 @@ impl Tables {
     }
 
     /// Address of the entry that maps `address` at `level` (1: a 4 KiB page, 2: 2 MiB, 3: 1 GiB, 4: the PML4);
-    /// tables on the way are made with all rights.
+    /// tables on the way are made with all rights, in the place of large pages, too.
     pub fn entry(&self, address: u64, level: u32) -> u64 {
         let mut table = self.root;
         for upper in (level + 1..=4).rev() {
             let entry = table + (address >> (12 + 9 * (upper - 1)) & 511) * 8;
             let mut value: u64 = read(entry);
-            if value & bit::P == 0 {
+            if value & bit::P == 0 || value & bit::PS != 0 && upper <= 3 {
                 value = pages(1) | bit::P | bit::W | bit::U;
                 write(entry, value);
             }

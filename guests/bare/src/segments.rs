@@ -147,13 +147,25 @@ pub fn ltr(selector: u16) {
     unsafe { asm!("ltr {0:x}", in(reg) selector, options(nostack)) };
 }
 
+/// Loads the local descriptor table register.
+pub fn lldt(selector: u16) {
+    // SAFETY: a bad selector faults.
+    unsafe { asm!("lldt {0:x}", in(reg) selector, options(nostack)) };
+}
+
 /// Loads the tables that this module describes.
 pub fn load() {
     let mut task = TSS.get();
     task.rsp = [stack_top(0); 3];
     task.ist = core::array::from_fn(|index| stack_top(index + 1));
     TSS.set(task);
-    set_task_descriptor(TASK, TSS.address(), size_of::<TaskState>() as u32 - 1, 0x89);
     lgdt((ENTRIES * 8 - 1) as u16, GDT.address());
+    load_task();
+    lldt(0);
+}
+
+/// Loads the task register with this module's task.
+pub fn load_task() {
+    set_task_descriptor(TASK, TSS.address(), size_of::<TaskState>() as u32 - 1, 0x89);
     ltr(TASK);
 }

@@ -136,10 +136,17 @@ unsafe extern "Rust" {
 
 extern "C" fn rust_start() -> ! {
     serial::init();
+    mask_pic();
     segments::load();
     trap::load();
     cpu::enable_xsave();
     guest_main()
+}
+
+/// Masks both interrupt controllers, which firmware may have left open: their vectors are the exceptions'.
+fn mask_pic() {
+    cpu::outb(0x21, 0xff);
+    cpu::outb(0xa1, 0xff);
 }
 
 /// Precompiled `core` names it in its unwind tables; with panic = "abort" nothing calls it.

@@ -81,17 +81,10 @@ pub struct Trap {
     pub frame: Frame,
     /// Stack pointer of the handler just above the pushed words: which stack the CPU took.
     pub stack: u64,
-}
-
-impl Trap {
-    /// Where the trap points: at the marked instruction, behind it, or elsewhere; see [`crate::trapping!`].
-    pub fn place(&self) -> &'static str {
-        match self.frame.rip {
-            rip if rip == MARK_AT.get() => "at",
-            rip if rip == MARK_AFTER.get() => "after",
-            _ => "elsewhere",
-        }
-    }
+    /// Where the pushed RIP points: "at" the marked instruction, "after" it, or "elsewhere"; see [`crate::trapping!`].
+    pub place: &'static str,
+    /// RFLAGS in the handler (DF aside, which the entry code clears).
+    pub inside: u64,
 }
 
 impl core::fmt::Debug for Trap {
@@ -100,9 +93,7 @@ impl core::fmt::Debug for Trap {
         write!(
             f,
             "vector {} error {:#x} rip {rip:#x} ({}) cs {cs:#x} ",
-            self.vector,
-            self.error,
-            self.place()
+            self.vector, self.error, self.place
         )?;
         write!(f, "rflags {rflags:#x} rsp {rsp:#x} ss {ss:#x} cr2 {:#x} dr6 {:#x}", self.cr2, self.dr6)
     }
@@ -333,7 +324,14 @@ extern "C" fn trap(frame: &mut Frame) {
         return handler(frame);
     }
     let stack = (&raw const *frame) as u64 + size_of::<Frame>() as u64;
-    let trap = Trap { vector, error: frame.error, cr2, dr6: cpu::read_dr6(), frame: *frame, stack };
+    let inside = cpu::rflags();
+    let place = match frame.rip {
+        rip if rip == MARK_AT.get() => "at",
+        rip if rip == MARK_AFTER.get() => "after",
+        _ => "elsewhere",
+    };
+    let trap =
+        Trap { vector, error: frame.error, cr2, dr6: cpu::read_dr6(), frame: *frame, stack, place, inside };
     if RESUME_STACK.get() == 0 {
         println!("unexpected trap: {trap:?}");
         machine::end(false);
@@ -349,7 +347,45 @@ extern "C" fn trap(frame: &mut Frame) {
     frame.cr0 &= !(cpu::cr0::EM | cpu::cr0::TS);
 }
 
-/// Runs the last of the given instructions under [`catch`], marked so that [`Trap::place`] can tell whether the
+/// Runs one instruction in 32-bit compatibility mode, ring 0, under [`catch`] and marked as by [`trapping!`].
+#[macro_export]
+macro_rules! compat {
+    ($($setup:literal,)* => $instruction:literal $(; $($operands:tt)*)?) => {
+        $crate::catch(|| {
+            // SAFETY: as in `trapping!`; the code returns to 64-bit mode if nothing traps, and the stack lies
+            // below 4 GiB.
+            unsafe {
+                core::arch::asm!(
+                    "lea rax, [rip + 2f]",
+                    "mov [{mark_at}], rax",
+                    "lea rax, [rip + 3f]",
+                    "mov [{mark_after}], rax",
+                    "push {code32}",
+                    "lea rax, [rip + 4f]",
+                    "push rax",
+                    "retfq",
+                    ".code32",
+                    "4:",
+                    $($setup,)*
+                    concat!("2: ", $instruction),
+                    "3:",
+                    ".byte 0xea",
+                    ".long 5f",
+                    ".short 8",
+                    ".code64",
+                    "5:",
+                    $($($operands)*,)?
+                    code32 = const $crate::segments::CODE32,
+                    mark_at = sym $crate::trap::MARK_AT,
+                    mark_after = sym $crate::trap::MARK_AFTER,
+                    out("rax") _,
+                )
+            }
+        })
+    };
+}
+
+/// Runs the last of the given instructions under [`catch`], marked so that [`Trap::place`] tells whether the
 /// pushed RIP points at it or behind it. Operands follow after a semicolon, as in `asm!`.
 #[macro_export]
 macro_rules! trapping {
@@ -375,29 +411,4 @@ macro_rules! trapping {
             }
         })
     };
-}
-
-/// Runs code in ring 3 at `rip` with the stack `rsp` and flags, in the code segment `cs`; returns what ended it.
-pub fn user(cs: u16, rip: u64, rsp: u64, rflags: u64) -> Option<Trap> {
-    catch(|| {
-        // SAFETY: every way out of ring 3 is a trap, and that ends in `catch`.
-        unsafe {
-            asm!(
-                "mov ds, {data:e}",
-                "mov es, {data:e}",
-                "push {data}",
-                "push {rsp}",
-                "push {rflags}",
-                "push {cs}",
-                "push {rip}",
-                "iretq",
-                data = in(reg) u64::from(segments::USER_DATA),
-                rsp = in(reg) rsp,
-                rflags = in(reg) rflags,
-                cs = in(reg) u64::from(cs),
-                rip = in(reg) rip,
-                options(noreturn)
-            )
-        }
-    })
 }

@@ -16,24 +16,26 @@ pub struct Guest {
     pub expected: &'static str,
     /// What to type on its serial console.
     pub input: &'static str,
-    /// Checks in which QEMU's TCG (7.2, `-cpu max`) is known to differ from the hardware.
-    pub qemu_differs: &'static [&'static str],
+    /// Checks, one a line, in which QEMU's TCG (7.2, `-cpu max`) differs from the manuals: it checks no segment
+    /// limits, no alignment and few reserved bits, raises no SSE exceptions, and doubles the vector in the
+    /// error code of a fault by a gate of the 64-bit interrupt table.
+    pub qemu_differs: &'static str,
 }
 
 macro_rules! guest {
-    ($name:literal, input: $input:expr, qemu_differs: $differs:expr) => {
+    ($name:literal, input: $input:expr) => {
         Guest {
             name: $name,
             image: include_bytes!(concat!(env!("BIVISOR_GUEST_IMAGES"), "/", $name)),
             expected: include_str!(concat!("../expected/", $name, ".txt")),
             input: $input,
-            qemu_differs: $differs,
+            qemu_differs: include_str!(concat!("../expected/", $name, ".qemu.txt")),
         }
     };
 }
 
 /// The default guest: says what machine it sees, and has a small prompt.
-pub const HELLO: Guest = guest!("hello", input: "help\rinfo\rpoweroff\r", qemu_differs: &[]);
+pub const HELLO: Guest = guest!("hello", input: "help\rinfo\rpoweroff\r");
 
 /// Every guest.
-pub const ALL: &[Guest] = &[HELLO, guest!("exceptions", input: "", qemu_differs: &[])];
+pub const ALL: &[Guest] = &[HELLO, guest!("exceptions", input: "")];
