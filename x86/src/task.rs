@@ -15,6 +15,9 @@ const IO_MAP_BASE: u64 = 0x66;
 /// Offset in a 64-bit TSS of the first interrupt stack pointer.
 const IST1: u64 = 0x24;
 
+/// DR7 bits L0 to L3 and LE.
+const DR7_LOCAL: u64 = 0x155;
+
 /// What makes a task switch; decides on busy bits, back link and NT (SDM Vol. 3A, table 7-2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum TaskSwitch {
@@ -234,7 +237,7 @@ impl Cpu {
         self.state.tr = tss;
         self.state.cr0 |= Cr0::TS.bits();
         // Local breakpoint enables end with the task.
-        self.state.dr[7] &= !0x155;
+        self.state.dr[7] &= !DR7_LOCAL;
         self.debug_changed();
         if let Some(cr3) = new.cr3 {
             self.state.pdpte = pdptes;
