@@ -466,3 +466,236 @@ impl Cpu {
 pub(crate) fn on_new_stack(exception: Exception, selector: u16) -> Exception {
     if exception == Exception::SS0 { Exception::selector(vector::SS, selector) } else { exception }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Machine, at, sel};
+
+    const INTERRUPT32: u8 = 0x8e;
+    const TRAP32: u8 = 0x8f;
+    const USER_TRAP32: u8 = 0xef;
+    const GP: u8 = vector::GP;
+
+    #[test]
+    fn exception_in_the_same_ring() {
+        let mut machine = Machine::protected();
+        machine.gate(GP, sel::CODE, 0x1234_5678, TRAP32, 0);
+        machine.cpu.state.rflags = 0x302;
+        machine.cpu.deliver_exception(&mut machine.env, Exception::gp(0x40));
+        let state = &machine.cpu.state;
+        assert_eq!((state.rip, state.rflags), (0x1234_5678, 0x202), "a trap gate leaves IF, clears TF");
+        assert_eq!(machine.stack::<4>(4), [0x40, 0x5000, sel::CODE.into(), 0x1_0302]);
+        assert_eq!(state.gpr[gpr::RSP], 0x7000 - 16);
+    }
+
+    #[test]
+    fn interrupt_from_an_outer_ring_changes_the_stack() {
+        let mut machine = Machine::protected();
+        machine.gate(0x30, sel::CODE, 0x6000, INTERRUPT32, 0);
+        machine.ring(sel::USER_CODE, sel::USER_DATA);
+        machine.cpu.state.rflags = 0x202;
+        machine.cpu.state.activity = Activity::Halted;
+        machine.cpu.state.interrupt_shadow = true;
+        machine.cpu.deliver_event(&mut machine.env, Event::Interrupt(0x30));
+        let state = &machine.cpu.state;
+        assert_eq!((state.cpl, state.rip, state.rflags), (0, 0x6000, 2));
+        assert_eq!(state.seg[SegReg::Ss as usize].selector, sel::DATA);
+        assert_eq!((state.activity, state.interrupt_shadow), (Activity::Running, false));
+        assert_eq!(state.gpr[gpr::RSP], at::STACK0 - 20);
+        let frame = [0x5000, sel::USER_CODE.into(), 0x202, 0x7000, sel::USER_DATA.into()];
+        assert_eq!(machine.stack::<5>(4), frame);
+    }
+
+    #[test]
+    fn gates_of_16_bits() {
+        let mut machine = Machine::protected();
+        machine.gate(GP, sel::CODE, 0x1234_5678, 0x86, 0);
+        machine.cpu.deliver_exception(&mut machine.env, Exception::gp(0x40));
+        assert_eq!(machine.cpu.state.rip, 0x5678);
+        assert_eq!(machine.stack::<4>(2), [0x40, 0x5000, sel::CODE.into(), 2]);
+    }
+
+    fn faults_after(exception: Exception, broken: &[u8]) -> (Machine, u64) {
+        let mut machine = Machine::protected();
+        for number in 0..32 {
+            machine.gate(number, sel::CODE, 0x6000 + u64::from(number), TRAP32, 0);
+        }
+        for &number in broken {
+            machine.gate(number, 0, 0, 0, 0);
+        }
+        machine.cpu.deliver_exception(&mut machine.env, exception);
+        let rip = machine.cpu.state.rip;
+        (machine, rip)
+    }
+
+    #[test]
+    fn faults_in_delivery() {
+        let handler = |number: u8| 0x6000 + u64::from(number);
+        // A benign one first: the second is delivered, and names the gate.
+        let (machine, rip) = faults_after(Exception::UD, &[vector::UD]);
+        assert_eq!(rip, handler(GP));
+        assert_eq!(machine.stack::<2>(4), [u64::from(vector::UD) * 8 + 3, 0x5000]);
+        // Two contributory ones.
+        let (machine, rip) = faults_after(Exception::gp(8), &[GP]);
+        assert_eq!(rip, handler(vector::DF));
+        assert_eq!(machine.stack::<2>(4), [0, 0x5000]);
+        // A page fault first.
+        let fault = Exception::page_fault(0x1234, 2);
+        let (machine, rip) = faults_after(fault, &[vector::PF]);
+        assert_eq!((rip, machine.cpu.state.cr2), (handler(vector::DF), 0x1234));
+        // No way to tell the double fault.
+        let (machine, _) = faults_after(Exception::gp(8), &[GP, vector::DF]);
+        assert_eq!(machine.cpu.state.activity, Activity::Shutdown);
+        assert_eq!((machine.cpu.state.rip, machine.cpu.state.gpr[gpr::RSP]), (0x5000, 0x7000));
+    }
+
+    #[test]
+    fn a_page_fault_while_a_contributory_fault_is_delivered_goes_its_own_way() {
+        let mut machine = Machine::long();
+        // The handler of #GP stands on a stack that is not mapped.
+        machine.gate(GP, sel::CODE64, 0x6000, INTERRUPT32, 1);
+        machine.gate(vector::PF, sel::CODE64, 0x6100, INTERRUPT32, 0);
+        machine.env.store64(at::TSS + IST1_OFFSET, 0x1_0000_0000);
+        machine.cpu.deliver_exception(&mut machine.env, Exception::GP0);
+        assert_eq!((machine.cpu.state.rip, machine.cpu.state.cr2), (0x6100, 0xffff_fff8));
+        assert_eq!(machine.stack::<1>(8), [2]);
+    }
+
+    const IST1_OFFSET: u64 = 0x24;
+
+    #[test]
+    fn software_interrupts_need_the_gates_privilege() {
+        let mut machine = Machine::protected();
+        machine.gate(3, sel::CODE, 0x6000, USER_TRAP32, 0);
+        machine.gate(0x80, sel::CODE, 0x6100, TRAP32, 0);
+        machine.gate(0x81, sel::CODE, 0x6100, USER_TRAP32 & 0x7f, 0);
+        machine.ring(sel::USER_CODE, sel::USER_DATA);
+        assert_eq!(machine.exec(&[0xcd, 0x80]), Err(Exception::gp(0x402)));
+        assert_eq!(machine.exec(&[0xcd, 0x81]), Err(Exception::with_code(vector::NP, 0x40a)));
+        assert_eq!(machine.exec(&[0xcd, 0xff]), Err(Exception::gp(0x7fa)));
+        assert_eq!(machine.exec(&[0xcc]), Ok(()));
+        assert_eq!(machine.cpu.state.rip, 0x6000);
+        assert_eq!(machine.stack::<3>(4), [0x5001, sel::USER_CODE.into(), 2]);
+    }
+
+    #[test]
+    fn int1_ignores_the_gates_privilege() {
+        let mut machine = Machine::protected();
+        machine.gate(vector::DB, sel::CODE, 0x6000, TRAP32, 0);
+        machine.ring(sel::USER_CODE, sel::USER_DATA);
+        assert_eq!(machine.exec(&[0xf1]), Ok(()));
+        assert_eq!(machine.cpu.state.rip, 0x6000);
+    }
+
+    #[test]
+    fn long_mode_frames_are_aligned_and_whole() {
+        let mut machine = Machine::long();
+        machine.gate(vector::PF, sel::CODE64, 0xffff_8000_0000_6000, INTERRUPT32, 0);
+        machine.cpu.state.gpr[gpr::RSP] = 0x6ff9;
+        machine.cpu.state.rflags = 0x4302;
+        machine.cpu.deliver_exception(&mut machine.env, Exception::page_fault(0x1234, 7));
+        let state = &machine.cpu.state;
+        assert_eq!((state.rip, state.rflags, state.cr2), (0xffff_8000_0000_6000, 2, 0x1234));
+        assert_eq!(state.gpr[gpr::RSP], 0x6ff0 - 48);
+        assert_eq!(state.seg[SegReg::Ss as usize].selector, sel::DATA);
+        let frame = [7, 0x5000, sel::CODE64.into(), 0x1_4302, 0x6ff9, sel::DATA.into()];
+        assert_eq!(machine.stack::<6>(8), frame);
+    }
+
+    #[test]
+    fn long_mode_from_user_mode_and_ist() {
+        let mut machine = Machine::long();
+        machine.gate(0x40, sel::CODE64, 0x6000, INTERRUPT32, 0);
+        machine.gate(2, sel::CODE64, 0x6100, INTERRUPT32, 7);
+        machine.env.store64(at::TSS + IST1_OFFSET + 48, 0x9008);
+        machine.ring(sel::USER_CODE64, sel::USER_DATA);
+        machine.cpu.deliver_event(&mut machine.env, Event::Interrupt(0x40));
+        let ss = machine.cpu.state.seg[SegReg::Ss as usize];
+        assert_eq!((machine.cpu.state.cpl, ss.selector, ss.usable()), (0, 0, false));
+        assert_eq!(machine.cpu.state.gpr[gpr::RSP], at::STACK0 - 40);
+        let frame = [0x5000, sel::USER_CODE64.into(), 2, 0x7000, sel::USER_DATA.into()];
+        assert_eq!(machine.stack::<5>(8), frame);
+        machine.cpu.deliver_event(&mut machine.env, Event::Nmi);
+        assert!(machine.cpu.state.nmi_blocked);
+        assert_eq!(machine.cpu.state.gpr[gpr::RSP], 0x9000 - 40);
+        assert_eq!(machine.stack::<5>(8), [0x6000, sel::CODE64.into(), 2, at::STACK0 - 40, 0]);
+        assert_eq!(machine.exec(&[0x48, 0xcf]), Ok(()));
+        assert!(!machine.cpu.state.nmi_blocked);
+        assert_eq!((machine.cpu.state.rip, machine.cpu.state.cpl), (0x6000, 0));
+        assert_eq!(machine.exec(&[0x48, 0xcf]), Ok(()));
+        assert_eq!((machine.cpu.state.rip, machine.cpu.state.cpl), (0x5000, 3));
+        assert_eq!(machine.cpu.state.gpr[gpr::RSP], 0x7000);
+        assert_eq!(machine.cpu.state.seg[SegReg::Ss as usize].selector, sel::USER_DATA);
+    }
+
+    #[test]
+    fn gates_of_long_mode_lead_to_64_bit_code_only() {
+        let mut machine = Machine::long();
+        let number = 0x40;
+        let mut deliver = |selector, offset, rights| {
+            machine.gate(number, selector, offset, rights, 0);
+            let Machine { cpu, env } = &mut machine;
+            cpu.deliver(env, number, None, Source::External, 0x5000)
+        };
+        let index = u32::from(number) * 8;
+        assert_eq!(deliver(sel::CODE, 0x6000, INTERRUPT32), Err(Exception::gp(u32::from(sel::CODE) + EXT)));
+        assert_eq!(deliver(sel::CODE64, 1 << 60, INTERRUPT32), Err(Exception::gp(EXT)));
+        assert_eq!(deliver(0, 0x6000, INTERRUPT32), Err(Exception::gp(EXT)));
+        assert_eq!(deliver(sel::CODE64, 0x6000, 0x86), Err(Exception::gp(index + IDT + EXT)));
+        assert_eq!(deliver(sel::CODE64, 0x6000, 0x85), Err(Exception::gp(index + IDT + EXT)));
+        assert_eq!(deliver(sel::CODE64, 0x6000, INTERRUPT32), Ok(()));
+    }
+
+    #[test]
+    fn real_mode() {
+        let mut machine = Machine::protected();
+        machine.cpu.state = CpuState { rip: 0x100, rflags: 0x302, ..CpuState::default() };
+        machine.cpu.state.seg[SegReg::Cs as usize].base = 0xf_0000;
+        machine.cpu.state.gpr[gpr::RSP] = 0x1000;
+        machine.env.put(0x21 * 4, &[0x34, 0x12, 0x00, 0x20]);
+        assert_eq!(machine.exec(&[0xcd, 0x21]), Ok(()));
+        let cs = machine.cpu.state.seg[SegReg::Cs as usize];
+        assert_eq!((cs.selector, cs.base, machine.cpu.state.rip), (0x2000, 0x2_0000, 0x1234));
+        assert_eq!(machine.cpu.state.rflags, 2);
+        assert_eq!(machine.stack::<3>(2), [0x102, 0xf000, 0x302]);
+        assert_eq!(machine.exec(&[0xcf]), Ok(()));
+        assert_eq!((machine.cpu.state.rip, machine.cpu.state.rflags), (0x102, 0x302));
+        machine.cpu.state.idtr.limit = 0x20;
+        machine.cpu.deliver_exception(&mut machine.env, Exception::GP0);
+        assert_eq!(machine.cpu.state.activity, Activity::Shutdown);
+    }
+
+    #[test]
+    fn an_endless_chain_of_alignment_checks_comes_back() {
+        let mut machine = Machine::protected();
+        machine.descriptor(sel::FREE, 0x00cf_fb00_0000_ffff);
+        machine.gate(vector::AC, sel::FREE | 3, 0x6000, TRAP32, 0);
+        machine.ring(sel::USER_CODE, sel::USER_DATA);
+        machine.cpu.state.cr0 |= Cr0::AM.bits();
+        machine.cpu.state.rflags |= Rflags::AC.bits();
+        machine.cpu.state.gpr[gpr::RSP] = 0x7001;
+        machine.cpu.deliver_exception(&mut machine.env, Exception::AC0);
+        assert_eq!((machine.cpu.state.rip, machine.cpu.state.gpr[gpr::RSP]), (0x5000, 0x7001));
+    }
+
+    #[test]
+    fn init_and_sipi() {
+        let mut machine = Machine::long();
+        machine.cpu.state.gpr[gpr::RBX] = 7;
+        machine.cpu.state.msr.lstar = 9;
+        machine.cpu.apic_id = 1;
+        machine.cpu.deliver_event(&mut machine.env, Event::Init);
+        assert_eq!(machine.env.inits, 1);
+        let state = &machine.cpu.state;
+        assert_eq!((state.activity, state.mode()), (Activity::WaitForSipi, Mode::Real));
+        assert_eq!((state.gpr[gpr::RBX], state.msr.lstar, state.msr.efer), (0, 9, 0));
+        machine.cpu.deliver_event(&mut machine.env, Event::Sipi(0x9a));
+        let cs = machine.cpu.state.seg[SegReg::Cs as usize];
+        assert_eq!((cs.selector, cs.base, machine.cpu.state.rip), (0x9a00, 0x9_a000, 0));
+        assert_eq!(machine.cpu.state.activity, Activity::Running);
+        machine.cpu.state.rip = 5;
+        machine.cpu.deliver_event(&mut machine.env, Event::Sipi(0x10));
+        assert_eq!(machine.cpu.state.rip, 5, "only one that waits takes a SIPI");
+    }
+}

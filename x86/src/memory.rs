@@ -601,3 +601,160 @@ fn segment_allows(segment: &Segment, offset: u64, size: usize, access: Access, p
         last <= limit
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::exception::vector;
+    use crate::registers::Cr4;
+    use crate::testing::{Machine, at, sel};
+
+    /// 64-bit mode, where 0x4000_0000 maps RAM 0x9000, the next page maps `next`, in 4 KiB pages.
+    fn two_pages(next: u64) -> Machine {
+        let machine = Machine::long();
+        machine.env.store64(at::PAGES + 0x1008, at::PAGES + 0x2000 | 7);
+        machine.env.store64(at::PAGES + 0x2000, at::PAGES + 0x3000 | 7);
+        machine.env.store64(at::PAGES + 0x3000, 0x9007);
+        machine.env.store64(at::PAGES + 0x3008, next);
+        machine
+    }
+
+    const END: u64 = 0x4000_0ffc;
+
+    #[test]
+    fn an_access_may_cross_into_a_page_elsewhere() {
+        let mut machine = two_pages(0xb007);
+        let Machine { cpu, env } = &mut machine;
+        cpu.write(env, SegReg::Ds, END, 8, 0x1122_3344_5566_7788).unwrap();
+        assert_eq!(env.load32(0x9ffc), 0x5566_7788);
+        assert_eq!(env.load32(0xb000), 0x1122_3344);
+        assert_eq!(cpu.read(env, SegReg::Ds, END, 8), Ok(0x1122_3344_5566_7788));
+        let old = cpu.read_modify_write(env, SegReg::Ds, END, 8, true, &mut |v| v + 1).unwrap();
+        assert_eq!(old, 0x1122_3344_5566_7788);
+        assert_eq!(env.load32(0x9ffc), 0x5566_7789);
+    }
+
+    #[test]
+    fn nothing_is_written_if_the_second_page_faults() {
+        let mut machine = two_pages(0);
+        let Machine { cpu, env } = &mut machine;
+        let fault = Err(Exception::page_fault(0x4000_1000, 2));
+        assert_eq!(cpu.write(env, SegReg::Ds, END, 8, 1), fault);
+        assert_eq!(cpu.write_bytes(env, SegReg::Ds, END, &[1; 32]), fault);
+        assert_eq!(cpu.read_modify_write(env, SegReg::Ds, END, 8, true, &mut |v| v + 1).map(|_| ()), fault);
+        assert_eq!(env.load32(0x9ffc), 0);
+        assert_eq!(cpu.check_write(env, SegReg::Ds, END, 4), Ok(()));
+        assert_eq!(cpu.check_write(env, SegReg::Ds, END, 5), fault);
+    }
+
+    #[test]
+    fn devices_see_the_access_as_it_is_made() {
+        let mut machine = two_pages(0xfee0_0007);
+        let Machine { cpu, env } = &mut machine;
+        env.mmio.insert(0xfee0_0020, 0x1234_5678);
+        assert_eq!(cpu.read(env, SegReg::Ds, 0x4000_1020, 4), Ok(0x1234_5678));
+        cpu.write(env, SegReg::Ds, 0x4000_1030, 2, 0xabcd_ef01).unwrap();
+        assert_eq!(env.mmio_writes, [(0xfee0_0030, 2, 0xef01)]);
+        env.mmio_writes.clear();
+        cpu.write(env, SegReg::Ds, 0x4000_0ffd, 8, 0x8877_6655_4433_2211).unwrap();
+        assert_eq!(env.get(0x9ffd), [0x11, 0x22, 0x33]);
+        assert_eq!(env.mmio_writes, [(0xfee0_0000, 4, 0x7766_5544), (0xfee0_0004, 1, 0x88)]);
+    }
+
+    #[test]
+    fn canonical_addresses() {
+        let mut machine = two_pages(0xb007);
+        let Machine { cpu, env } = &mut machine;
+        assert_eq!(cpu.read(env, SegReg::Ds, 0x8000_0000_0000, 1), Err(Exception::GP0));
+        assert_eq!(cpu.read(env, SegReg::Ss, 0x7fff_ffff_ffff, 2), Err(Exception::SS0));
+        assert_eq!(cpu.read(env, SegReg::Gs, u64::MAX << 47, 1).unwrap_err().vector, vector::PF);
+        cpu.state.seg[SegReg::Fs as usize].base = 0x4000_0000;
+        cpu.state.seg[SegReg::Ds as usize].base = 0x4000_0000;
+        env.store8(0x9010, 7);
+        assert_eq!(cpu.read(env, SegReg::Fs, 0x10, 1), Ok(7));
+        assert_eq!(cpu.read(env, SegReg::Ds, 0x10, 1), Ok(0), "the base of DS does not count");
+    }
+
+    #[test]
+    fn limits_and_types_of_segments() {
+        let mut machine = Machine::protected();
+        let Machine { cpu, env } = &mut machine;
+        let segment = |limit, attributes| Segment { base: 0x100, limit, selector: 8, attributes };
+        let mut check = |attributes: u16, limit: u32, offset: u64, size: usize, access: Access| {
+            cpu.state.seg[SegReg::Ds as usize] = segment(limit, attributes);
+            cpu.checked_address(SegReg::Ds, offset, size, access)
+        };
+        let fault = Err(Exception::GP0);
+        assert_eq!(check(0x93, 0xf, 0xc, 4, Access::Read), Ok(0x10c));
+        assert_eq!(check(0x93, 0xf, 0xd, 4, Access::Read), fault);
+        assert_eq!(check(0x93, 0xf, 0xffff_fffd, 4, Access::Read), fault);
+        assert_eq!(check(0x91, 0xf, 0, 4, Access::Write), fault, "read-only");
+        assert_eq!(check(0x9b, 0xf, 0, 4, Access::Write), fault, "code");
+        assert_eq!(check(0x9b, 0xf, 0, 4, Access::Read), Ok(0x100));
+        assert_eq!(check(0x99, 0xf, 0, 4, Access::Read), fault, "execute-only");
+        assert_eq!(check(0x97, 0xf, 0xf, 1, Access::Read), fault, "expand-down");
+        assert_eq!(check(0x97, 0xf, 0x10, 1, Access::Read), Ok(0x110));
+        assert_eq!(check(0x97, 0xf, 0xffff, 2, Access::Read), fault, "16-bit expand-down");
+        assert_eq!(check(0x97 | Segment::DB, 0xf, 0xffff, 2, Access::Read), Ok(0x1_00ff));
+        assert_eq!(check(Segment::UNUSABLE, 0xf, 0, 1, Access::Read), fault);
+        cpu.state.seg[SegReg::Ss as usize].limit = 0;
+        assert_eq!(cpu.read(env, SegReg::Ss, 1, 1), Err(Exception::SS0));
+    }
+
+    #[test]
+    fn alignment_is_checked_in_user_mode_only() {
+        let mut machine = two_pages(0xb007);
+        machine.cpu.state.cr0 |= Cr0::AM.bits();
+        machine.cpu.state.rflags |= Rflags::AC.bits();
+        let Machine { cpu, env } = &mut machine;
+        assert!(cpu.read(env, SegReg::Ds, 0x4000_0001, 4).is_ok());
+        cpu.state.cpl = 3;
+        assert_eq!(cpu.read(env, SegReg::Ds, 0x4000_0001, 4), Err(Exception::AC0));
+        assert!(cpu.read(env, SegReg::Ds, 0x4000_0002, 2).is_ok());
+        assert_eq!(cpu.push(env, 8, 0).map(|()| cpu.state.gpr[gpr::RSP]), Ok(0x6ff8));
+    }
+
+    #[test]
+    fn implicit_accesses_are_not_excused_from_smap() {
+        let mut machine = Machine::long();
+        machine.cpu.state.cr4 |= Cr4::SMAP.bits();
+        machine.cpu.state.rflags |= Rflags::AC.bits();
+        machine.cpu.state_changed();
+        let Machine { cpu, env } = &mut machine;
+        assert!(cpu.read(env, SegReg::Ds, 0x1000, 1).is_ok());
+        assert_eq!(cpu.read_system(env, 0x1000, 1), Err(Exception::page_fault(0x1000, 1)));
+    }
+
+    #[test]
+    fn the_stack_wraps_at_its_own_size() {
+        let mut machine = Machine::protected();
+        machine.cpu.state.seg[SegReg::Ss as usize] =
+            Segment { base: 0x2_0000, limit: 0xffff, selector: sel::DATA, attributes: 0x93 };
+        machine.cpu.state.gpr[gpr::RSP] = 0x1234_0000;
+        let Machine { cpu, env } = &mut machine;
+        cpu.push(env, 2, 0xabcd).unwrap();
+        assert_eq!(cpu.state.gpr[gpr::RSP], 0x1234_fffe);
+        assert_eq!(env.load16(0x2_fffe), 0xabcd);
+        assert_eq!(cpu.pop(env, 2), Ok(0xabcd));
+        assert_eq!(cpu.state.gpr[gpr::RSP], 0x1234_0000);
+    }
+
+    #[test]
+    fn fetching_stops_at_what_is_not_there() {
+        let mut machine = two_pages(0);
+        let Machine { cpu, env } = &mut machine;
+        env.put(0x9ffc, &[1, 2, 3, 4]);
+        let mut bytes = [0; 15];
+        let (count, fault) = cpu.fetch(env, END, &mut bytes);
+        assert_eq!((count, &bytes[..4]), (4, &[1, 2, 3, 4][..]));
+        assert_eq!(fault, Some(Exception::page_fault(0x4000_1000, 0x10)));
+        assert_eq!(cpu.fetch(env, 0x8000_0000_0000, &mut bytes), (0, Some(Exception::GP0)));
+        assert_eq!(cpu.fetch(env, 0x4000_0ff1, &mut bytes), (15, None));
+
+        let mut machine = Machine::protected();
+        let Machine { cpu, env } = &mut machine;
+        cpu.state.seg[SegReg::Cs as usize].limit = 0x5003;
+        assert_eq!(cpu.fetch(env, 0x5000, &mut bytes), (4, Some(Exception::GP0)));
+        assert_eq!(cpu.fetch(env, 0x5004, &mut bytes), (0, Some(Exception::GP0)));
+    }
+}

@@ -453,3 +453,178 @@ impl Cpu {
         Ok(walk.finish(pte, pte & 0xffff_f000, false))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Machine, at};
+
+    const LINEAR: u64 = 0x4020_1234;
+    const PTE: u64 = at::PAGES + 0x3000 + 8;
+
+    /// 64-bit mode, LINEAR mapped to 0x9234 through four levels, the upper three with all rights.
+    fn machine(pte: u64) -> Machine {
+        let mut machine = Machine::long();
+        machine.env.store64(at::PAGES + 0x1008, at::PAGES + 0x2000 | 7);
+        machine.env.store64(at::PAGES + 0x2008, at::PAGES + 0x3000 | 7);
+        machine.env.store64(PTE, 0x9000 | pte);
+        machine.cpu.state.cr4 |= (Cr4::SMEP | Cr4::SMAP).bits();
+        machine.cpu.state_changed();
+        machine
+    }
+
+    fn access(machine: &mut Machine, access: Access, cpl: u8) -> Result<Place, u32> {
+        machine.cpu.state.cpl = cpl;
+        let privilege = machine.cpu.privilege();
+        // The second time around the TLB may answer: it must be of the same opinion.
+        let first = machine.cpu.place(&mut machine.env, LINEAR, access, privilege);
+        assert_eq!(first, machine.cpu.place(&mut machine.env, LINEAR, access, privilege));
+        first.map_err(|fault| {
+            assert_eq!(fault.cr2, LINEAR);
+            fault.error_code.unwrap()
+        })
+    }
+
+    #[test]
+    fn rights_of_every_kind_of_page() {
+        use Access::{Execute, Read, Write};
+        let ok = Ok(Place::Ram(0x9234));
+        const NX: u64 = NO_EXECUTE;
+        // Entry, access, CPL, RFLAGS.AC, CR0.WP, answer.
+        let cases: &[(u64, Access, u8, bool, bool, Result<Place, u32>)] = &[
+            (1, Read, 0, false, true, ok),
+            (1, Write, 0, false, true, Err(0x3)),
+            (1, Write, 0, false, false, ok),
+            (1, Execute, 0, false, true, ok),
+            (1, Read, 3, false, true, Err(0x5)),
+            (1, Write, 3, false, true, Err(0x7)),
+            (1, Execute, 3, false, true, Err(0x15)),
+            (3, Write, 0, false, true, ok),
+            (3 | NX, Execute, 0, false, true, Err(0x11)),
+            (7, Read, 3, false, true, ok),
+            (7, Write, 3, false, true, ok),
+            (7, Execute, 3, false, true, ok),
+            (7 | NX, Execute, 3, false, true, Err(0x15)),
+            (5, Write, 3, false, false, Err(0x7)),
+            (7, Read, 0, false, true, Err(0x1)),
+            (7, Write, 0, false, true, Err(0x3)),
+            (7, Read, 0, true, true, ok),
+            (7, Write, 0, true, true, ok),
+            (5, Write, 0, true, true, Err(0x3)),
+            (7, Execute, 0, true, true, Err(0x11)),
+            (7, Read, 1, false, true, Err(0x1)),
+            (0, Read, 0, false, true, Err(0x0)),
+            (0, Write, 3, false, true, Err(0x6)),
+            (0, Execute, 3, false, true, Err(0x14)),
+            (1 << 51, Read, 0, false, true, Err(0x0)),
+            (7 | 1 << 51, Read, 3, false, true, Err(0xd)),
+            (7 | 1 << 51, Execute, 0, false, true, Err(0x19)),
+        ];
+        for &(pte, kind, cpl, ac, wp, expected) in cases {
+            let mut machine = machine(pte);
+            if ac {
+                machine.cpu.state.rflags |= Rflags::AC.bits();
+            }
+            if !wp {
+                machine.cpu.state.cr0 &= !Cr0::WP.bits();
+            }
+            let answer = access(&mut machine, kind, cpl);
+            assert_eq!(answer, expected, "entry {pte:#x} {kind:?} CPL {cpl} AC {ac} WP {wp}");
+        }
+    }
+
+    #[test]
+    fn one_entry_serves_all_privileges_rightly() {
+        let mut machine = machine(7);
+        assert!(access(&mut machine, Access::Write, 3).is_ok());
+        assert_eq!(access(&mut machine, Access::Write, 0), Err(3));
+        machine.cpu.state.rflags |= Rflags::AC.bits();
+        assert!(access(&mut machine, Access::Write, 0).is_ok());
+    }
+
+    #[test]
+    fn rights_of_upper_levels_count() {
+        let mut machine = machine(7);
+        machine.env.store64(at::PAGES + 0x1008, at::PAGES + 0x2000 | 5);
+        assert_eq!(access(&mut machine, Access::Write, 3), Err(7));
+        machine.env.store64(at::PAGES + 0x1008, at::PAGES + 0x2000 | 7 | NO_EXECUTE);
+        assert_eq!(access(&mut machine, Access::Execute, 3), Err(0x15));
+        machine.env.store64(at::PAGES + 0x1008, at::PAGES + 0x2000 | 3);
+        assert_eq!(access(&mut machine, Access::Read, 3), Err(5));
+    }
+
+    #[test]
+    fn accessed_and_dirty_flags() {
+        let mut machine = machine(7);
+        assert_eq!(machine.cpu.translate(&machine.env, LINEAR), Some(0x9234));
+        assert_eq!(machine.env.load64(PTE), 0x9007, "a debugger's look changes nothing");
+        access(&mut machine, Access::Read, 3).unwrap();
+        assert_eq!(machine.env.load64(PTE), 0x9027);
+        assert_eq!(machine.env.load64(at::PAGES + 0x1008) & 0xfff, 0x27);
+        access(&mut machine, Access::Write, 3).unwrap();
+        assert_eq!(machine.env.load64(PTE), 0x9067);
+        assert_eq!(machine.env.load64(at::PAGES + 0x1008) & 0xfff, 0x27, "only the leaf gets dirty");
+    }
+
+    #[test]
+    fn a_fault_sets_no_flags() {
+        let mut machine = machine(5);
+        assert_eq!(access(&mut machine, Access::Write, 3), Err(7));
+        assert_eq!(machine.env.load64(PTE), 0x9005);
+    }
+
+    #[test]
+    fn large_pages() {
+        let mut machine = machine(7);
+        machine.env.store64(at::PAGES + 0x2008, 0x20_0087);
+        machine.env.ram.borrow_mut().resize(0x40_0000, 0);
+        assert_eq!(access(&mut machine, Access::Read, 3), Ok(Place::Ram(0x20_1234)));
+        machine.cpu.flush_tlb_page(LINEAR + 0x10_0000);
+        machine.env.store64(at::PAGES + 0x2008, 0x20_2087);
+        assert_eq!(access(&mut machine, Access::Read, 3), Err(0xd), "bits 13 to 20 are reserved");
+        machine.env.store64(at::PAGES + 0x1008, 0x4000_0087);
+        assert_eq!(access(&mut machine, Access::Read, 3), Ok(Place::Mmio(0x4020_1234)));
+        machine.env.store64(at::PAGES, at::PAGES + 0x1000 | 0x87);
+        assert_eq!(access(&mut machine, Access::Read, 3), Err(0xd), "PS is reserved in a PML4E");
+    }
+
+    #[test]
+    fn two_levels_and_pse36() {
+        let mut machine = Machine::protected();
+        let directory = at::PAGES;
+        machine.env.store32(directory + 4 * 0x100, (at::PAGES + 0x1000) as u32 | 7);
+        machine.env.store32(at::PAGES + 0x1000 + 4 * 0x201, 0x9007);
+        machine.cpu.state.cr0 |= Cr0::PG.bits();
+        machine.cpu.load_cr3(&mut machine.env, directory).unwrap();
+        machine.cpu.flush_tlb();
+        assert_eq!(access(&mut machine, Access::Write, 3), Ok(Place::Ram(0x9234)));
+        assert_eq!(machine.env.load32(at::PAGES + 0x1000 + 4 * 0x201), 0x9067);
+        machine.env.store32(directory + 4 * 0x100, 0x0040_0087 | 0x1234 << 13 & 0x1f_e000);
+        machine.cpu.state.cr4 |= Cr4::PSE.bits();
+        machine.cpu.flush_tlb();
+        let expected = Place::Mmio(0x34_0040_0000 | LINEAR & 0x3f_ffff);
+        assert_eq!(access(&mut machine, Access::Read, 3), Ok(expected));
+        machine.env.store32(directory + 4 * 0x100, 0x0060_0087);
+        assert_eq!(access(&mut machine, Access::Execute, 3), Err(0xd), "no I/D bit without NX and SMEP");
+    }
+
+    #[test]
+    fn pae_takes_its_root_from_the_processor() {
+        let mut machine = Machine::protected();
+        machine.cpu.state.cr4 |= Cr4::PAE.bits();
+        machine.cpu.state.cr0 |= Cr0::PG.bits();
+        machine.env.store64(at::PAGES + 0x20 + 8, at::PAGES + 0x2000 | 1);
+        machine.env.store64(at::PAGES + 0x2008, at::PAGES + 0x3000 | 7);
+        machine.env.store64(PTE, 0x9007);
+        machine.cpu.load_cr3(&mut machine.env, at::PAGES + 0x20).unwrap();
+        machine.env.store64(at::PAGES + 0x20 + 8, 0);
+        assert_eq!(access(&mut machine, Access::Read, 3), Ok(Place::Ram(0x9234)));
+        machine.env.store64(PTE, 0x9007 | NO_EXECUTE);
+        machine.cpu.flush_tlb();
+        assert_eq!(access(&mut machine, Access::Read, 3), Err(0xd), "NX is reserved while EFER.NXE is clear");
+        machine.env.store64(at::PAGES + 0x20, 3);
+        let error = machine.cpu.load_cr3(&mut machine.env, at::PAGES + 0x20).unwrap_err();
+        assert_eq!(error, Exception::GP0);
+        assert_eq!(machine.cpu.state.pdpte[1], at::PAGES + 0x2000 | 1);
+    }
+}

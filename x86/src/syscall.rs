@@ -155,3 +155,105 @@ impl Cpu {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Machine, sel};
+
+    const SYSCALL: &[u8] = &[0x0f, 0x05];
+    const SYSRET: &[u8] = &[0x0f, 0x07];
+    const SYSRETQ: &[u8] = &[0x48, 0x0f, 0x07];
+    const SYSENTER: &[u8] = &[0x0f, 0x34];
+    const SYSEXITQ: &[u8] = &[0x48, 0x0f, 0x35];
+
+    fn machine(vendor: Vendor) -> Machine {
+        let mut machine = Machine::long();
+        alloc::sync::Arc::make_mut(&mut machine.cpu.model).vendor = vendor;
+        let msr = &mut machine.cpu.state.msr;
+        msr.star = 0x0033_0010 << 32;
+        msr.lstar = 0xffff_8000_0000_1000;
+        msr.cstar = 0xffff_8000_0000_2000;
+        msr.sfmask = 0x300;
+        msr.sysenter_cs = 0x10;
+        msr.sysenter_esp = 0x9000;
+        msr.sysenter_eip = 0xa000;
+        machine.ring(sel::USER_CODE64, sel::USER_DATA);
+        machine.cpu.state.rflags = 0x1_0302;
+        machine
+    }
+
+    fn code(machine: &Machine) -> (u16, u16, u8) {
+        let state = &machine.cpu.state;
+        (state.seg[SegReg::Cs as usize].selector, state.seg[SegReg::Ss as usize].selector, state.cpl)
+    }
+
+    #[test]
+    fn there_and_back() {
+        let mut machine = machine(Vendor::Intel);
+        machine.exec(SYSCALL).unwrap();
+        let state = &machine.cpu.state;
+        assert_eq!((state.rip, state.rflags), (0xffff_8000_0000_1000, 2));
+        assert_eq!((state.gpr[gpr::RCX], state.gpr[11]), (0x5002, 0x302));
+        assert_eq!(code(&machine), (0x10, 0x18, 0));
+        assert!(machine.cpu.in_64bit_mode());
+        machine.exec(SYSRETQ).unwrap();
+        assert_eq!((machine.cpu.state.rip, machine.cpu.state.rflags), (0x5002, 0x302));
+        assert_eq!(code(&machine), (0x43, 0x3b, 3));
+        assert!(machine.cpu.in_64bit_mode());
+    }
+
+    #[test]
+    fn sysret_to_compatibility_mode_and_syscall_from_it() {
+        for vendor in [Vendor::Intel, Vendor::Amd] {
+            let mut machine = machine(vendor);
+            machine.exec(SYSCALL).unwrap();
+            machine.exec(SYSRET).unwrap();
+            assert_eq!(code(&machine), (0x33, 0x3b, 3));
+            assert_eq!(machine.cpu.state.code_bits(), 32);
+            let again = machine.exec(SYSCALL);
+            if vendor == Vendor::Intel {
+                assert_eq!(again, Err(Exception::UD));
+            } else {
+                assert_eq!(again, Ok(()));
+                assert_eq!(machine.cpu.state.rip, 0xffff_8000_0000_2000);
+            }
+        }
+    }
+
+    #[test]
+    fn a_non_canonical_return_faults_where_the_vendor_wants_it() {
+        for (vendor, expected) in [(Vendor::Intel, Err(Exception::GP0)), (Vendor::Amd, Ok(()))] {
+            let mut machine = machine(vendor);
+            machine.exec(SYSCALL).unwrap();
+            machine.cpu.state.gpr[gpr::RCX] = 1 << 47;
+            assert_eq!(machine.exec(SYSRETQ), expected);
+        }
+    }
+
+    #[test]
+    fn privilege_and_enabling() {
+        let mut machine = machine(Vendor::Intel);
+        assert_eq!(machine.exec(SYSRETQ), Err(Exception::GP0));
+        machine.cpu.state.msr.efer &= !Efer::SCE.bits();
+        assert_eq!(machine.exec(SYSCALL), Err(Exception::UD));
+        assert_eq!(machine.exec(SYSRETQ), Err(Exception::UD));
+    }
+
+    #[test]
+    fn sysenter_and_sysexit() {
+        let mut machine = machine(Vendor::Intel);
+        machine.exec(SYSENTER).unwrap();
+        assert_eq!((machine.cpu.state.rip, machine.cpu.state.gpr[gpr::RSP]), (0xa000, 0x9000));
+        assert_eq!((code(&machine), machine.cpu.state.rflags), ((0x10, 0x18, 0), 0x102));
+        machine.cpu.state.gpr[gpr::RDX] = 0x5555;
+        machine.cpu.state.gpr[gpr::RCX] = 0x6666;
+        machine.exec(SYSEXITQ).unwrap();
+        assert_eq!((machine.cpu.state.rip, machine.cpu.state.gpr[gpr::RSP]), (0x5555, 0x6666));
+        assert_eq!(code(&machine), (0x33, 0x3b, 3));
+        machine.cpu.state.msr.sysenter_cs = 3;
+        assert_eq!(machine.exec(SYSENTER), Err(Exception::GP0));
+        let mut machine = super::tests::machine(Vendor::Amd);
+        assert_eq!(machine.exec(SYSENTER), Err(Exception::UD));
+    }
+}

@@ -9,7 +9,12 @@ use core::cell::{Cell, RefCell};
 use crate::cpu::Cpu;
 use crate::cpuid::{CpuModel, Vendor, read_reference};
 use crate::env::{Env, Event, HostExecution, HostInstruction, OPEN_BUS};
-use crate::state::CpuState;
+use crate::exception::Exception;
+use crate::interp::op::Op;
+use crate::registers::{Cr0, Cr4, Efer, gpr};
+use crate::segment::Descriptor;
+use crate::state::{CpuState, TableRegister};
+use iced_x86::{Decoder, DecoderOptions};
 
 /// RAM from guest-physical 0, with the offset equal to the address; everything else is told in `log`.
 pub struct TestEnv {
@@ -77,6 +82,142 @@ pub fn test_cpu(vendor: Vendor) -> Cpu {
         registers
     };
     Cpu::new(Arc::new(CpuModel::from_host(read, 1, 2_000_000_000)))
+}
+
+/// Where [`Machine`] keeps its tables.
+pub mod at {
+    pub const GDT: u64 = 0x1000;
+    pub const IDT: u64 = 0x2000;
+    pub const TSS: u64 = 0x3000;
+    /// Top of the stack of privilege level 0.
+    pub const STACK0: u64 = 0x8000;
+    /// Page tables: 4 levels, or whatever a test builds.
+    pub const PAGES: u64 = 0x1_0000;
+}
+
+/// Selectors of [`Machine`]'s GDT.
+pub mod sel {
+    pub const CODE: u16 = 0x08;
+    pub const DATA: u16 = 0x10;
+    pub const USER_CODE: u16 = 0x1b;
+    pub const USER_DATA: u16 = 0x23;
+    pub const TSS: u16 = 0x28;
+    pub const CODE64: u16 = 0x38;
+    pub const USER_CODE64: u16 = 0x43;
+    pub const CONFORMING: u16 = 0x48;
+    /// The first free entry.
+    pub const FREE: u16 = 0x60;
+}
+
+/// A processor in protected or 64-bit mode, with tables.
+pub struct Machine {
+    pub cpu: Cpu,
+    pub env: TestEnv,
+}
+
+impl Machine {
+    /// Flat 32-bit protected mode at privilege level 0, without paging.
+    pub fn protected() -> Self {
+        let mut machine = Self { cpu: test_cpu(Vendor::Intel), env: TestEnv::new(0x4_0000) };
+        let tss = 0x0000_8900_0000_0067 | at::TSS << 16;
+        let entries = [
+            (sel::CODE, 0x00cf_9b00_0000_ffff),
+            (sel::DATA, 0x00cf_9300_0000_ffff),
+            (sel::USER_CODE, 0x00cf_fb00_0000_ffff),
+            (sel::USER_DATA, 0x00cf_f300_0000_ffff),
+            (sel::TSS, tss),
+            (sel::CODE64, 0x00af_9b00_0000_ffff),
+            (sel::USER_CODE64, 0x00af_fb00_0000_ffff),
+            (sel::CONFORMING, 0x00cf_9f00_0000_ffff),
+        ];
+        for (selector, descriptor) in entries {
+            machine.descriptor(selector, descriptor);
+        }
+        let state = &mut machine.cpu.state;
+        state.gdtr = TableRegister { base: at::GDT, limit: 0xff };
+        state.idtr = TableRegister { base: at::IDT, limit: 0xfff };
+        state.cr0 |= Cr0::PE.bits();
+        state.gpr[gpr::RSP] = 0x7000;
+        state.rip = 0x5000;
+        machine.env.put(at::TSS + 4, &(at::STACK0 as u32).to_le_bytes());
+        machine.env.put(at::TSS + 8, &u32::from(sel::DATA).to_le_bytes());
+        machine.ring(sel::CODE, sel::DATA);
+        machine.cpu.load_tr(&mut machine.env, sel::TSS).unwrap();
+        machine
+    }
+
+    /// 64-bit mode at privilege level 0, the first GiB mapped to itself for all.
+    pub fn long() -> Self {
+        let mut machine = Self::protected();
+        machine.env.store64(at::PAGES, at::PAGES + 0x1000 | 7);
+        machine.env.store64(at::PAGES + 0x1000, 0x87);
+        machine.env.put(at::TSS + 4, &at::STACK0.to_le_bytes());
+        let state = &mut machine.cpu.state;
+        state.cr3 = at::PAGES;
+        state.cr4 = Cr4::PAE.bits();
+        state.cr0 |= (Cr0::PG | Cr0::WP).bits();
+        state.msr.efer = (Efer::LME | Efer::LMA | Efer::NXE | Efer::SCE).bits();
+        machine.cpu.state_changed();
+        machine.ring(sel::CODE64, sel::DATA);
+        machine
+    }
+
+    /// Writes an entry of the GDT.
+    pub fn descriptor(&mut self, selector: u16, descriptor: u64) {
+        self.env.store64(at::GDT + u64::from(selector & !7), descriptor);
+    }
+
+    /// Puts code and all data segments in place without any check, and the privilege level of `code`.
+    pub fn ring(&mut self, code: u16, data: u16) {
+        let segment = |selector: u16| {
+            let low = self.env.load64(at::GDT + u64::from(selector & !7));
+            Descriptor { low, high: 0 }.segment(selector)
+        };
+        let (code, data) = (segment(code), segment(data));
+        self.cpu.state.seg = [data, code, data, data, data, data];
+        self.cpu.state.cpl = (code.selector & 3) as u8;
+    }
+
+    /// Writes a gate of the IDT: type and rights as in bits 40 to 47.
+    pub fn gate(&mut self, number: u8, selector: u16, offset: u64, rights: u8, ist: u8) {
+        let low = offset & 0xffff
+            | u64::from(selector) << 16
+            | u64::from(ist) << 32
+            | u64::from(rights) << 40
+            | (offset >> 16 & 0xffff) << 48;
+        if self.cpu.in_long_mode() {
+            self.env.store64(at::IDT + u64::from(number) * 16, low);
+            self.env.store64(at::IDT + u64::from(number) * 16 + 8, offset >> 32);
+        } else {
+            self.env.store64(at::IDT + u64::from(number) * 8, low);
+        }
+    }
+
+    /// Decodes an instruction and executes it, as the run loop does, if it is one of
+    /// [`Cpu::exec_segment_op`]'s.
+    pub fn exec(&mut self, code: &[u8]) -> Result<(), Exception> {
+        let bits = self.cpu.state.code_bits();
+        let rip = self.cpu.state.rip;
+        let instruction = Decoder::with_ip(bits, code, rip, DecoderOptions::NONE).decode();
+        assert!(!instruction.is_invalid(), "{code:02x?}");
+        let mut bytes = [0; 15];
+        bytes[..code.len()].copy_from_slice(code);
+        self.cpu.next_rip = rip + instruction.len() as u64;
+        assert!(self.cpu.exec_segment_op(&mut self.env, &Op { instruction, bytes })?, "{code:02x?}");
+        self.cpu.state.rip = self.cpu.next_rip;
+        Ok(())
+    }
+
+    /// Values of `N` bytes on the stack, from the top on.
+    pub fn stack<const N: usize>(&self, size: u64) -> [u64; N] {
+        let cpu = &self.cpu;
+        let top = cpu.state.seg[2].base + (cpu.state.gpr[gpr::RSP] & cpu.stack_mask());
+        core::array::from_fn(|index| {
+            let mut bytes = [0; 8];
+            self.env.load_bytes(top + size * index as u64, &mut bytes[..size as usize]);
+            u64::from_le_bytes(bytes)
+        })
+    }
 }
 
 impl Env for TestEnv {
