@@ -366,3 +366,174 @@ impl Cpu {
         Ok(descriptor.segment(selector))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::env::Event;
+    use crate::testing::{Machine, at, sel};
+
+    /// A second task's TSS, its selector, and a task gate to it.
+    const TSS2: u64 = 0x4000;
+    const TASK2: u16 = sel::FREE;
+    const GATE2: u16 = sel::FREE + 8;
+
+    fn machine() -> Machine {
+        let mut machine = Machine::protected();
+        machine.descriptor(TASK2, 0x0000_8900_0000_0067 | TSS2 << 16);
+        machine.descriptor(GATE2, 0x0000_e500_0000_0000 | u64::from(TASK2) << 16);
+        let fields = [
+            (0x20, 0x6000),
+            (0x24, 0x0000_0046),
+            (0x28, 0xaaaa),
+            (0x38, 0x7800),
+            (0x48, sel::USER_DATA.into()),
+            (0x4c, sel::USER_CODE.into()),
+            (0x50, sel::USER_DATA.into()),
+            (0x54, 0),
+        ];
+        for (offset, value) in fields {
+            machine.env.store32(TSS2 + offset, value);
+        }
+        machine.cpu.state.gpr[gpr::RAX] = 0x1111;
+        machine
+    }
+
+    fn jump(opcode: u8, selector: u16) -> [u8; 7] {
+        let [low, high] = selector.to_le_bytes();
+        [opcode, 0, 0, 0, 0, low, high]
+    }
+
+    fn kind(machine: &Machine, selector: u16) -> u8 {
+        machine.env.load8(at::GDT + u64::from(selector) + 5) & 0xf
+    }
+
+    #[test]
+    fn call_and_return_between_tasks() {
+        let mut machine = machine();
+        machine.exec(&jump(0x9a, TASK2)).unwrap();
+        let state = &machine.cpu.state;
+        assert_eq!((state.rip, state.cpl, state.gpr[gpr::RAX]), (0x6000, 3, 0xaaaa));
+        assert_eq!(state.rflags, 0x46 | Rflags::NT.bits());
+        assert_eq!(state.seg[SegReg::Es as usize].selector, sel::USER_DATA);
+        assert!(!state.seg[SegReg::Ds as usize].usable());
+        assert_eq!(state.tr.selector, TASK2);
+        assert!(state.cr0_has(Cr0::TS));
+        assert_eq!((kind(&machine, TASK2), kind(&machine, sel::TSS)), (11, 11));
+        assert_eq!(machine.env.load16(TSS2), sel::TSS);
+        assert_eq!(machine.env.load32(at::TSS + 0x20), 0x5007);
+        assert_eq!(machine.env.load32(at::TSS + 0x28), 0x1111);
+        machine.exec(&[0xcf]).unwrap();
+        let state = &machine.cpu.state;
+        assert_eq!((state.rip, state.cpl, state.gpr[gpr::RAX]), (0x5007, 0, 0x1111));
+        assert_eq!(state.rflags, 2);
+        assert_eq!((kind(&machine, TASK2), kind(&machine, sel::TSS)), (9, 11));
+        assert_eq!(machine.env.load32(TSS2 + 0x24), 0x46, "NT is not saved by IRET");
+    }
+
+    #[test]
+    fn jump_does_not_nest() {
+        let mut machine = machine();
+        machine.exec(&jump(0xea, GATE2)).unwrap();
+        assert_eq!((kind(&machine, TASK2), kind(&machine, sel::TSS)), (11, 9));
+        assert_eq!(machine.cpu.state.rflags, 0x46);
+        assert_eq!(machine.exec(&jump(0xea, TASK2)), Err(Exception::selector(vector::GP, TASK2)), "busy");
+    }
+
+    #[test]
+    fn exceptions_through_a_task_gate() {
+        let mut machine = machine();
+        machine.env.store64(at::IDT + 13 * 8, 0x0000_8500_0000_0000 | u64::from(TASK2) << 16);
+        machine.cpu.deliver_exception(&mut machine.env, Exception::gp(0x18));
+        assert_eq!((machine.cpu.state.rip, machine.cpu.state.gpr[gpr::RSP]), (0x6000, 0x77fc));
+        assert_eq!(machine.stack::<1>(4), [0x18]);
+        assert_eq!(machine.env.load32(at::TSS + 0x20), 0x5000);
+        assert_eq!(machine.env.load32(at::TSS + 0x24), 0x1_0002, "a fault saves RF");
+    }
+
+    #[test]
+    fn a_fault_before_the_switch_stays_in_the_old_task_and_one_after_is_the_new_ones() {
+        let mut machine = machine();
+        machine.descriptor(TASK2, 0x0000_8900_0000_0066 | TSS2 << 16);
+        let fault = machine.exec(&jump(0x9a, TASK2));
+        assert_eq!(fault, Err(Exception::selector(vector::TS, TASK2)));
+        assert_eq!((machine.cpu.state.tr.selector, machine.cpu.state.rip), (sel::TSS, 0x5000));
+
+        let mut machine = self::machine();
+        machine.env.store32(TSS2 + 0x50, sel::DATA.into());
+        let fault = machine.exec(&jump(0x9a, TASK2));
+        assert_eq!(fault, Err(Exception::selector(vector::TS, sel::DATA)));
+        assert_eq!((machine.cpu.state.tr.selector, machine.cpu.state.rip), (TASK2, 0x6000));
+    }
+
+    #[test]
+    fn tasks_in_virtual_8086_mode_and_of_16_bits() {
+        let mut machine = machine();
+        machine.env.store32(TSS2 + 0x24, Rflags::VM.bits() as u32);
+        machine.exec(&jump(0xea, TASK2)).unwrap();
+        let state = &machine.cpu.state;
+        assert_eq!((state.cpl, state.seg[SegReg::Cs as usize].base), (3, u64::from(sel::USER_CODE) << 4));
+
+        let mut machine = self::machine();
+        machine.descriptor(TASK2, 0x0000_8100_0000_002b | TSS2 << 16);
+        for offset in (0..0x2c).step_by(2) {
+            machine.env.store16(TSS2 + offset, 0);
+        }
+        let fields = [
+            (0x0e, 0x6000),
+            (0x10, 2),
+            (0x12, 0xbbbb),
+            (0x24, sel::CODE),
+            (0x26, sel::DATA),
+            (0x28, sel::DATA),
+        ];
+        for (offset, value) in fields {
+            machine.env.store16(TSS2 + offset, value);
+        }
+        machine.exec(&jump(0x9a, TASK2)).unwrap();
+        let state = &machine.cpu.state;
+        assert_eq!((state.rip, state.gpr[gpr::RAX], state.cpl), (0x6000, 0xbbbb, 0));
+        assert_eq!(state.seg[SegReg::Ds as usize].selector, sel::DATA);
+        machine.exec(&[0xcf]).unwrap();
+        assert_eq!((machine.cpu.state.rip, machine.env.load16(TSS2 + 0x0e)), (0x5007, 0x6001));
+    }
+
+    #[test]
+    fn the_t_flag_traps_in_the_new_task() {
+        let mut machine = machine();
+        machine.env.store16(TSS2 + 0x64, 1);
+        assert_eq!(machine.exec(&jump(0x9a, TASK2)), Err(Exception::DB));
+        assert_eq!((machine.cpu.state.dr[6] >> 15 & 1, machine.cpu.state.rip), (1, 0x6000));
+    }
+
+    #[test]
+    fn interrupts_nest_tasks() {
+        let mut machine = machine();
+        machine.env.store64(at::IDT + 0x40 * 8, 0x0000_8500_0000_0000 | u64::from(TASK2) << 16);
+        machine.cpu.deliver_event(&mut machine.env, Event::Interrupt(0x40));
+        assert_eq!((machine.cpu.state.rip, machine.cpu.state.tr.selector), (0x6000, TASK2));
+        assert_eq!(machine.env.load32(at::TSS + 0x20), 0x5000);
+    }
+
+    #[test]
+    fn ports_by_iopl_and_bitmap() {
+        let mut machine = Machine::protected();
+        let Machine { cpu, env } = &mut machine;
+        assert_eq!(cpu.check_io(env, 0x60, 1), Ok(()));
+        cpu.state.cpl = 3;
+        env.store16(at::TSS + IO_MAP_BASE, 0x68);
+        assert_eq!(cpu.check_io(env, 0x60, 1), Err(Exception::GP0), "no bitmap within the limit");
+        cpu.state.tr.limit = 0x68 + 0x20;
+        env.store8(at::TSS + 0x68 + 0xc, 0b0001_0000);
+        assert_eq!(cpu.check_io(env, 0x60, 4), Ok(()));
+        assert_eq!(cpu.check_io(env, 0x61, 4), Err(Exception::GP0));
+        assert_eq!(cpu.check_io(env, 0x64, 1), Err(Exception::GP0));
+        assert_eq!(cpu.check_io(env, 0x65, 1), Ok(()));
+        assert_eq!(cpu.check_io(env, 0xff, 1), Ok(()), "the byte after the last is within the limit");
+        assert_eq!(cpu.check_io(env, 0x100, 1), Err(Exception::GP0));
+        cpu.state.rflags |= Rflags::IOPL.bits();
+        assert_eq!(cpu.check_io(env, 0x64, 1), Ok(()));
+        cpu.state.rflags |= Rflags::VM.bits();
+        assert_eq!(cpu.check_io(env, 0x64, 1), Err(Exception::GP0), "IOPL does not count there");
+    }
+}

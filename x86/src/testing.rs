@@ -13,7 +13,7 @@ use crate::exception::Exception;
 use crate::interp::op::Op;
 use crate::registers::{Cr0, Cr4, Efer, gpr};
 use crate::segment::Descriptor;
-use crate::state::{CpuState, TableRegister};
+use crate::state::{CpuState, SegReg, TableRegister};
 use iced_x86::{Decoder, DecoderOptions};
 
 /// RAM from guest-physical 0, with the offset equal to the address; everything else is told in `log`.
@@ -178,6 +178,12 @@ impl Machine {
         self.cpu.state.cpl = (code.selector & 3) as u8;
     }
 
+    /// Puts one data segment in place without any check.
+    pub fn ring_data(&mut self, seg: SegReg, selector: u16) {
+        let low = self.env.load64(at::GDT + u64::from(selector & !7));
+        self.cpu.state.seg[seg as usize] = Descriptor { low, high: 0 }.segment(selector);
+    }
+
     /// Writes a gate of the IDT: type and rights as in bits 40 to 47.
     pub fn gate(&mut self, number: u8, selector: u16, offset: u64, rights: u8, ist: u8) {
         let low = offset & 0xffff
@@ -203,7 +209,7 @@ impl Machine {
         let mut bytes = [0; 15];
         bytes[..code.len()].copy_from_slice(code);
         self.cpu.next_rip = rip + instruction.len() as u64;
-        assert!(self.cpu.exec_segment_op(&mut self.env, &Op { instruction, bytes })?, "{code:02x?}");
+        assert!(self.cpu.exec_segment_op(&mut self.env, &Op::new(instruction, bytes))?, "{code:02x?}");
         self.cpu.state.rip = self.cpu.next_rip;
         Ok(())
     }

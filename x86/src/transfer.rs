@@ -515,3 +515,225 @@ impl Cpu {
         self.deliver(env, number, None, source, self.next_rip)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::registers::Rflags;
+    use crate::testing::{Machine, at, sel};
+
+    /// JMP or CALL ptr16:32.
+    fn direct(opcode: u8, selector: u16, offset: u32) -> [u8; 7] {
+        let mut code = [opcode; 7];
+        code[1..5].copy_from_slice(&offset.to_le_bytes());
+        code[5..].copy_from_slice(&selector.to_le_bytes());
+        code
+    }
+    const JMP: u8 = 0xea;
+    const CALL: u8 = 0x9a;
+    const RETF: &[u8] = &[0xcb];
+    const IRETD: &[u8] = &[0xcf];
+    const IRETQ: &[u8] = &[0x48, 0xcf];
+
+    fn gp(selector: u16) -> Result<(), Exception> {
+        Err(Exception::selector(vector::GP, selector))
+    }
+
+    fn push(machine: &mut Machine, size: usize, values: &[u64]) {
+        for &value in values.iter().rev() {
+            machine.cpu.push(&mut machine.env, size, value).unwrap();
+        }
+    }
+
+    #[test]
+    fn call_and_return_in_the_same_ring() {
+        let mut machine = Machine::protected();
+        machine.exec(&direct(CALL, sel::CODE, 0x6000)).unwrap();
+        assert_eq!((machine.cpu.state.rip, machine.stack::<2>(4)), (0x6000, [0x5007, sel::CODE.into()]));
+        machine.exec(RETF).unwrap();
+        assert_eq!((machine.cpu.state.rip, machine.cpu.state.gpr[gpr::RSP]), (0x5007, 0x7000));
+    }
+
+    #[test]
+    fn what_may_not_be_jumped_to() {
+        let mut machine = Machine::protected();
+        machine.descriptor(sel::FREE, 0x00cf_1b00_0000_ffff);
+        machine.descriptor(sel::FREE + 8, 0x0040_9b00_0000_0fff);
+        let mut jump = |selector, offset| machine.exec(&direct(JMP, selector, offset));
+        assert_eq!(jump(3, 0), gp(0));
+        assert_eq!(jump(sel::DATA, 0), gp(sel::DATA));
+        assert_eq!(jump(sel::USER_CODE, 0), gp(sel::USER_CODE));
+        assert_eq!(jump(sel::CODE | 1, 0), gp(sel::CODE));
+        assert_eq!(jump(0x100, 0), gp(0x100));
+        assert_eq!(jump(sel::CODE | 4, 0), gp(sel::CODE | 4), "no LDT");
+        assert_eq!(jump(sel::FREE, 0), Err(Exception::selector(vector::NP, sel::FREE)));
+        assert_eq!(jump(sel::FREE + 8, 0x1000), gp(0), "beyond the limit");
+        assert_eq!(jump(sel::FREE + 8, 0xfff), Ok(()));
+    }
+
+    #[test]
+    fn conforming_code_runs_in_the_callers_ring() {
+        let mut machine = Machine::protected();
+        machine.ring(sel::USER_CODE, sel::USER_DATA);
+        machine.exec(&direct(JMP, sel::CONFORMING, 0x6000)).unwrap();
+        assert_eq!(machine.cpu.state.cpl, 3);
+        assert_eq!(machine.cpu.state.seg[SegReg::Cs as usize].selector, sel::CONFORMING | 3);
+    }
+
+    #[test]
+    fn call_gate_to_an_inner_ring_and_back() {
+        let mut machine = Machine::protected();
+        machine.descriptor(sel::FREE, 0x0000_ec02_0008_6000);
+        machine.ring(sel::USER_CODE, sel::USER_DATA);
+        push(&mut machine, 4, &[0x11, 0x22]);
+        machine.exec(&direct(CALL, sel::FREE | 3, 0xdead)).unwrap();
+        assert_eq!((machine.cpu.state.rip, machine.cpu.state.cpl), (0x6000, 0));
+        assert_eq!(machine.cpu.state.gpr[gpr::RSP], at::STACK0 - 24);
+        let frame = [0x5007, sel::USER_CODE.into(), 0x11, 0x22, 0x6ff8, sel::USER_DATA.into()];
+        assert_eq!(machine.stack::<6>(4), frame);
+        machine.ring_data(SegReg::Fs, sel::DATA);
+        machine.exec(&[0xca, 8, 0]).unwrap();
+        let state = &machine.cpu.state;
+        assert_eq!((state.rip, state.cpl, state.gpr[gpr::RSP]), (0x5007, 3, 0x7000));
+        assert_eq!(state.seg[SegReg::Ss as usize].selector, sel::USER_DATA);
+        assert!(!state.seg[SegReg::Fs as usize].usable(), "a segment of ring 0 is dropped");
+        assert_eq!(state.seg[SegReg::Ds as usize].selector, sel::USER_DATA);
+    }
+
+    #[test]
+    fn gates_have_a_privilege_of_their_own() {
+        let mut machine = Machine::protected();
+        machine.descriptor(sel::FREE, 0x0000_8c00_0008_6000);
+        machine.descriptor(sel::FREE + 8, 0x0000_6c00_0008_6000);
+        machine.descriptor(sel::FREE + 16, 0x0000_ec00_0010_6000);
+        machine.descriptor(sel::FREE + 24, 0x0000_ec00_0008_6000);
+        machine.ring(sel::USER_CODE, sel::USER_DATA);
+        let mut call = |opcode, selector| machine.exec(&direct(opcode, selector, 0));
+        assert_eq!(call(CALL, sel::FREE), gp(sel::FREE));
+        assert_eq!(call(CALL, sel::FREE + 8), Err(Exception::selector(vector::NP, sel::FREE + 8)));
+        assert_eq!(call(CALL, sel::FREE + 16), gp(sel::DATA));
+        assert_eq!(call(JMP, sel::FREE + 24), gp(sel::CODE), "JMP does not change rings");
+        machine.env.store32(at::TSS + 8, sel::USER_DATA.into());
+        let fault = machine.exec(&direct(CALL, sel::FREE + 24, 0));
+        assert_eq!(fault, Err(Exception::selector(vector::TS, sel::USER_DATA)));
+        machine.cpu.state.tr.limit = 8;
+        let fault = machine.exec(&direct(CALL, sel::FREE + 24, 0));
+        assert_eq!(fault, Err(Exception::selector(vector::TS, sel::TSS)));
+        assert_eq!((machine.cpu.state.cpl, machine.cpu.state.gpr[gpr::RSP]), (3, 0x7000));
+    }
+
+    #[test]
+    fn call_gate_of_long_mode() {
+        let mut machine = Machine::long();
+        machine.descriptor(sel::FREE, 0x0000_ec00_0038_6000);
+        machine.descriptor(sel::FREE + 8, 0xffff_8000);
+        machine.ring(sel::USER_CODE64, sel::USER_DATA);
+        machine.env.put(0x9000, &[0, 0, 0, 0, sel::FREE as u8, 0]);
+        // CALL FAR [0x9000].
+        machine.exec(&[0xff, 0x1c, 0x25, 0, 0x90, 0, 0]).unwrap();
+        assert_eq!((machine.cpu.state.rip, machine.cpu.state.cpl), (0xffff_8000_0000_6000, 0));
+        let frame = [0x5007, sel::USER_CODE64.into(), 0x7000, sel::USER_DATA.into()];
+        assert_eq!(machine.stack::<4>(8), frame);
+        machine.exec(&[0x48, 0xcb]).unwrap();
+        assert_eq!((machine.cpu.state.rip, machine.cpu.state.cpl), (0x5007, 3));
+        assert_eq!(machine.cpu.state.gpr[gpr::RSP], 0x7000);
+        machine.descriptor(sel::FREE + 8, 0x0100_ffff_8000);
+        assert_eq!(machine.exec(&[0xff, 0x1c, 0x25, 0, 0x90, 0, 0]), gp(sel::FREE));
+    }
+
+    #[test]
+    fn between_64_bit_and_compatibility_mode() {
+        let mut machine = Machine::long();
+        push(&mut machine, 4, &[0x6000, sel::CODE.into()]);
+        machine.exec(RETF).unwrap();
+        assert_eq!((machine.cpu.state.mode(), machine.cpu.state.code_bits()), (Mode::Compatibility, 32));
+        machine.exec(&direct(JMP, sel::CODE64, 0x8000_0000)).unwrap();
+        assert_eq!((machine.cpu.state.mode(), machine.cpu.state.rip), (Mode::Long64, 0x8000_0000));
+        machine.descriptor(sel::FREE, 0x00ef_9b00_0000_ffff);
+        push(&mut machine, 8, &[0x6000, sel::FREE.into()]);
+        assert_eq!(machine.exec(&[0x48, 0xcb]), gp(sel::FREE), "L and D");
+    }
+
+    #[test]
+    fn iret_in_64_bit_mode_takes_the_stack_always() {
+        let mut machine = Machine::long();
+        machine.cpu.state.rflags |= Rflags::IOPL.bits();
+        push(&mut machine, 8, &[0x6000, sel::CODE64.into(), 0x24_0ed7 | 0x1_0000, 0x9000, 0]);
+        machine.exec(IRETQ).unwrap();
+        let state = &machine.cpu.state;
+        assert_eq!((state.rip, state.gpr[gpr::RSP], state.rflags), (0x6000, 0x9000, 0x25_0ed7));
+        assert!(!state.seg[SegReg::Ss as usize].usable());
+        push(&mut machine, 8, &[0x6000, sel::USER_CODE64.into(), 2, 0x9000, 0]);
+        assert_eq!(machine.exec(IRETQ), gp(0), "no null SS in ring 3");
+        push(&mut machine, 8, &[1 << 47, sel::USER_CODE64.into(), 2, 0x9000, sel::USER_DATA.into()]);
+        assert_eq!(machine.exec(IRETQ), gp(0), "not canonical");
+        push(&mut machine, 8, &[0x6000, sel::USER_CODE64.into(), 2, 0x9000, sel::DATA.into()]);
+        assert_eq!(machine.exec(IRETQ), gp(sel::DATA));
+        machine.cpu.state.rflags |= Rflags::NT.bits();
+        assert_eq!(machine.exec(IRETQ), gp(0), "no nested tasks in long mode");
+    }
+
+    #[test]
+    fn iret_keeps_the_base_of_a_null_fs() {
+        let mut machine = Machine::long();
+        machine.cpu.state.seg[SegReg::Fs as usize] = crate::segment::null_segment(0);
+        machine.cpu.state.seg[SegReg::Fs as usize].base = 0x1234;
+        push(&mut machine, 8, &[0x6000, sel::USER_CODE64.into(), 2, 0x9000, sel::USER_DATA.into()]);
+        machine.exec(IRETQ).unwrap();
+        assert_eq!(machine.cpu.state.seg[SegReg::Fs as usize].base, 0x1234);
+        assert!(!machine.cpu.state.seg[SegReg::Ds as usize].usable());
+    }
+
+    #[test]
+    fn flags_that_iret_may_not_change() {
+        let mut machine = Machine::protected();
+        machine.ring(sel::USER_CODE, sel::USER_DATA);
+        push(&mut machine, 4, &[0x6000, sel::USER_CODE.into(), 0x1a_3202]);
+        machine.exec(IRETD).unwrap();
+        assert_eq!(machine.cpu.state.rflags, 2, "neither IF nor IOPL, VM, VIF, VIP");
+        machine.cpu.state.rflags |= Rflags::IOPL.bits();
+        push(&mut machine, 4, &[0x6000, sel::USER_CODE.into(), 0x202]);
+        machine.exec(IRETD).unwrap();
+        assert_eq!(machine.cpu.state.rflags, 0x3202, "IF with IOPL 3");
+        push(&mut machine, 4, &[0x6000, sel::CODE.into(), 0x202]);
+        assert_eq!(machine.exec(IRETD), gp(sel::CODE), "not inwards");
+    }
+
+    #[test]
+    fn virtual_8086_mode_and_out_of_it() {
+        let mut machine = Machine::protected();
+        machine.gate(0x20, sel::CODE, 0x6000, 0xee, 0);
+        let flags = Rflags::VM.bits() | 0x3002;
+        push(&mut machine, 4, &[0x100, 0x2000, flags, 0xfff0, 0x1000, 0x11, 0x22, 0x33, 0x44]);
+        machine.exec(IRETD).unwrap();
+        let state = &machine.cpu.state;
+        assert_eq!((state.mode(), state.cpl, state.rip), (Mode::Virtual8086, 3, 0x100));
+        assert_eq!(state.seg.map(|s| s.selector), [0x11, 0x2000, 0x1000, 0x22, 0x33, 0x44]);
+        assert_eq!(state.seg[1].base, 0x2_0000);
+        machine.exec(&[0xcd, 0x20]).unwrap();
+        let state = &machine.cpu.state;
+        assert_eq!((state.mode(), state.cpl, state.rip), (Mode::Protected, 0, 0x6000));
+        assert_eq!(state.gpr[gpr::RSP], at::STACK0 - 36);
+        assert!([0, 3, 4, 5].iter().all(|&seg| !state.seg[seg].usable()));
+        let frame = [0x102, 0x2000, flags, 0xfff0, 0x1000, 0x11, 0x22, 0x33, 0x44];
+        assert_eq!(machine.stack::<9>(4), frame);
+        machine.env.store32(at::STACK0 - 36 + 8, Rflags::VM.bits() as u32 | 2);
+        machine.exec(IRETD).unwrap();
+        assert_eq!(machine.exec(&[0xcd, 0x20]), gp(0), "INT n needs IOPL 3 there");
+        assert_eq!(machine.exec(&[0xcf]), gp(0));
+    }
+
+    #[test]
+    fn real_mode_transfers() {
+        let mut machine = Machine::protected();
+        machine.cpu.state = crate::state::CpuState::default();
+        machine.cpu.state.gpr[gpr::RSP] = 0x1000;
+        machine.exec(&[0x9a, 0x34, 0x12, 0x00, 0x20]).unwrap();
+        assert_eq!((machine.cpu.state.rip, machine.cpu.state.seg[1].base), (0x1234, 0x2_0000));
+        assert_eq!(machine.stack::<2>(2), [0xfff5, 0xf000]);
+        machine.exec(RETF).unwrap();
+        assert_eq!((machine.cpu.state.rip, machine.cpu.state.seg[1].base), (0xfff5, 0xf_0000));
+        let wide = [0x66, 0xea, 0, 0, 1, 0, 0, 0x20];
+        assert_eq!(machine.exec(&wide), gp(0), "beyond 64 KiB");
+    }
+}

@@ -140,6 +140,11 @@ impl Cpu {
             Code::Jmp_ptr1632 | Code::Call_ptr1632 => {
                 (instruction.far_branch_selector(), instruction.far_branch32().into(), 4)
             }
+            Code::Jmp_m1616 | Code::Call_m1616 | Code::Jmp_m1632 | Code::Call_m1632
+                if self.in_64bit_mode() && has_rex_w(op) =>
+            {
+                self.read_far_pointer(env, op, 8)?
+            }
             Code::Jmp_m1616 | Code::Call_m1616 => self.read_far_pointer(env, op, 2)?,
             Code::Jmp_m1632 | Code::Call_m1632 => self.read_far_pointer(env, op, 4)?,
             Code::Jmp_m1664 | Code::Call_m1664 => self.read_far_pointer(env, op, 8)?,
@@ -293,5 +298,216 @@ impl Cpu {
         // Outside 64-bit mode all four bytes of the base are stored, whatever the operand size.
         let used = if self.in_64bit_mode() { &bytes[..] } else { &bytes[..6] };
         self.write_bytes(env, seg, offset, used)
+    }
+}
+
+/// Whether a far JMP or CALL through memory has REX.W. AMD's own processors ignore it there, and so does
+/// iced-x86 when it decodes for them; but system software uses m16:64 without asking for the vendor, and no
+/// program counts on its being ignored.
+fn has_rex_w(op: &Op) -> bool {
+    let prefixes = op.bytes.iter().take_while(|&&byte| byte != 0xff);
+    prefixes.last().is_some_and(|byte| byte & 0xf8 == 0x48)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::registers::gpr;
+    use crate::testing::{Machine, at, sel};
+
+    /// MOV sreg, AX.
+    fn load(machine: &mut Machine, seg: SegReg, selector: u16) -> Result<(), Exception> {
+        machine.cpu.state.gpr[gpr::RAX] = selector.into();
+        machine.exec(&[0x8e, 0xc0 | (seg as u8) << 3])
+    }
+
+    fn fault(vector: u8, selector: u16) -> Result<(), Exception> {
+        Err(Exception::selector(vector, selector))
+    }
+
+    #[test]
+    fn loading_data_segments() {
+        let mut machine = Machine::protected();
+        machine.descriptor(sel::FREE, 0x00cf_1200_0000_ffff);
+        machine.descriptor(sel::FREE + 8, 0x00cf_9812_0000_ffff);
+        machine.descriptor(sel::FREE + 16, 0x1240_9234_5678_0fff);
+        let machine = &mut machine;
+        assert_eq!(load(machine, SegReg::Ds, sel::FREE), fault(vector::NP, sel::FREE));
+        assert_eq!(
+            load(machine, SegReg::Ds, sel::FREE + 8),
+            fault(vector::GP, sel::FREE + 8),
+            "execute-only"
+        );
+        assert_eq!(load(machine, SegReg::Ds, sel::TSS), fault(vector::GP, sel::TSS));
+        assert_eq!(load(machine, SegReg::Ds, sel::DATA | 3), fault(vector::GP, sel::DATA));
+        assert_eq!(load(machine, SegReg::Ds, 0x100), fault(vector::GP, 0x100));
+        assert_eq!(machine.cpu.state.seg[SegReg::Ds as usize].selector, sel::DATA, "unchanged so far");
+        assert_eq!(load(machine, SegReg::Es, sel::CODE), Ok(()), "readable code");
+        assert_eq!(load(machine, SegReg::Ds, sel::FREE + 16), Ok(()));
+        let ds = machine.cpu.state.seg[SegReg::Ds as usize];
+        assert_eq!((ds.base, ds.limit, ds.attributes), (0x1234_5678, 0xfff, 0x4093));
+        assert_eq!(machine.env.load8(at::GDT + u64::from(sel::FREE) + 21), 0x93, "marked as accessed");
+        assert_eq!(load(machine, SegReg::Ds, 3), Ok(()));
+        assert!(!machine.cpu.state.seg[SegReg::Ds as usize].usable());
+        machine.ring(sel::USER_CODE, sel::USER_DATA);
+        assert_eq!(load(machine, SegReg::Gs, sel::DATA), fault(vector::GP, sel::DATA));
+        assert_eq!(load(machine, SegReg::Gs, sel::CONFORMING), Ok(()));
+    }
+
+    #[test]
+    fn loading_the_stack_segment() {
+        let mut machine = Machine::protected();
+        machine.descriptor(sel::FREE, 0x00cf_1200_0000_ffff);
+        let machine = &mut machine;
+        assert_eq!(load(machine, SegReg::Ss, 0), fault(vector::GP, 0));
+        assert_eq!(load(machine, SegReg::Ss, sel::CODE), fault(vector::GP, sel::CODE));
+        assert_eq!(load(machine, SegReg::Ss, sel::DATA | 1), fault(vector::GP, sel::DATA));
+        assert_eq!(load(machine, SegReg::Ss, sel::USER_DATA), fault(vector::GP, sel::USER_DATA));
+        assert_eq!(load(machine, SegReg::Ss, sel::FREE), fault(vector::SS, sel::FREE));
+        assert!(!machine.cpu.state.interrupt_shadow);
+        assert_eq!(load(machine, SegReg::Ss, sel::DATA), Ok(()));
+        assert!(machine.cpu.state.interrupt_shadow && machine.cpu.state.ss_shadow);
+        let mut machine = Machine::long();
+        assert_eq!(load(&mut machine, SegReg::Ss, 0), Ok(()), "64-bit mode below ring 3");
+        machine.ring(sel::USER_CODE64, sel::USER_DATA);
+        assert_eq!(load(&mut machine, SegReg::Ss, 3), fault(vector::GP, 0));
+    }
+
+    #[test]
+    fn push_and_pop_move_by_the_operand_size() {
+        let mut machine = Machine::long();
+        machine.exec(&[0x0f, 0xa0]).unwrap();
+        assert_eq!(machine.cpu.state.gpr[gpr::RSP], 0x6ff8);
+        assert_eq!(machine.stack::<1>(8), [sel::DATA.into()]);
+        machine.exec(&[0x0f, 0xa9]).unwrap();
+        machine.exec(&[0x66, 0x0f, 0xa0]).unwrap();
+        assert_eq!(machine.cpu.state.gpr[gpr::RSP], 0x6ffe);
+        machine.env.store16(0x6ffe, 0x100);
+        assert_eq!(machine.exec(&[0x66, 0x0f, 0xa1]), fault(vector::GP, 0x100));
+        assert_eq!(machine.cpu.state.gpr[gpr::RSP], 0x6ffe);
+    }
+
+    #[test]
+    fn far_pointers() {
+        let mut machine = Machine::protected();
+        machine.env.put(0x9000, &[0x78, 0x56, 0x34, 0x12, sel::USER_DATA as u8, 0]);
+        machine.exec(&[0x0f, 0xb4, 0x1d, 0, 0x90, 0, 0]).unwrap();
+        assert_eq!(machine.cpu.state.gpr[gpr::RBX], 0x1234_5678);
+        assert_eq!(machine.cpu.state.seg[SegReg::Fs as usize].selector, sel::USER_DATA);
+    }
+
+    #[test]
+    fn far_pointers_of_10_bytes_on_both_vendors() {
+        for options in [iced_x86::DecoderOptions::NONE, iced_x86::DecoderOptions::AMD] {
+            let mut machine = Machine::long();
+            machine.env.put(0x9000, &[0, 0x10, 0, 0, 0, 0x80, 0xff, 0xff, sel::CODE64 as u8, 0]);
+            let mut bytes = [0; 15];
+            bytes[..8].copy_from_slice(&[0x48, 0xff, 0x2c, 0x25, 0, 0x90, 0, 0]);
+            let op = Op::new(iced_x86::Decoder::new(64, &bytes[..8], options).decode(), bytes);
+            assert_eq!(machine.cpu.exec_segment_op(&mut machine.env, &op), Ok(true));
+            assert_eq!(machine.cpu.next_rip, 0xffff_8000_0000_1000);
+        }
+    }
+
+    #[test]
+    fn ldtr_and_tr() {
+        let mut machine = Machine::protected();
+        machine.descriptor(sel::FREE, 0x0000_8200_9000_000f);
+        machine.descriptor(sel::FREE + 8, 0x0000_8900_4000_0067);
+        let machine = &mut machine;
+        let mut with = |selector: u16, code: &[u8]| {
+            machine.cpu.state.gpr[gpr::RAX] = selector.into();
+            machine.exec(code)
+        };
+        let (lldt, ltr) = (&[0x0f, 0x00, 0xd0][..], &[0x0f, 0x00, 0xd8][..]);
+        assert_eq!(with(sel::DATA, lldt), fault(vector::GP, sel::DATA));
+        assert_eq!(with(sel::FREE | 4, lldt), fault(vector::GP, sel::FREE | 4));
+        assert_eq!(with(sel::FREE, lldt), Ok(()));
+        assert_eq!(with(sel::TSS, ltr), fault(vector::GP, sel::TSS), "busy");
+        assert_eq!(with(0, ltr), fault(vector::GP, 0));
+        assert_eq!(with(sel::FREE + 8, ltr), Ok(()));
+        assert_eq!(machine.env.load8(at::GDT + u64::from(sel::FREE) + 13), 0x8b);
+        machine.exec(&[0x0f, 0x00, 0xc8]).unwrap();
+        assert_eq!(machine.cpu.state.gpr[gpr::RAX], u64::from(sel::FREE) + 8);
+        // A segment of the LDT.
+        machine.env.store64(0x9008, 0x00cf_9300_0000_ffff);
+        assert_eq!(load(machine, SegReg::Ds, 0xc), Ok(()));
+        assert_eq!(load(machine, SegReg::Ds, 0x14), fault(vector::GP, 0x14));
+        machine.cpu.state.cpl = 3;
+        assert_eq!(machine.exec(lldt), fault(vector::GP, 0));
+        assert_eq!(machine.exec(&[0x0f, 0x00, 0xc0]), Ok(()));
+        machine.cpu.state.cr4 |= Cr4::UMIP.bits();
+        assert_eq!(machine.exec(&[0x0f, 0x00, 0xc0]), fault(vector::GP, 0));
+        assert_eq!(machine.exec(&[0x0f, 0x01, 0x00]), fault(vector::GP, 0));
+    }
+
+    #[test]
+    fn queries() {
+        let mut machine = Machine::protected();
+        let machine = &mut machine;
+        machine.descriptor(sel::FREE, 0x0000_8e00_0008_0000);
+        let mut query = |selector: u16, code: &[u8]| {
+            machine.cpu.state.gpr[gpr::RAX] = selector.into();
+            machine.cpu.state.gpr[gpr::RBX] = 0x5555;
+            machine.exec(code).unwrap();
+            (machine.cpu.state.has_flags(Rflags::ZF), machine.cpu.state.gpr[gpr::RBX])
+        };
+        let (lar, lsl) = (&[0x0f, 0x02, 0xd8][..], &[0x0f, 0x03, 0xd8][..]);
+        let (verr, verw) = (&[0x0f, 0x00, 0xe0][..], &[0x0f, 0x00, 0xe8][..]);
+        assert_eq!(query(sel::DATA, lar), (true, 0x00c0_9300 | 0x000f_0000));
+        assert_eq!(query(sel::DATA, lsl), (true, 0xffff_ffff));
+        assert_eq!(query(sel::TSS, lar), (true, 0x8b00));
+        assert_eq!(query(sel::TSS, lsl), (true, 0x67));
+        assert_eq!(query(sel::FREE, lar), (false, 0x5555), "interrupt gate");
+        assert_eq!(query(0, lar), (false, 0x5555));
+        assert_eq!(query(0x100, lsl), (false, 0x5555));
+        assert!(query(sel::CODE, verr).0);
+        assert!(!query(sel::CODE, verw).0);
+        assert!(query(sel::DATA, verw).0);
+        assert!(!query(sel::DATA | 3, verw).0);
+        assert!(query(sel::CONFORMING | 3, verr).0);
+    }
+
+    #[test]
+    fn arpl() {
+        let mut machine = Machine::protected();
+        machine.cpu.state.gpr[gpr::RAX] = 0x1230;
+        machine.cpu.state.gpr[gpr::RBX] = 2;
+        machine.exec(&[0x63, 0xd8]).unwrap();
+        assert_eq!(machine.cpu.state.gpr[gpr::RAX], 0x1232);
+        assert!(machine.cpu.state.has_flags(Rflags::ZF));
+        machine.exec(&[0x63, 0xd8]).unwrap();
+        assert!(!machine.cpu.state.has_flags(Rflags::ZF));
+    }
+
+    #[test]
+    fn descriptor_tables() {
+        let mut machine = Machine::long();
+        machine.env.put(0x9000, &[0xff, 0x0f, 0, 0x10, 0, 0, 0, 0x80, 0xff, 0xff]);
+        machine.exec(&[0x0f, 0x01, 0x1c, 0x25, 0, 0x90, 0, 0]).unwrap();
+        assert_eq!(machine.cpu.state.idtr, TableRegister { base: 0xffff_8000_0000_1000, limit: 0xfff });
+        machine.exec(&[0x0f, 0x01, 0x0c, 0x25, 0, 0xa0, 0, 0]).unwrap();
+        assert_eq!(machine.env.get::<10>(0xa000), machine.env.get::<10>(0x9000));
+        machine.env.store8(0x9009, 0);
+        assert_eq!(machine.exec(&[0x0f, 0x01, 0x1c, 0x25, 0, 0x90, 0, 0]), fault(vector::GP, 0));
+        let mut machine = Machine::protected();
+        machine.env.put(0x9000, &[0xff, 0x0f, 1, 2, 3, 4]);
+        machine.exec(&[0x66, 0x0f, 0x01, 0x15, 0, 0x90, 0, 0]).unwrap();
+        assert_eq!(machine.cpu.state.gdtr.base, 0x03_0201);
+        machine.cpu.state.cpl = 3;
+        assert_eq!(machine.exec(&[0x0f, 0x01, 0x15, 0, 0x90, 0, 0]), fault(vector::GP, 0));
+    }
+
+    #[test]
+    fn protected_mode_only() {
+        let mut machine = Machine::protected();
+        machine.cpu.state = crate::state::CpuState::default();
+        for code in [[0x0f, 0x00, 0xd8], [0x0f, 0x00, 0xc0], [0x0f, 0x02, 0xc0], [0x0f, 0x00, 0xe0]] {
+            assert_eq!(machine.exec(&code), Err(Exception::UD));
+        }
+        machine.cpu.state.gpr[gpr::RAX] = 0x1234;
+        machine.exec(&[0x8e, 0xd8]).unwrap();
+        let ds = machine.cpu.state.seg[SegReg::Ds as usize];
+        assert_eq!((ds.base, ds.limit, ds.attributes), (0x1_2340, 0xffff, 0x93));
     }
 }
