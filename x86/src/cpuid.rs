@@ -334,7 +334,7 @@ impl<'a> Builder<'a> {
             bits @ 36..=52 => bits,
             _ => 40,
         };
-        let cores = if amd { self.cpus - 1 | self.apic_id_bits() << 12 } else { 0 };
+        let cores = if amd { (self.cpus - 1) | self.apic_id_bits() << 12 } else { 0 };
         self.add(0x8000_0008, [physical_bits | LINEAR_BITS << 8, self.word(Word::X8Ebx), cores, 0]);
         if amd {
             for function in [0x8000_0019, 0x8000_001a] {

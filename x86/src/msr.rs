@@ -313,7 +313,7 @@ impl Cpu {
                 PLATFORM_ID | EBL_CR_POWERON | SMI_COUNT => Some(0),
                 BIOS_SIGN_ID => Some(1 << 32),
                 // Bits 8 to 15: the base frequency in units of 100 MHz.
-                PLATFORM_INFO => Some((u64::from(self.model.query(0x16, 0)[0]) / 100 & 0xff) << 8),
+                PLATFORM_INFO => Some(u64::from(self.model.query(0x16, 0)[0] / 100) << 8 & 0xff00),
                 _ => None,
             };
         }

@@ -32,6 +32,8 @@ pub struct TestEnv {
     pub tsc: Cell<u64>,
     pub cr8: u8,
     pub inits: usize,
+    /// What the host's units say to every instruction.
+    pub host_execution: HostExecution,
     /// Generation of each page, counted from the first write after `mark_code`.
     pub generations: RefCell<BTreeMap<u64, u32>>,
     pub epoch: Cell<u64>,
@@ -51,6 +53,7 @@ impl TestEnv {
             tsc: Cell::new(0),
             cr8: 0,
             inits: 0,
+            host_execution: HostExecution::Undefined,
             generations: RefCell::default(),
             epoch: Cell::new(0),
         }
@@ -348,6 +351,6 @@ impl Env for TestEnv {
         _state: &mut CpuState,
         _memory: &mut [u8; 64],
     ) -> HostExecution {
-        HostExecution::Undefined
+        self.host_execution
     }
 }

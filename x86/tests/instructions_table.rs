@@ -22,6 +22,21 @@ This file is made by a test from the model and the interpreter. To renew it:
 `BLESS=1 cargo test -p bivisor-x86 --test instructions_table`.
 ";
 
+const TAIL: &str = "
+## Offered, but not executed
+
+None: `x86/src/interp/coverage_tests.rs` tries every opcode and fails if an instruction that the model offers raises #UD
+in the interpreter.
+
+## Offered, and different
+
+- RDPMC raises #GP(0) for every counter: there are none.
+- VMCALL and VMMCALL are hypercalls, whatever the vendor; where the machine offers no paravirtual interface
+  they raise #UD.
+- RSM raises #UD: there is no system management mode to return from.
+- SYSENTER and SYSEXIT raise #UD in long mode, and SYSCALL and SYSRET outside of 64-bit mode, where the host's vendor has it so.
+";
+
 fn host_has(feature: &Feature) -> bool {
     let (function, index, register) = feature.word.place();
     REFERENCE_HOST
@@ -107,6 +122,7 @@ fn document() -> String {
     features_table(&mut out, host_has);
     out.push_str("\n## Hidden on hosts that have them\n\nWhat other processors have besides, and their guests do not:\n");
     features_table(&mut out, |feature| !host_has(feature) && !feature.instructions.is_empty());
+    out.push_str(TAIL);
     out
 }
 

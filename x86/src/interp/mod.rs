@@ -6,6 +6,8 @@
 mod bits;
 pub(crate) mod cache;
 mod control;
+#[cfg(test)]
+mod coverage_tests;
 mod data;
 mod decimal;
 mod decode;
