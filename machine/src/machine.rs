@@ -141,6 +141,7 @@ impl Machine {
         let events = Arc::new(Events { host: host.events, interrupts: interrupts.clone() });
         let pc = Pc::new(PcParts {
             testdev: config.testdev,
+            memory: (memory.low_size(), memory.high_size()),
             clock: host.clock.clone(),
             timers: timers.clone(),
             interrupts: interrupts.clone(),

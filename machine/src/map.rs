@@ -6,6 +6,7 @@ pub use crate::devices::ioapic::{BASE as IOAPIC_BASE, SIZE as IOAPIC_SIZE};
 pub use crate::devices::lapic::DEFAULT_BASE as LAPIC_BASE;
 pub use crate::devices::pci::CONFIG_ADDRESS as PCI_CONFIG_PORT;
 pub use crate::devices::reset::{RESET_CONTROL as RESET_PORT, RESET_VALUE};
+pub use crate::devices::rtc::{BASE as RTC_PORT, IRQ as RTC_IRQ};
 
 /// Start of the extended BIOS data area at the end of conventional memory.
 pub const EBDA_START: u64 = 0x9_fc00;
@@ -32,10 +33,6 @@ pub const PCI_MEMORY64_SIZE: u64 = 0x40_0000_0000;
 pub const COM1_PORT: u16 = 0x3f8;
 /// ISA interrupt of the first serial port.
 pub const COM1_IRQ: usize = 4;
-/// Index port of the CMOS RTC; the data port is the next.
-pub const RTC_PORT: u16 = 0x70;
-/// ISA interrupt of the RTC.
-pub const RTC_IRQ: usize = 8;
 /// I/O APIC pins 16 to 19 carry the PCI interrupts.
 pub const PCI_FIRST_PIN: u32 = 16;
 

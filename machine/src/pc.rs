@@ -7,7 +7,9 @@ use crate::devices::acpi_pm::{self, AcpiPm, PowerManagement};
 use crate::devices::i8042::{self, I8042, KeyboardController};
 use crate::devices::log::GuestLog;
 use crate::devices::pci::{self, ConfigPorts, Ecam, PciRoot};
+use crate::devices::pit::{self, IntervalTimer, Pit};
 use crate::devices::reset::{PORT_A, PortA, QuietPorts, ResetControl};
+use crate::devices::rtc::{self, RealTimeClock, Rtc};
 use crate::devices::testdev::{self, DebugConsole, DebugExit, Echo, Flush, IoMemory, IrqPorts};
 use crate::devices::uart::{self, SerialPort, Uart};
 use crate::devices::{RestoreError, Saved, pic};
@@ -22,6 +24,8 @@ use crate::timer::TimerHub;
 pub struct PcParts {
     /// With QEMU's test devices.
     pub testdev: bool,
+    /// Bytes of RAM below and above the hole, which the CMOS RAM tells.
+    pub memory: (u64, u64),
     /// Time.
     pub clock: Arc<dyn Clock>,
     /// Deadlines.
@@ -42,6 +46,8 @@ pub struct Pc {
     com1: Arc<SerialPort>,
     power: Arc<PowerManagement>,
     keyboard: Arc<KeyboardController>,
+    pit: Arc<IntervalTimer>,
+    rtc: Arc<RealTimeClock>,
     pci: Arc<PciRoot>,
 }
 
@@ -56,12 +62,16 @@ pub struct SavedPc {
     pub power: Saved<AcpiPm>,
     /// The keyboard controller.
     pub keyboard: Saved<I8042>,
+    /// The interval timer.
+    pub pit: Saved<Pit>,
+    /// The real-time clock.
+    pub rtc: Saved<Rtc>,
 }
 
 impl Pc {
     /// Makes all devices, and wires them as a PC's are.
     pub fn new(parts: PcParts) -> Result<Self, MapError> {
-        let PcParts { testdev, clock, timers: _, interrupts, events, console } = parts;
+        let PcParts { testdev, memory, clock, timers, interrupts, events, console } = parts;
         let ports = Arc::new(PortMap::new());
         let mmio = Arc::new(MmioMap::new());
         let log = GuestLog::new(events.clone(), clock.clone());
@@ -76,6 +86,13 @@ impl Pc {
 
         let com1 = SerialPort::new(interrupts.line(COM1_IRQ), console.clone());
         ports.insert(COM1_PORT, uart::PORTS, 1, com1.clone())?;
+
+        let pit = IntervalTimer::new(interrupts.line(pit::IRQ), clock.clone(), &timers);
+        ports.insert(pit::BASE, pit::PORTS, 1, pit.clone())?;
+        ports.insert(pit::PORT_B, 1, 1, pit.clone())?;
+        let (below, above) = memory;
+        let rtc = RealTimeClock::new(interrupts.line(rtc::IRQ), clock.clone(), &timers, below, above);
+        ports.insert(rtc::BASE, rtc::PORTS, 1, rtc.clone())?;
 
         let reset = ResetControl::new(events.clone());
         let power = PowerManagement::new(interrupts.line(SCI_IRQ), clock, events.clone(), log);
@@ -99,7 +116,7 @@ impl Pc {
         if testdev {
             insert_testdev(&ports, &mmio, &interrupts, events, console)?;
         }
-        Ok(Self { ports, mmio, interrupts, com1, power, keyboard, pci })
+        Ok(Self { ports, mmio, interrupts, com1, power, keyboard, pit, rtc, pci })
     }
 
     /// The machine's ports.
@@ -132,6 +149,8 @@ impl Pc {
             com1: self.com1.save(),
             power: self.power.save(),
             keyboard: self.keyboard.save(),
+            pit: self.pit.save(),
+            rtc: self.rtc.save(),
         }
     }
 
@@ -140,7 +159,9 @@ impl Pc {
         self.interrupts.restore(&saved.interrupts)?;
         self.com1.restore(&saved.com1)?;
         self.power.restore(&saved.power)?;
-        self.keyboard.restore(&saved.keyboard)
+        self.keyboard.restore(&saved.keyboard)?;
+        self.pit.restore(&saved.pit)?;
+        self.rtc.restore(&saved.rtc)
     }
 }
 

@@ -15,6 +15,7 @@ use acpi_tables::{Aml, AmlSink};
 
 use super::{AcpiConfig, OEM, OEM_REVISION, OEM_TABLE};
 use crate::devices::acpi_pm::{self, SLEEP_TYPE_S5};
+use crate::devices::rtc;
 use crate::map::{
     COM1_IRQ, COM1_PORT, ECAM_BASE, ECAM_SIZE, IOAPIC_BASE, PCI_CONFIG_PORT, PCI_MEMORY_END,
     PCI_MEMORY_START, PCI_MEMORY64_SIZE, PCI_MEMORY64_START, RTC_IRQ, RTC_PORT, pci_interrupt_pin,
@@ -25,8 +26,8 @@ pub fn dsdt(config: &AcpiConfig) -> Sdt {
     let mut aml = Vec::new();
     let s5 = SLEEP_TYPE_S5;
     Name::new("_S5_".into(), &Package::new(vec![&s5, &s5, &ZERO, &ZERO])).to_aml_bytes(&mut aml);
-    let (pci, motherboard, com1, rtc) = (pci_root(), motherboard(), com1(), rtc());
-    let system: [&[u8]; 5] = [&pci, &motherboard, &com1, &rtc, &processors(config.cpus)];
+    let (pci, motherboard, com1, clock) = (pci_root(), motherboard(), com1(), real_time_clock());
+    let system: [&[u8]; 5] = [&pci, &motherboard, &com1, &clock, &processors(config.cpus)];
     aml.extend(Scope::raw("_SB_".into(), system.concat()));
     let mut table = Sdt::new(*b"DSDT", 36, 2, OEM, OEM_TABLE, OEM_REVISION);
     table.append_slice(&aml);
@@ -180,8 +181,8 @@ fn com1() -> Vec<u8> {
     isa_device("COM1", "PNP0501", COM1_PORT, 8, COM1_IRQ)
 }
 
-fn rtc() -> Vec<u8> {
-    isa_device("RTC_", "PNP0B00", RTC_PORT, 2, RTC_IRQ)
+fn real_time_clock() -> Vec<u8> {
+    isa_device("RTC_", "PNP0B00", RTC_PORT, rtc::PORTS as u8, RTC_IRQ)
 }
 
 /// One device per processor; its unique ID is that of the MADT.

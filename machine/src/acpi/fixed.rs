@@ -9,6 +9,7 @@ use crate::devices::acpi_pm::{
     GPE0, GPE0_LENGTH, PM_TIMER, PM_TIMER_LENGTH, PM1_CONTROL, PM1_CONTROL_LENGTH, PM1_EVENT,
     PM1_EVENT_LENGTH,
 };
+use crate::devices::rtc::CENTURY;
 use crate::irq::TIMER_PIN;
 use crate::map::{IOAPIC_BASE, LAPIC_BASE, RESET_PORT, RESET_VALUE, SCI_IRQ};
 
@@ -18,8 +19,6 @@ const LEGACY_DEVICES: u16 = 1 << 0;
 const NO_VGA: u16 = 1 << 2;
 /// A latency that says: there is no such sleep state (above 100 µs for C2, above 1000 µs for C3).
 const NO_C_STATE: u16 = 0xfff;
-/// CMOS register of the century.
-const CENTURY: u8 = 0x32;
 
 fn port(address: u16, bits: u8, access: AccessSize) -> GAS {
     GAS::new(AddressSpace::SystemIo, bits, 0, access, address.into())
