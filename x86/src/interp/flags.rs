@@ -155,8 +155,7 @@ pub(crate) fn double_shift(
     let (result, carry) = if left {
         let (window, shift) =
             if size == 2 { (value << 32 | fill << 16 | fill, 32) } else { (value << bits | fill, bits) };
-        let shifted = window << count;
-        (shifted >> shift, shifted >> (shift + bits) & 1)
+        (window << count >> shift, window >> (shift + bits - count) & 1)
     } else {
         let window = if size == 2 { fill << 32 | fill << 16 | value } else { fill << bits | value };
         (window >> count, window >> (count - 1) & 1)

@@ -1,0 +1,168 @@
+//! What must be equal after an instruction, and a report of what is not.
+
+use std::fmt::Write;
+
+use bivisor_x86::registers::Rflags;
+use iced_x86::{Formatter, Instruction, IntelFormatter, RflagsBits};
+
+use crate::layout::{Case, DATA, Outcome};
+
+/// Names of the general registers in encoding order.
+const NAMES: [&str; 16] = [
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
+    "r15",
+];
+/// First linear address of the upper half, about whose pages Linux tells nothing.
+const UPPER_HALF: u64 = 1 << 63;
+
+/// Parts of the x87, SSE and AVX state that are compared: name, offset, size.
+fn parts() -> impl Iterator<Item = (String, usize, usize)> {
+    let control = [
+        ("fcw", 0, 2),
+        ("fsw", 2, 2),
+        ("ftw", 4, 1),
+        ("fop", 6, 2),
+        ("fip", 8, 8),
+        ("fdp", 16, 8),
+        ("mxcsr", 24, 4),
+    ];
+    let control = control.into_iter().map(|(name, at, size)| (name.to_string(), at, size));
+    let stack = (0..8).map(|i| (format!("st{i}"), 32 + 16 * i, 10));
+    let xmm = (0..16).map(|i| (format!("xmm{i}"), 160 + 16 * i, 16));
+    let ymm = (0..16).map(|i| (format!("ymm{i} high"), 576 + 16 * i, 16));
+    control.chain(stack).chain(xmm).chain(ymm)
+}
+
+/// Bytes as one number, most significant first.
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().rev().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// Flags that the manuals leave undefined after this instruction.
+fn undefined_flags(instruction: &Instruction) -> u64 {
+    let bits = instruction.rflags_undefined();
+    [
+        (RflagsBits::OF, Rflags::OF),
+        (RflagsBits::SF, Rflags::SF),
+        (RflagsBits::ZF, Rflags::ZF),
+        (RflagsBits::AF, Rflags::AF),
+        (RflagsBits::CF, Rflags::CF),
+        (RflagsBits::PF, Rflags::PF),
+    ]
+    .into_iter()
+    .filter(|(bit, _)| bits & bit != 0)
+    .fold(0, |mask, (_, flag)| mask | flag.bits())
+}
+
+/// Flags that are not compared after this case.
+fn ignored_flags(case: &Case, instruction: &Instruction) -> u64 {
+    let stepped = if case.steps { 0 } else { Rflags::TF.bits() };
+    undefined_flags(instruction) | stepped
+}
+
+/// The differences, a line each; empty if there are none.
+pub fn differences(
+    case: &Case,
+    instruction: &Instruction,
+    native: &Outcome,
+    interpreted: &Outcome,
+) -> Vec<String> {
+    let mut lines = Vec::new();
+    let mut differ = |name: &str, native: String, interpreted: String| {
+        lines.push(format!("{name:>12}  native {native}  interpreter {interpreted}"));
+    };
+    if native.vector != interpreted.vector {
+        differ("exception", exception(native), exception(interpreted));
+    } else if native.vector == 14 {
+        // Linux hides whether addresses in the upper half are mapped.
+        let hidden = if native.cr2 >= UPPER_HALF { 1 } else { 0 };
+        if native.cr2 != interpreted.cr2 || (native.error ^ interpreted.error) & !hidden != 0 {
+            differ("page fault", exception(native), exception(interpreted));
+        }
+    } else if native.error != interpreted.error && native.vector != 1 {
+        differ("error code", format!("{:#x}", native.error), format!("{:#x}", interpreted.error));
+    }
+    if native.rip != interpreted.rip {
+        differ("rip", format!("{:#x}", native.rip), format!("{:#x}", interpreted.rip));
+    }
+    let flags = native.rflags ^ interpreted.rflags;
+    if flags & !ignored_flags(case, instruction) != 0 {
+        differ("rflags", flag_names(native.rflags), flag_names(interpreted.rflags));
+    }
+    for (i, name) in NAMES.iter().enumerate() {
+        if native.gpr[i] != interpreted.gpr[i] {
+            differ(name, format!("{:#x}", native.gpr[i]), format!("{:#x}", interpreted.gpr[i]));
+        }
+    }
+    if native.xsave != interpreted.xsave {
+        for (name, at, size) in parts() {
+            let (one, other) = (&native.xsave[at..at + size], &interpreted.xsave[at..at + size]);
+            // AMD processors tell the pointers to the last x87 instruction only with an exception pending.
+            let untold = matches!(&*name, "fop" | "fip" | "fdp") && one.iter().all(|&byte| byte == 0);
+            if one != other && !untold {
+                differ(&name, hex(one), hex(other));
+            }
+        }
+    }
+    if native.changes() != interpreted.changes() {
+        differ("memory", changes(native), changes(interpreted));
+    }
+    lines
+}
+
+fn exception(outcome: &Outcome) -> String {
+    match outcome.vector {
+        1 => "none".into(),
+        14 => format!("#14({:#x}) at {:#x}", outcome.error, outcome.cr2),
+        vector => format!("#{vector}({:#x})", outcome.error),
+    }
+}
+
+fn flag_names(flags: u64) -> String {
+    let names = Rflags::from_bits_truncate(flags).iter_names().map(|(name, _)| name).collect::<Vec<_>>();
+    format!("{flags:#x} ({})", names.join(" "))
+}
+
+fn changes(outcome: &Outcome) -> String {
+    let words = outcome
+        .changes()
+        .iter()
+        .map(|change| format!("[{:#x}] = {:016x}", DATA + u64::from(change.offset), change.value))
+        .collect::<Vec<_>>();
+    if words.is_empty() { "unchanged".into() } else { words.join(", ") }
+}
+
+/// Bytes and disassembly.
+pub fn disassembly(case: &Case, instruction: &Instruction) -> String {
+    let mut text = String::new();
+    IntelFormatter::new().format(instruction, &mut text);
+    let bytes = case.code.iter().take(instruction.len().clamp(1, 15));
+    let bytes = bytes.map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(" ");
+    format!("{bytes}  {text}")
+}
+
+/// All about a difference: the instruction, the state before it as far as it may matter, and what differs.
+pub fn report(case: &Case, instruction: &Instruction, lines: &[String]) -> String {
+    let mut text =
+        format!("{}\n  at {:#x}, image {}, ", disassembly(case, instruction), case.rip, case.image);
+    let _ = writeln!(text, "{}rflags {}", if case.steps { "TF, " } else { "" }, flag_names(case.rflags));
+    for (i, name) in NAMES.iter().enumerate() {
+        let end = if i % 4 == 3 { "\n" } else { " " };
+        let _ = write!(text, "  {name:>3} {:016x}{end}", case.gpr[i]);
+    }
+    let named = |name: &str| {
+        let number = name.split(' ').next().unwrap_or(name);
+        let operands = disassembly(case, instruction);
+        operands.contains(&number.replace("ymm", "mm")) || matches!(name, "fcw" | "fsw" | "ftw" | "mxcsr")
+    };
+    for (name, at, size) in parts().filter(|(name, ..)| named(name)) {
+        let _ = writeln!(text, "  {name:>10} {}", hex(&case.xsave[at..at + size]));
+    }
+    for line in lines {
+        let _ = writeln!(text, "{line}");
+    }
+    text
+}

@@ -1,0 +1,110 @@
+//! The oracle: random instructions of user mode are executed natively, in a child process, and by the interpreter,
+//! and every register, flag, exception and byte of memory is compared.
+
+pub mod compare;
+pub mod exclude;
+pub mod generate;
+pub mod interpreted;
+pub mod layout;
+pub mod native;
+pub mod random;
+
+use std::arch::x86_64::__cpuid_count;
+use std::io::Result;
+use std::sync::Arc;
+
+use bivisor_x86::cpuid::CpuModel;
+
+use crate::generate::{Generated, Generator, images};
+use crate::interpreted::Interpreted;
+use crate::layout::{IMAGES, Image, Outcome};
+use crate::native::{BATCH, Native};
+
+/// A difference between the host and the interpreter.
+#[derive(Clone, Debug)]
+pub struct Difference {
+    /// Mnemonic of the instruction.
+    pub mnemonic: String,
+    /// Everything to know about it, several lines.
+    pub report: String,
+}
+
+/// The two ways of executing, side by side.
+pub struct Oracle {
+    native: Native,
+    interpreted: Interpreted,
+    generator: Generator,
+    model: Arc<CpuModel>,
+    images: Box<[Image; IMAGES]>,
+    outcome: Box<Outcome>,
+}
+
+impl Oracle {
+    /// Starts with this seed.
+    ///
+    /// # Errors
+    /// The host gives no memory or process.
+    pub fn new(seed: u64) -> Result<Self> {
+        let read_host = |function, index| {
+            let leaf = __cpuid_count(function, index);
+            [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]
+        };
+        let model = Arc::new(CpuModel::from_host(read_host, 1, 1_000_000_000));
+        let images = images();
+        Ok(Self {
+            native: Native::start(&images)?,
+            interpreted: Interpreted::new(Arc::clone(&model), images.clone())?,
+            generator: Generator::new(seed, &model),
+            model,
+            images,
+            outcome: Box::new(Outcome::empty()),
+        })
+    }
+
+    /// Tries `count` instructions, rounded up to whole batches. `found` is told of every difference and says
+    /// whether to go on; `progress` hears how many were tried.
+    ///
+    /// # Errors
+    /// The native process died.
+    pub fn run(
+        &mut self,
+        count: u64,
+        mut found: impl FnMut(Difference) -> bool,
+        mut progress: impl FnMut(u64),
+    ) -> Result<u64> {
+        let mut tried = 0;
+        let mut batch = self.batch();
+        while tried < count {
+            let cases: Vec<_> = batch.iter().map(|generated| generated.case.clone()).collect();
+            self.native.submit(&cases);
+            let next = self.batch();
+            let mut interpreted = Vec::with_capacity(cases.len());
+            for case in &cases {
+                self.interpreted.execute(case, &mut self.outcome);
+                interpreted.push(self.outcome.clone());
+            }
+            let native = self.native.wait()?;
+            for ((generated, native), interpreted) in batch.iter().zip(native).zip(&interpreted) {
+                let Generated { case, instruction } = generated;
+                let lines = compare::differences(case, instruction, native, interpreted);
+                if !lines.is_empty() {
+                    let difference = Difference {
+                        mnemonic: format!("{:?}", instruction.mnemonic()),
+                        report: compare::report(case, instruction, &lines),
+                    };
+                    if !found(difference) {
+                        return Ok(tried);
+                    }
+                }
+            }
+            tried += cases.len() as u64;
+            progress(tried);
+            batch = next;
+        }
+        Ok(tried)
+    }
+
+    fn batch(&mut self) -> Vec<Generated> {
+        (0..BATCH).map(|_| self.generator.next(&self.model, &self.images)).collect()
+    }
+}
