@@ -112,10 +112,9 @@ impl Interrupts {
             }
             controllers.pic.set_input(line, after);
             let pin = if line == 0 { TIMER_PIN } else { line };
-            let both = after
-                || line == 0 && controllers.asserting[TIMER_PIN] != 0
-                || line == TIMER_PIN && controllers.asserting[0] != 0;
-            controllers.ioapic.set_input(pin, both, &mut |message| send(message));
+            // Two lines share the timer's pin.
+            let asserted = after || pin == TIMER_PIN && controllers.asserting[TIMER_PIN - line] != 0;
+            controllers.ioapic.set_input(pin, asserted, &mut |message| send(message));
         });
     }
 
@@ -328,5 +327,181 @@ impl VcpuApic {
     /// The processor was reset by INIT.
     pub fn on_init(&self) {
         self.apic.on_init();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::testing::{Host, Time};
+
+    struct Rig {
+        interrupts: Arc<Interrupts>,
+        cpus: Vec<VcpuApic>,
+    }
+
+    /// Two processors with their local APICs enabled.
+    fn rig() -> Rig {
+        let clock: Arc<dyn Clock> = Time::new();
+        let interrupts = Interrupts::new(2, 40, &clock, &TimerHub::new(Host::new()));
+        let cpus: Vec<_> = (0..2).map(|i| interrupts.vcpu(i).unwrap()).collect();
+        for cpu in &cpus {
+            assert!(cpu.mmio_write(0xfee0_00f0, 4, 0x1ff));
+        }
+        Rig { interrupts, cpus }
+    }
+    impl Rig {
+        fn set_entry(&self, pin: u64, low: u32, destination: u8) {
+            let ioapic = IoApicMmio(self.interrupts.clone());
+            for (register, value) in [(0x11 + pin * 2, u32::from(destination) << 24), (0x10 + pin * 2, low)] {
+                ioapic.mmio_write(0, 4, register);
+                ioapic.mmio_write(0x10, 4, value.into());
+            }
+        }
+        fn take(&self, cpu: usize) -> Option<Event> {
+            self.cpus[cpu].take_event(true, true)
+        }
+        fn eoi(&self, cpu: usize) {
+            self.cpus[cpu].mmio_write(0xfee0_00b0, 4, 0);
+        }
+        fn icr(&self, cpu: usize, destination: u64, low: u64) {
+            self.cpus[cpu].mmio_write(0xfee0_0310, 4, destination << 24);
+            self.cpus[cpu].mmio_write(0xfee0_0300, 4, low);
+        }
+    }
+    const LEVEL: u32 = 1 << 15;
+
+    #[test]
+    fn devices_share_a_level_line() {
+        let rig = rig();
+        rig.set_entry(17, 0x50 | LEVEL, 1);
+        let (a, b) = (rig.interrupts.line(17), rig.interrupts.line(17));
+        a.set(true);
+        b.set(true);
+        assert_eq!((rig.take(0), rig.take(1)), (None, Some(Event::Interrupt(0x50))));
+        a.set(false);
+        rig.eoi(1);
+        assert_eq!(rig.take(1), Some(Event::Interrupt(0x50)));
+        b.set(false);
+        rig.eoi(1);
+        assert_eq!(rig.take(1), None);
+    }
+
+    #[test]
+    fn the_timer_line_is_pin_2() {
+        let rig = rig();
+        rig.set_entry(2, 0x30, 0);
+        rig.set_entry(0, 0x31, 0);
+        rig.interrupts.line(0).set(true);
+        assert_eq!((rig.take(0), rig.take(0)), (Some(Event::Interrupt(0x30)), None));
+        rig.interrupts.line(2).set(true);
+        assert_eq!(rig.take(0), None);
+    }
+
+    #[test]
+    fn isa_lines_reach_the_pic() {
+        let rig = rig();
+        rig.cpus[0].apic().enter_virtual_wire_mode();
+        let ports = PicPorts(rig.interrupts.clone());
+        for (port, value) in [(0x20, 0x11), (0x21, 0x30), (0x21, 4), (0x21, 1)] {
+            ports.port_write(port, 1, value);
+        }
+        let line = rig.interrupts.line(4);
+        line.set(true);
+        assert_eq!((rig.take(1), rig.take(0), rig.take(0)), (None, Some(Event::Interrupt(0x34)), None));
+        ports.port_write(0x20, 1, 0x20);
+        rig.interrupts.line(20).set(true);
+        assert_eq!(rig.take(0), None);
+    }
+
+    #[test]
+    fn the_elcr_makes_shared_lines_level_at_the_pic() {
+        let rig = rig();
+        rig.interrupts.set_level_triggered(1 << 9);
+        let ports = PicPorts(rig.interrupts.clone());
+        assert_eq!((ports.port_read(0x4d0, 1), ports.port_read(0x4d1, 1)), (0, 2));
+    }
+
+    #[test]
+    fn messages_go_where_they_are_sent() {
+        let rig = rig();
+        assert!(rig.interrupts.send_msi(0xfee0_1000, 0x61));
+        assert_eq!((rig.take(0), rig.take(1)), (None, Some(Event::Interrupt(0x61))));
+        rig.eoi(1);
+        assert!(!rig.interrupts.send_msi(0xfed0_0000, 0x61));
+        assert!(rig.interrupts.send_msi(0xfeef_f000, 0x62));
+        assert_eq!((rig.take(0), rig.take(1)), (Some(Event::Interrupt(0x62)), Some(Event::Interrupt(0x62))));
+    }
+
+    #[test]
+    fn lowest_priority_takes_turns_and_spares_the_busy() {
+        let rig = rig();
+        let send = || rig.interrupts.send_msi(0xfeef_f000, 0x170);
+        send();
+        let first = rig.take(0);
+        send();
+        assert_eq!((first, rig.take(1)), (Some(Event::Interrupt(0x70)), Some(Event::Interrupt(0x70))));
+        rig.eoi(0);
+        rig.eoi(1);
+        rig.cpus[0].set_cr8(5);
+        for _ in 0..2 {
+            send();
+            assert_eq!((rig.take(0), rig.take(1)), (None, Some(Event::Interrupt(0x70))));
+            rig.eoi(1);
+        }
+    }
+
+    #[test]
+    fn shorthands() {
+        let rig = rig();
+        for (shorthand, expected) in [(1, (true, false)), (2, (true, true)), (3, (false, true))] {
+            rig.icr(0, 0, 0x40 | shorthand << 18);
+            assert_eq!((rig.take(0).is_some(), rig.take(1).is_some()), expected);
+            rig.eoi(0);
+            rig.eoi(1);
+        }
+        rig.icr(0, 1, 0x40);
+        assert_eq!((rig.take(0), rig.take(1)), (None, Some(Event::Interrupt(0x40))));
+    }
+
+    #[test]
+    fn start_up_of_the_other_processor() {
+        let rig = rig();
+        rig.icr(0, 1, 0x4500);
+        rig.icr(0, 1, 0x4699);
+        assert_eq!((rig.take(1), rig.take(1)), (Some(Event::Init), Some(Event::Sipi(0x99))));
+        rig.cpus[1].on_init();
+        assert_eq!(rig.cpus[1].mmio_read(0xfee0_00f0, 4), Some(0xff));
+    }
+
+    #[test]
+    fn msrs_of_the_local_apic() {
+        let rig = rig();
+        let cpu = &rig.cpus[1];
+        assert!([0x1b, 0x6e0, 0x800, 0x8ff].into_iter().all(VcpuApic::has_msr));
+        assert!(![0x10, 0x7ff, 0x900].into_iter().any(VcpuApic::has_msr));
+        assert_eq!((cpu.read_msr(0x1b), cpu.read_msr(0x802)), (Some(0xfee0_0800), None));
+        assert!(cpu.write_msr(0x1b, 0xfee0_0c00) && !cpu.write_msr(0x1b, 0xfee0_0800));
+        assert_eq!((cpu.read_msr(0x802), cpu.mmio_read(0xfee0_0020, 4)), (Some(1), None));
+        assert!(cpu.write_msr(0x830, 0x40) && !cpu.write_msr(0x80b, 1));
+        assert_eq!(rig.take(0), Some(Event::Interrupt(0x40)));
+        assert!(!cpu.mmio_write(0xfee0_00b0, 4, 0));
+    }
+
+    #[test]
+    fn save_and_restore() {
+        let rig = rig();
+        rig.set_entry(5, 0x55 | LEVEL | 1 << 16, 0);
+        let saved = rig.interrupts.save();
+        rig.set_entry(5, 1 << 16, 0);
+        rig.interrupts.restore(&saved).unwrap();
+        assert_eq!(rig.interrupts.save(), saved);
+    }
+
+    #[test]
+    fn lines_and_processors_that_do_not_exist_are_harmless() {
+        let rig = rig();
+        rig.interrupts.line(24).set(true);
+        assert!(rig.interrupts.vcpu(2).is_none());
     }
 }

@@ -324,7 +324,11 @@ impl LocalApic {
     }
     /// Takes over saved registers.
     pub fn restore(&self, saved: &Saved<Lapic>) -> Result<(), RestoreError> {
-        self.update(By::Other, |r, _| r.restore(saved))
+        self.update(By::Other, |r, moment| {
+            r.restore(saved)?;
+            self.timer.set(r.deadline(moment));
+            Ok(())
+        })
     }
 }
 
@@ -334,5 +338,136 @@ impl Poll for LocalApic {
             r.advance(moment);
             r.deadline(moment)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::lapic::{DEFAULT_BASE, MSR_TSC_DEADLINE};
+    use crate::devices::message::BROADCAST;
+    use crate::devices::testing::{Host, Time};
+
+    struct Rig {
+        apic: Arc<LocalApic>,
+        host: Arc<Host>,
+        time: Arc<Time>,
+        hub: Arc<TimerHub>,
+    }
+    fn rig() -> Rig {
+        let (host, time) = (Host::new(), Time::new());
+        let hub = TimerHub::new(host.clone());
+        let apic = LocalApic::new(0, true, 40, time.clone(), &hub);
+        apic.set_waker(host.clone());
+        apic.mmio_write(0xf0, 4, 0x1ff);
+        Rig { apic, host, time, hub }
+    }
+    fn message(delivery: Delivery, vector: u8) -> Message {
+        Message { destination: BROADCAST, logical: false, delivery, vector, level: false }
+    }
+
+    #[test]
+    fn an_interrupt_wakes_once_and_is_taken_when_allowed() {
+        let r = rig();
+        assert!(!r.apic.has_event());
+        r.apic.accept(&message(Delivery::Fixed, 0x40));
+        r.apic.accept(&message(Delivery::Fixed, 0x41));
+        assert_eq!((r.apic.has_event(), r.host.wakes()), (true, 1));
+        assert_eq!(r.apic.take_event(false, true), None);
+        assert_eq!(r.apic.take_event(true, true), Some(Taken::Event(Event::Interrupt(0x41))));
+        assert!(!r.apic.has_event());
+        r.apic.mmio_write(0xb0, 4, 0);
+        assert_eq!((r.apic.has_event(), r.host.wakes()), (true, 1));
+        assert_eq!(r.apic.take_event(true, true), Some(Taken::Event(Event::Interrupt(0x40))));
+    }
+
+    #[test]
+    fn at_most_two_nmis_wait_and_one_during_a_handler() {
+        let r = rig();
+        let nmis = |allowed| {
+            (0..5).filter(|_| r.apic.take_event(true, allowed) == Some(Taken::Event(Event::Nmi))).count()
+        };
+        (0..3).for_each(|_| r.apic.accept(&message(Delivery::Nmi, 0)));
+        assert_eq!(nmis(true), 2);
+        (0..3).for_each(|_| r.apic.raise_nmi());
+        assert_eq!((nmis(false), nmis(true)), (0, 1));
+        assert!(!r.apic.has_event());
+    }
+
+    #[test]
+    fn init_comes_before_start_up_and_drops_an_older_one() {
+        let r = rig();
+        r.apic.accept(&message(Delivery::Sipi, 0x10));
+        r.apic.accept(&message(Delivery::Init, 0));
+        r.apic.accept(&message(Delivery::Sipi, 0x99));
+        assert_eq!(r.apic.take_event(false, false), Some(Taken::Event(Event::Init)));
+        assert_eq!(r.apic.take_event(false, false), Some(Taken::Event(Event::Sipi(0x99))));
+        assert!(!r.apic.has_event());
+    }
+
+    #[test]
+    fn a_kick_always_gets_through() {
+        let r = rig();
+        r.apic.kick();
+        assert_eq!(r.apic.take_event(false, false), Some(Taken::Event(Event::Kick)));
+        assert_eq!(r.apic.take_event(true, true), None);
+    }
+
+    #[test]
+    fn the_timer_fires_from_the_hub() {
+        let r = rig();
+        r.apic.mmio_write(0x3e0, 4, 0xb);
+        r.apic.mmio_write(0x320, 4, 0xee);
+        r.apic.mmio_write(0x380, 4, 5000);
+        let deadline = r.host.deadline().unwrap();
+        assert_eq!(deadline, r.time.now() + 5000);
+        r.time.advance(5000);
+        r.hub.expired(deadline);
+        assert_eq!((r.host.wakes(), r.host.deadline()), (1, None));
+        assert_eq!(r.apic.take_event(true, true), Some(Taken::Event(Event::Interrupt(0xee))));
+    }
+
+    #[test]
+    fn a_tsc_deadline_follows_the_guest_counter() {
+        let r = rig();
+        r.apic.set_tsc(0);
+        r.apic.mmio_write(0x320, 4, 0xee | 2 << 17);
+        r.apic.set_tsc_deadline(2000);
+        assert_eq!(r.host.deadline(), Some(r.time.now() + 1000));
+        r.apic.set_tsc(1000);
+        assert_eq!(r.host.deadline(), Some(r.time.now() + 500));
+        r.apic.set_tsc(2000);
+        assert_eq!((r.apic.tsc_deadline(), r.apic.has_event()), (0, true));
+        assert_eq!(MSR_TSC_DEADLINE, 0x6e0);
+    }
+
+    #[test]
+    fn the_register_page_follows_the_base() {
+        let r = rig();
+        assert_eq!(r.apic.mmio_base(), DEFAULT_BASE);
+        r.apic.set_base(DEFAULT_BASE).unwrap();
+        assert_eq!(r.apic.mmio_base(), u64::MAX);
+    }
+
+    #[test]
+    fn raising_the_task_priority_withdraws_the_event() {
+        let r = rig();
+        r.apic.accept(&message(Delivery::Fixed, 0x40));
+        r.apic.set_cr8(4);
+        assert_eq!((r.apic.has_event(), r.apic.cr8()), (false, 4));
+        r.apic.set_cr8(3);
+        assert!(r.apic.has_event());
+    }
+
+    #[test]
+    fn restoring_arms_the_timer() {
+        let r = rig();
+        r.apic.mmio_write(0x320, 4, 0xee);
+        r.apic.mmio_write(0x380, 4, 1 << 20);
+        let (saved, armed) = (r.apic.save(), r.host.deadline());
+        r.apic.mmio_write(0x380, 4, 0);
+        assert_eq!(r.host.deadline(), None);
+        r.apic.restore(&saved).unwrap();
+        assert!(armed.is_some() && r.host.deadline() == armed);
     }
 }

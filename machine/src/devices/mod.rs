@@ -18,7 +18,7 @@ pub mod reset;
 pub mod rtc;
 pub mod testdev;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 pub mod uart;
 
 /// What a register machine saves: its registers, and the version of their layout.

@@ -395,7 +395,7 @@ impl Pit {
 
     /// Reads port B: what software wrote, the refresh toggle, the output of counter 2.
     pub fn read_port_b(&mut self, now: Nanos) -> u8 {
-        let refresh = if now / REFRESH_PERIOD & 1 != 0 { PORT_B_REFRESH } else { 0 };
+        let refresh = if (now / REFRESH_PERIOD) & 1 != 0 { PORT_B_REFRESH } else { 0 };
         let now = self.settled(now);
         let out = if self.counters[2].out(now) { PORT_B_OUT2 } else { 0 };
         self.port_b | refresh | out

@@ -97,6 +97,15 @@ fn date_from_days(days: i64) -> (i64, u8, u8) {
     (era * 400 + year_of_era + carry, month as u8, day as u8)
 }
 
+/// Two decimal digits; a larger number loses its hundreds.
+fn bcd(value: u8) -> u8 {
+    ((value / 10 % 10) << 4) | (value % 10)
+}
+/// The number of two decimal digits; a digit above 9 counts as 9.
+fn from_bcd(value: u8) -> u8 {
+    (value >> 4).min(9) * 10 + (value & 15).min(9)
+}
+
 impl Calendar {
     fn from_seconds(seconds: i64, day_of_week_offset: u8) -> Self {
         let days = seconds.div_euclid(86_400);
@@ -294,10 +303,10 @@ impl Rtc {
     // ---- registers ----
 
     fn encode(&self, value: u8) -> u8 {
-        if self.b & B_BINARY != 0 { value } else { (value / 10 % 10) << 4 | value % 10 }
+        if self.b & B_BINARY != 0 { value } else { bcd(value) }
     }
     fn decode(&self, value: u8) -> u8 {
-        if self.b & B_BINARY != 0 { value } else { (value >> 4).min(9) * 10 + (value & 15).min(9) }
+        if self.b & B_BINARY != 0 { value } else { from_bcd(value) }
     }
     fn encode_hour(&self, hour: u8) -> u8 {
         if self.b & B_24_HOURS != 0 {
@@ -331,10 +340,7 @@ impl Rtc {
             reg::MONTH => self.encode(calendar.month),
             reg::YEAR => self.encode((calendar.year % 100) as u8),
             // Always BCD: no datasheet knows it.
-            CENTURY => {
-                let century = (calendar.year / 100) as u8;
-                (century / 10) << 4 | century % 10
-            }
+            CENTURY => bcd((calendar.year / 100) as u8),
             reg::A => {
                 let updating =
                     self.stopped.is_none() && self.elapsed(now) % SECOND >= SECOND - UPDATE_IN_PROGRESS;
@@ -388,7 +394,7 @@ impl Rtc {
             reg::MONTH => calendar.month = number,
             reg::YEAR => calendar.year = calendar.year / 100 * 100 + u16::from(number) % 100,
             _ => {
-                let century = u16::from((value >> 4).min(9) * 10 + (value & 15).min(9));
+                let century = u16::from(from_bcd(value));
                 calendar.year = century * 100 + calendar.year % 100;
             }
         }

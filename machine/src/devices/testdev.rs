@@ -21,6 +21,8 @@ pub const FLUSH: u16 = 0xe4;
 /// First of the ports that keep what is written, taking accesses byte by byte. Its second port is
 /// [`DEBUG_CONSOLE`]'s, so only the first is the echo's when there is a debug console.
 pub const ECHO_BYTES: u16 = 0xe8;
+/// Selector of QEMU's firmware configuration; the data port is the next.
+pub const CONFIG: u16 = 0x510;
 /// First of the ports that drive the interrupt lines.
 pub const IRQ_LINES: u16 = 0x2000;
 /// Guest-physical address of the memory of the I/O kind.
@@ -105,6 +107,56 @@ impl PortIo for IrqPorts {
     }
 }
 
+/// As much of QEMU's firmware configuration (its documentation, "fw_cfg") as test kernels ask: a selector, then the
+/// bytes of the item, one a read.
+pub struct FirmwareConfig {
+    memory: u64,
+    cpus: u16,
+    /// Selected item and the next byte.
+    position: Mutex<(u16, usize)>,
+}
+
+impl FirmwareConfig {
+    /// Items: signature, interface version, bytes of RAM, number of processors, most processors.
+    const SIGNATURE: u16 = 0x00;
+    const VERSION: u16 = 0x01;
+    const RAM_SIZE: u16 = 0x03;
+    const CPUS: u16 = 0x05;
+    const MAX_CPUS: u16 = 0x0f;
+
+    /// Tells about this much RAM and this many processors.
+    pub fn new(memory: u64, cpus: u16) -> Arc<Self> {
+        Arc::new(Self { memory, cpus, position: Mutex::default() })
+    }
+
+    fn item(&self, key: u16) -> u64 {
+        match key {
+            Self::SIGNATURE => u32::from_le_bytes(*b"QEMU").into(),
+            Self::VERSION => 1,
+            Self::RAM_SIZE => self.memory,
+            Self::CPUS | Self::MAX_CPUS => self.cpus.into(),
+            _ => 0,
+        }
+    }
+}
+
+impl PortIo for FirmwareConfig {
+    fn port_read(&self, port: u16, _: usize) -> u32 {
+        if port == CONFIG {
+            return u32::MAX;
+        }
+        let mut position = self.position.lock();
+        let (key, at) = *position;
+        *position = (key, at.saturating_add(1));
+        self.item(key).to_le_bytes().get(at).copied().unwrap_or(0).into()
+    }
+    fn port_write(&self, port: u16, _: usize, value: u32) {
+        if port == CONFIG {
+            *self.position.lock() = (value as u16, 0);
+        }
+    }
+}
+
 /// Memory that is reached by MMIO only.
 pub struct IoMemory(Mutex<Box<[u8]>>);
 
@@ -168,6 +220,18 @@ mod tests {
         memory.mmio_write(8, 8, 0x8877_6655_4433_2211);
         assert_eq!((memory.mmio_read(10, 2), memory.mmio_read(MEMORY_SIZE - 1, 4)), (0x4433, 0));
         memory.mmio_write(u64::MAX, 4, 1);
+    }
+
+    #[test]
+    fn firmware_configuration_items() {
+        let config = FirmwareConfig::new(0x2000_0000, 3);
+        let read = |key, bytes| {
+            config.port_write(CONFIG, 2, key);
+            (0..bytes).map(|_| config.port_read(CONFIG + 1, 1) as u8).collect::<alloc::vec::Vec<_>>()
+        };
+        assert_eq!(read(0, 4), *b"QEMU");
+        assert_eq!(read(3, 9), [0, 0, 0, 0x20, 0, 0, 0, 0, 0]);
+        assert_eq!((read(5, 2), read(0x19, 2)), (vec![3, 0], vec![0, 0]));
     }
 
     #[test]
