@@ -324,13 +324,14 @@ fn compatibility_mode(s: &mut Suite) {
     s.trap("#UD by UD2 in 32-bit mode", compat!(=> "ud2"), vector::UD, 0, "at");
     s.trap("#UD by SWAPGS in 32-bit mode", compat!(=> ".byte 0x0f, 0x01, 0xf8"), vector::UD, 0, "at");
 
-    // 4 KiB from 1 MiB, byte granular, writable.
+    // 4 KiB from 1 MiB, byte granular, writable. A trap leaves ES flat, so each check of a fault loads it anew.
     let small = 0x0040_9300_0000_0fff | 0x10 << 32 | PRESENT;
     segments::set_descriptor(FREE, small);
     let load = |selector: u16| trapping!(=> "mov es, {0:e}"; in(reg) u32::from(selector));
     load(FREE);
     s.check("a read up to the limit runs", compat!(=> "mov eax, es:[0xffc]").is_none(), true);
     s.trap("#GP by a read across the limit", compat!(=> "mov eax, es:[0xffd]"), vector::GP, 0, "at");
+    load(FREE);
     s.trap("#GP by a read beyond the limit", compat!(=> "mov al, es:[0x1000]"), vector::GP, 0, "at");
     // The same, expand-down: what was inside is outside.
     segments::set_descriptor(FREE, small | 1 << 42);
@@ -342,6 +343,7 @@ fn compatibility_mode(s: &mut Suite) {
         0,
         "at",
     );
+    load(FREE);
     s.check("a read inside an expand-down segment runs", compat!(=> "mov al, es:[0x1000]").is_none(), true);
     segments::set_descriptor(FREE, small & !(1 << 41));
     load(FREE);
