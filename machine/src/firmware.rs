@@ -1,7 +1,9 @@
-//! What a PC's firmware leaves in the processors before it starts an operating system.
+//! What a PC's firmware leaves in processors and devices before it starts an operating system.
 
 use bivisor_x86::state::CpuState;
 
+use crate::device::PortIo;
+use crate::devices::pic;
 use crate::memory::{LOW_RAM_END, PAGE_SIZE};
 
 /// Memory types (SDM Vol. 3A, table 12-2).
@@ -28,6 +30,19 @@ pub fn set_memory_types(state: &mut CpuState, physical_bits: u32) {
     msr.mtrr_variable[0] = LOW_RAM_END | UNCACHED;
     msr.mtrr_variable[1] =
         LOW_RAM_END & u64::from(u32::MAX) | (addresses & !u64::from(u32::MAX)) | MTRR_VALID;
+}
+
+/// Initializes the PIC as a BIOS does, with the vectors of real mode, and masks all of its inputs.
+pub fn set_up_pic(ports: &dyn PortIo) {
+    const EDGE_CASCADE_ICW4: u32 = 0x11;
+    const MODE_8086: u32 = 0x01;
+    for (port, vector, cascade) in [(pic::MASTER, 0x08, 1 << 2), (pic::SLAVE, 0x70, 2)] {
+        ports.port_write(port, 1, EDGE_CASCADE_ICW4);
+        for word in [vector, cascade, MODE_8086] {
+            ports.port_write(port + 1, 1, word);
+        }
+        ports.port_write(port + 1, 1, 0xff);
+    }
 }
 
 #[cfg(test)]

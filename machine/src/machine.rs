@@ -320,3 +320,7 @@ pub enum ResetError {
     #[error(transparent)]
     Restore(#[from] RestoreError),
 }
+
+#[cfg(test)]
+#[path = "machine_tests.rs"]
+mod tests;

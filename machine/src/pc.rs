@@ -13,6 +13,7 @@ use crate::devices::rtc::{self, RealTimeClock, Rtc};
 use crate::devices::testdev::{self, DebugConsole, DebugExit, Echo, Flush, IoMemory, IrqPorts};
 use crate::devices::uart::{self, SerialPort, Uart};
 use crate::devices::{RestoreError, Saved, pic};
+use crate::firmware;
 use crate::host::{ByteStream, Clock, EventSink};
 use crate::irq::{Interrupts, IoApicMmio, LINES, PicPorts, SavedInterrupts};
 use crate::map::{
@@ -48,7 +49,10 @@ pub struct Pc {
     keyboard: Arc<KeyboardController>,
     pit: Arc<IntervalTimer>,
     rtc: Arc<RealTimeClock>,
+    reset: Arc<ResetControl>,
+    port_a: Arc<PortA>,
     pci: Arc<PciRoot>,
+    pci_ports: Arc<ConfigPorts>,
 }
 
 /// What [`Pc::save`] gives.
@@ -66,6 +70,12 @@ pub struct SavedPc {
     pub pit: Saved<Pit>,
     /// The real-time clock.
     pub rtc: Saved<Rtc>,
+    /// The reset control register.
+    pub reset_control: u8,
+    /// System control port A.
+    pub port_a: u8,
+    /// The PCI address register.
+    pub pci_address: u32,
 }
 
 impl Pc {
@@ -80,6 +90,7 @@ impl Pc {
         for first in [pic::MASTER, pic::SLAVE, pic::ELCR] {
             ports.insert(first, 2, 1, pic_ports.clone())?;
         }
+        firmware::set_up_pic(&*pic_ports);
         mmio.insert(IOAPIC_BASE, IOAPIC_SIZE, Arc::new(IoApicMmio(interrupts.clone())))?;
         // As firmware does for the one ISA interrupt that is no edge: ACPI's.
         interrupts.set_level_triggered(1 << SCI_IRQ);
@@ -104,19 +115,21 @@ impl Pc {
         );
         ports.insert(i8042::DATA, 1, 1, keyboard.clone())?;
         ports.insert(i8042::COMMAND, 1, 1, keyboard.clone())?;
-        ports.insert(PORT_A, 1, 1, PortA::new(reset.clone()))?;
+        let port_a = PortA::new(reset.clone());
+        ports.insert(PORT_A, 1, 1, port_a.clone())?;
         for (first, count) in QuietPorts::RANGES {
             ports.insert(first, count, 1, QuietPorts::new(first))?;
         }
 
         let pci = PciRoot::new();
-        ports.insert(PCI_CONFIG_PORT, pci::PORTS, 4, ConfigPorts::new(pci.clone(), reset))?;
+        let pci_ports = ConfigPorts::new(pci.clone(), reset.clone());
+        ports.insert(PCI_CONFIG_PORT, pci::PORTS, 4, pci_ports.clone())?;
         mmio.insert(ECAM_BASE, ECAM_SIZE, Arc::new(Ecam(pci.clone())))?;
 
         if testdev {
             insert_testdev(&ports, &mmio, &interrupts, events, console)?;
         }
-        Ok(Self { ports, mmio, interrupts, com1, power, keyboard, pit, rtc, pci })
+        Ok(Self { ports, mmio, interrupts, com1, power, keyboard, pit, rtc, reset, port_a, pci, pci_ports })
     }
 
     /// The machine's ports.
@@ -151,11 +164,17 @@ impl Pc {
             keyboard: self.keyboard.save(),
             pit: self.pit.save(),
             rtc: self.rtc.save(),
+            reset_control: self.reset.read(),
+            port_a: self.port_a.value(),
+            pci_address: self.pci_ports.address(),
         }
     }
 
     /// Takes over what [`Pc::save`] gave.
     pub fn restore(&self, saved: &SavedPc) -> Result<(), RestoreError> {
+        self.reset.restore(saved.reset_control);
+        self.port_a.restore(saved.port_a);
+        self.pci_ports.set_address(saved.pci_address);
         self.interrupts.restore(&saved.interrupts)?;
         self.com1.restore(&saved.com1)?;
         self.power.restore(&saved.power)?;

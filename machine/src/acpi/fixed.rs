@@ -34,10 +34,9 @@ pub fn fadt(facs: u64, dsdt: u64) -> FADT {
         .flag(Flags::FixRtc)
         .flag(Flags::TmrValExt)
         .flag(Flags::ResetRegSup)
-        .firmware_ctrl_64(facs)
+        .firmware_ctrl_32(facs as u32)
         .dsdt_64(dsdt);
     fadt.dsdt = (dsdt as u32).into();
-    fadt.firmware_ctrl = (facs as u32).into();
     fadt.sci_int = (SCI_IRQ as u16).into();
     fadt.pm1a_evt_blk = u32::from(PM1_EVENT).into();
     fadt.pm1_evt_len = PM1_EVENT_LENGTH;

@@ -130,7 +130,7 @@ mod tests {
             .collect();
         assert_eq!(found.iter().map(|t| &t.0).collect::<Vec<_>>(), [b"FACP", b"APIC", b"MCFG"]);
         let fadt = &found[0].1;
-        let facs = u64_at(fadt, 132);
+        let facs = u64::from(u32::from_le_bytes(fadt[36..40].try_into().unwrap()));
         assert!(facs.is_multiple_of(64));
         assert_eq!(&table(&memory, facs).0, b"FACS");
         assert_eq!(&table(&memory, u64_at(fadt, 140)).0, b"DSDT");

@@ -167,8 +167,16 @@ impl ConfigPorts {
     pub fn new(root: Arc<PciRoot>, reset: Arc<ResetControl>) -> Arc<Self> {
         Arc::new(Self { root, reset, address: AtomicU32::new(0) })
     }
+    /// The address register, to be saved.
+    pub fn address(&self) -> u32 {
+        self.address.load(Ordering::Relaxed)
+    }
+    /// Sets the address register as a write of it does.
+    pub fn set_address(&self, value: u32) {
+        self.address.store(value & 0x80ff_fffc, Ordering::Relaxed);
+    }
     fn target(&self, port: u16) -> Option<(Bdf, usize)> {
-        let address = self.address.load(Ordering::Relaxed);
+        let address = self.address();
         let offset = (address & 0xfc) as usize + usize::from(port & 3);
         (address & ADDRESS_ENABLED != 0).then(|| (Bdf::from_bits(address >> 8 & 0xffff), offset))
     }
@@ -177,7 +185,7 @@ impl ConfigPorts {
 impl PortIo for ConfigPorts {
     fn port_read(&self, port: u16, size: usize) -> u32 {
         match (port, size) {
-            (CONFIG_ADDRESS, 4) => self.address.load(Ordering::Relaxed),
+            (CONFIG_ADDRESS, 4) => self.address(),
             (RESET_CONTROL, 1) => self.reset.read().into(),
             (CONFIG_DATA.., _) => {
                 self.target(port).map_or(u32::MAX, |(at, offset)| self.root.read(at, offset, size))
@@ -187,7 +195,7 @@ impl PortIo for ConfigPorts {
     }
     fn port_write(&self, port: u16, size: usize, value: u32) {
         match (port, size) {
-            (CONFIG_ADDRESS, 4) => self.address.store(value & 0x80ff_fffc, Ordering::Relaxed),
+            (CONFIG_ADDRESS, 4) => self.set_address(value),
             (RESET_CONTROL, 1) => self.reset.write(value as u8),
             (CONFIG_DATA.., _) => {
                 if let Some((at, offset)) = self.target(port) {

@@ -37,6 +37,10 @@ impl ResetControl {
     pub fn read(&self) -> u8 {
         self.value.load(Ordering::Relaxed)
     }
+    /// Takes over a saved value of the register, without effect.
+    pub fn restore(&self, value: u8) {
+        self.value.store(value, Ordering::Relaxed);
+    }
     /// Writes the register.
     pub fn write(&self, value: u8) {
         let before = self.value.swap(value & 0x0a, Ordering::Relaxed);
@@ -62,11 +66,19 @@ impl PortA {
     pub fn new(reset: Arc<ResetControl>) -> Arc<Self> {
         Arc::new(Self { reset, value: AtomicU8::new(A20) })
     }
+    /// The port's value, to be saved.
+    pub fn value(&self) -> u8 {
+        self.value.load(Ordering::Relaxed)
+    }
+    /// Takes over a saved value, without effect.
+    pub fn restore(&self, value: u8) {
+        self.value.store(value, Ordering::Relaxed);
+    }
 }
 
 impl PortIo for PortA {
     fn port_read(&self, _: u16, _: usize) -> u32 {
-        self.value.load(Ordering::Relaxed).into()
+        self.value().into()
     }
     fn port_write(&self, _: u16, _: usize, value: u32) {
         let value = value as u8;
