@@ -27,6 +27,10 @@ const HOST_MXCSR: u32 = 0x1f80;
 const FLAGS: u32 = 0x3f;
 /// MXCSR's flags of exceptions that are found before an operation: invalid, denormal operand, division by zero.
 const BEFORE_FLAGS: u32 = 0x07;
+/// MXCSR's precision flag.
+const PRECISION: u32 = 0x20;
+/// MXCSR's overflow and underflow flags.
+const RANGE: u32 = 0x18;
 /// MXCSR's underflow flag.
 const UNDERFLOW: u32 = 0x10;
 /// MXCSR's exception masks.
@@ -474,7 +478,14 @@ fn prepare(context: &mut Context, guest: u32) {
 
 /// The flags that the guest sees, given those raised with all exceptions masked.
 fn reported(raised: u32, unmasked: u32) -> u32 {
-    if raised & unmasked & BEFORE_FLAGS != 0 { raised & BEFORE_FLAGS } else { raised }
+    if raised & unmasked & BEFORE_FLAGS != 0 {
+        raised & BEFORE_FLAGS
+    } else if raised & unmasked & RANGE != 0 {
+        // Nothing is rounded then.
+        raised & !PRECISION
+    } else {
+        raised
+    }
 }
 
 fn execute_sse(stub: &Stub, state: &mut CpuState, context: &mut Context) -> HostExecution {

@@ -96,6 +96,10 @@ pub fn exclusion(instruction: &Instruction, model: &CpuModel) -> Option<&'static
     if instruction.is_call_far_indirect() || instruction.is_jmp_far_indirect() {
         return Some("loads segment registers, whose descriptors are the host's");
     }
+    let repeated = instruction.has_rep_prefix() || instruction.has_repne_prefix();
+    if repeated && matches!(mnemonic, Mnemonic::Loope | Mnemonic::Loopne) {
+        return Some("LOOPE and LOOPNE with a repetition prefix: Zen lets the prefix choose the condition");
+    }
     if !model.offers_instruction(instruction) {
         return Some("hidden by the guest's CPU model");
     }

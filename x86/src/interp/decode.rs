@@ -1,6 +1,6 @@
 //! From bytes to an [`Op`].
 
-use iced_x86::{Code, CpuidFeature, Decoder, DecoderError, DecoderOptions};
+use iced_x86::{Code, CpuidFeature, Decoder, DecoderError, DecoderOptions, Instruction, OpKind};
 
 use crate::cpuid::{CpuModel, Vendor};
 use crate::interp::op::{Handler, MAX_INSTRUCTION_LENGTH, Op};
@@ -29,7 +29,10 @@ impl InstructionDecoder {
     /// than 15 bytes as #GP(0) (SDM Vol. 3A, section 6.15, interrupt 13).
     pub(crate) fn decode(&self, bytes: &[u8], bits: u32, model: &CpuModel) -> Option<Op> {
         let mut decoder = Decoder::with_ip(bits, bytes, 0, self.options);
-        let instruction = decoder.decode();
+        let mut instruction = decoder.decode();
+        if instruction.code() == Code::Pause && is_exchange(bytes.get(..instruction.len())?) {
+            instruction = decode_exchange(bytes.get(..instruction.len())?, self.options);
+        }
         let invalid = instruction.code() == Code::INVALID;
         if invalid && decoder.last_error() == DecoderError::NoMoreBytes {
             return None;
@@ -41,6 +44,9 @@ impl InstructionDecoder {
         let mut op = Op::new(instruction, own);
         if invalid && instruction.len() >= MAX_INSTRUCTION_LENGTH {
             op.handler = Handler::TooLong;
+        } else if is_prefetch_of_register(&instruction) && model.vendor == Vendor::Amd {
+            op.handler = Handler::Undefined;
+            op.ends_block = true;
         } else if op.handler != Handler::Nop && !model.offers_instruction(&instruction) {
             // Hints are no-operations where they are unknown.
             op.handler = Handler::Undefined;
@@ -48,4 +54,26 @@ impl InstructionDecoder {
         }
         Some(op)
     }
+}
+
+/// Whether what iced-x86 takes for PAUSE has REX.B: then it is XCHG R8, RAX, and F3 means nothing.
+fn is_exchange(bytes: &[u8]) -> bool {
+    matches!(bytes, [.., rex, 0x90] if rex & 0xf1 == 0x41)
+}
+
+/// Decodes that XCHG: a segment prefix without meaning takes the place of F3.
+fn decode_exchange(bytes: &[u8], options: u32) -> Instruction {
+    let mut own = [0; MAX_INSTRUCTION_LENGTH];
+    for (to, from) in own.iter_mut().zip(bytes) {
+        *to = if *from == 0xf3 { 0x3e } else { *from };
+    }
+    Decoder::with_ip(64, own.get(..bytes.len()).unwrap_or(&own), 0, options).decode()
+}
+
+/// Whether this is PREFETCH with a register operand, a hint for Intel and undefined for AMD.
+fn is_prefetch_of_register(instruction: &Instruction) -> bool {
+    matches!(
+        instruction.code(),
+        Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D | Code::Reservednop_rm64_r64_0F0D
+    ) && instruction.op0_kind() == OpKind::Register
 }

@@ -166,8 +166,24 @@ impl Cpu {
         Ok(true)
     }
 
+    /// Sets TOP. The state holds the registers from ST(0) on, so that they turn with it.
+    fn set_top(&mut self, top: usize) {
+        let status = self.fpu_word(area::FSW);
+        let turn = top.wrapping_sub(usize::from(status >> 11 & 7)) & 7;
+        self.state.xsave.bytes[ST..XMM].rotate_left(16 * turn);
+        let status = status & !0x3800 | (top as u16 & 7) << 11;
+        self.set_fpu_bytes(area::FSW, &status.to_le_bytes());
+    }
+
+    /// What every MMX instruction except EMMS does to the x87 state: TOP is zero and all registers are in use.
+    pub(super) fn enter_mmx(&mut self) {
+        self.set_top(0);
+        self.set_fpu_bytes(area::FTW, &[0xff]);
+    }
+
     /// What FNINIT does: registers keep their contents but are empty.
     pub(super) fn init_x87_control(&mut self) {
+        self.set_top(0);
         self.set_fpu_bytes(area::FCW, &[0; area::MXCSR]);
         self.set_fpu_bytes(area::FCW, &FCW_INIT.to_le_bytes());
     }
@@ -242,6 +258,7 @@ impl Cpu {
         self.read_bytes(env, segment, offset, &mut image[..size])?;
         let environment = format.decode(&image);
         self.set_control_word(environment.control);
+        self.set_top(usize::from(environment.status >> 11 & 7));
         self.set_fpu_bytes(area::FSW, &environment.status.to_le_bytes());
         let in_use =
             (0..8).fold(0, |bits, i| if environment.tags >> (2 * i) & 3 == 3 { bits } else { bits | 1 << i });

@@ -3,7 +3,7 @@
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 use crate::interp::control::loop_counter_size;
-use crate::interp::operand::{segment_register, truncate};
+use crate::interp::operand::{memory_segment, truncate};
 use crate::state::SegReg;
 
 /// Longest instruction in bytes (SDM Vol. 2A, section 2.3.11).
@@ -255,7 +255,7 @@ impl Op {
     /// Takes the memory operand apart.
     fn resolve_memory(&mut self) {
         let instruction = &self.instruction;
-        self.segment = segment_register(instruction.memory_segment());
+        self.segment = memory_segment(instruction);
         self.displacement = instruction.memory_displacement64();
         let mut size = 0;
         match instruction.memory_base() {
@@ -294,7 +294,7 @@ impl Op {
         self.address_size = address_size;
         self.size = self.instruction.memory_size().size() as u8;
         if !matches!(kind, OpKind::MemoryESDI | OpKind::MemoryESEDI | OpKind::MemoryESRDI) {
-            self.segment = segment_register(self.instruction.memory_segment());
+            self.segment = memory_segment(&self.instruction);
         }
     }
 

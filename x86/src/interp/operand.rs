@@ -1,6 +1,6 @@
 //! Reading and writing the operands of an instruction.
 
-use iced_x86::{OpKind, Register};
+use iced_x86::{CodeSize, Instruction, OpKind, Register};
 
 use crate::cpu::Cpu;
 use crate::env::Env;
@@ -33,6 +33,20 @@ pub const fn truncate(value: u64, size: usize) -> u64 {
 pub const fn sign_extend(value: u64, size: usize) -> u64 {
     let unused = 64u32.wrapping_sub(8 * size as u32) & 63;
     ((value << unused) as i64 >> unused) as u64
+}
+
+/// The segment of the instruction's memory operand. 64-bit mode ignores the prefixes of ES, CS, SS and DS (SDM
+/// Vol. 1, section 3.4.2.1), also in which exception a non-canonical address raises.
+pub fn memory_segment(instruction: &Instruction) -> SegReg {
+    let ignored = instruction.code_size() == CodeSize::Code64
+        && matches!(instruction.segment_prefix(), Register::ES | Register::CS | Register::SS | Register::DS);
+    if !ignored {
+        return segment_register(instruction.memory_segment());
+    }
+    match instruction.memory_base().full_register() {
+        Register::RSP | Register::RBP => SegReg::Ss,
+        _ => SegReg::Ds,
+    }
 }
 
 /// The segment register that iced-x86 names.

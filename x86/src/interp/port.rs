@@ -31,8 +31,16 @@ impl Cpu {
                 env.port_out(port, size, self.gpr(A, size) as u32);
                 Ok(())
             }
-            Mnemonic::Insb | Mnemonic::Insw | Mnemonic::Insd => self.repeat(env, op, Self::input_element),
-            _ => self.repeat(env, op, Self::output_element),
+            mnemonic => {
+                // Checked even where RCX is zero, as Zen does.
+                self.check_io(env, dx, op.size.into())?;
+                match mnemonic {
+                    Mnemonic::Insb | Mnemonic::Insw | Mnemonic::Insd => {
+                        self.repeat(env, op, Self::input_element)
+                    }
+                    _ => self.repeat(env, op, Self::output_element),
+                }
+            }
         }
     }
 

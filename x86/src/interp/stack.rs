@@ -127,6 +127,11 @@ impl Cpu {
 
     /// ENTER (SDM Vol. 2A): a stack frame, with the frame pointers of the enclosing procedures.
     fn enter_frame<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<(), Exception> {
+        let stack_pointer = self.state.gpr[RSP];
+        self.push_frame(env, op).inspect_err(|_| self.state.gpr[RSP] = stack_pointer)
+    }
+
+    fn push_frame<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<(), Exception> {
         let size = match op.instruction.code() {
             Code::Enterw_imm16_imm8 => 2,
             Code::Enterd_imm16_imm8 => 4,
@@ -145,8 +150,10 @@ impl Cpu {
             }
             self.push(env, size, truncate(frame, size))?;
         }
-        self.set_gpr(RBP as u8, size, frame);
         self.set_stack_pointer(self.state.gpr[RSP].wrapping_sub(allocated));
+        // The new top of the stack must be writable (SDM Vol. 2A, ENTER).
+        self.check_write(env, SegReg::Ss, self.state.gpr[RSP] & self.stack_mask(), size)?;
+        self.set_gpr(RBP as u8, size, frame);
         Ok(())
     }
 

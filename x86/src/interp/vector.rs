@@ -5,6 +5,7 @@
 use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, Mnemonic, OpCodeTableKind, OpKind};
 
 use crate::cpu::{Access, Cpu};
+use crate::cpuid::Vendor;
 use crate::env::{Env, HostExecution, HostInstruction};
 use crate::exception::Exception;
 use crate::interp::op::Op;
@@ -53,22 +54,15 @@ pub fn uses_mmx_register(instruction: &Instruction) -> bool {
         .any(|i| instruction.op_kind(i) == OpKind::Register && instruction.op_register(i).is_mm())
 }
 
-/// Whether an operand is a vector register, or the instruction names none but works on them.
-fn is_vector_vex(instruction: &Instruction) -> bool {
-    matches!(
-        instruction.mnemonic(),
-        Mnemonic::Vzeroall | Mnemonic::Vzeroupper | Mnemonic::Vldmxcsr | Mnemonic::Vstmxcsr
-    ) || (0..instruction.op_count()).any(|i| {
-        instruction.op_kind(i) == OpKind::Register && instruction.op_register(i).is_vector_register()
-    })
-}
-
 /// The unit that executes this instruction, if it is one of these.
 fn unit(instruction: &Instruction) -> Option<Unit> {
     use CpuidFeature as F;
     let code = instruction.code();
     match code.encoding() {
-        EncodingKind::VEX if is_vector_vex(instruction) => Some(Unit::Avx),
+        EncodingKind::VEX => {
+            let general = code.cpuid_features().iter().any(|set| matches!(set, F::BMI1 | F::BMI2));
+            (!general).then_some(Unit::Avx)
+        }
         EncodingKind::Legacy if is_x87(code) || code == Code::Wait => Some(Unit::X87),
         EncodingKind::Legacy => {
             let vector = code.cpuid_features().iter().any(|feature| {
@@ -187,6 +181,7 @@ struct MemoryOperand {
     offset: u64,
     size: usize,
     is_store: bool,
+    is_aligned: bool,
 }
 
 impl Cpu {
@@ -269,7 +264,8 @@ impl Cpu {
         let mnemonic = instruction.mnemonic();
         self.check_unit(unit, mnemonic)?;
         match mnemonic {
-            Mnemonic::Wait => {}
+            // The last three mean something to the 8087 and 80287 only.
+            Mnemonic::Wait | Mnemonic::Fneni | Mnemonic::Fndisi | Mnemonic::Fnsetpm => {}
             Mnemonic::Fninit => self.init_x87_control(),
             Mnemonic::Ldmxcsr | Mnemonic::Vldmxcsr => self.load_mxcsr(env, op)?,
             Mnemonic::Stmxcsr | Mnemonic::Vstmxcsr => {
@@ -301,51 +297,67 @@ impl Cpu {
         Ok(())
     }
 
-    /// The memory operand, its alignment checked.
-    fn host_memory_operand(&self, op: &Op, unit: Unit) -> Result<Option<MemoryOperand>, Exception> {
+    /// Whether a 16-byte memory operand of legacy SSE encoding need not be aligned.
+    fn allows_unaligned(&self, instruction: &Instruction) -> bool {
+        // AMD processors do not ask it of the SHA instructions.
+        let sha = instruction.cpuid_features().contains(&CpuidFeature::SHA);
+        allows_unaligned(instruction.mnemonic()) || sha && self.model.vendor == Vendor::Amd
+    }
+
+    /// #GP(0) if the operand must be aligned and is not.
+    fn check_vector_alignment(&self, memory: &MemoryOperand) -> Result<(), Exception> {
+        let access = if memory.is_store { Access::Write } else { Access::Read };
+        let linear = self.checked_address(memory.segment, memory.offset, memory.size, access)?;
+        if memory.is_aligned && linear & (memory.size as u64).wrapping_sub(1) != 0 {
+            return Err(Exception::GP0);
+        }
+        Ok(())
+    }
+
+    /// The instruction's memory operand.
+    fn host_memory_operand(&self, op: &Op, unit: Unit) -> Option<MemoryOperand> {
         let instruction = &op.instruction;
         let Some(operand) = (0..instruction.op_count()).find(|&i| instruction.op_kind(i) == OpKind::Memory)
         else {
-            return Ok(None);
+            return None;
         };
         let mnemonic = instruction.mnemonic();
         let (segment, offset) = self.effective_address(op);
         let size = instruction.memory_size().size().min(64);
-        let aligned = match unit {
-            Unit::Sse => size == 16 && !allows_unaligned(mnemonic),
+        let is_aligned = match unit {
+            Unit::Sse | Unit::Mmx => size == 16 && !self.allows_unaligned(instruction),
             Unit::Avx => requires_alignment(mnemonic),
-            Unit::X87 | Unit::Mmx => false,
+            Unit::X87 => false,
         };
         let is_store = if unit == Unit::X87 { is_x87_store(mnemonic) } else { operand == 0 };
-        if aligned {
-            let access = if is_store { Access::Write } else { Access::Read };
-            let linear = self.checked_address(segment, offset, size, access)?;
-            if linear & (size as u64).wrapping_sub(1) != 0 {
-                return Err(Exception::GP0);
-            }
-        }
-        Ok(Some(MemoryOperand { segment, offset, size, is_store }))
+        Some(MemoryOperand { segment, offset, size, is_store, is_aligned })
     }
 
     /// Has the host execute the instruction, its memory operand read before or written after. Nothing changes
     /// if that faults.
     fn execute_on_host<E: Env>(&mut self, env: &mut E, op: &Op, unit: Unit) -> Result<(), Exception> {
         let instruction = &op.instruction;
-        let operand = self.host_memory_operand(op, unit)?;
+        let operand = self.host_memory_operand(op, unit);
         let mut buffer = [0; 64];
         if let Some(memory) = operand.as_ref().filter(|memory| !memory.is_store) {
             self.read_vector(env, memory.segment, memory.offset, &mut buffer[..memory.size])?;
+            self.check_vector_alignment(memory)?;
         }
         let store = operand.as_ref().filter(|memory| memory.is_store);
         if let Some(memory) = store {
             self.check_write(env, memory.segment, memory.offset, memory.size)?;
+            self.check_vector_alignment(memory)?;
         }
         let host = HostInstruction { instruction, bytes: &op.bytes[..instruction.len()] };
         match env.execute_on_host(&host, &mut self.state, &mut buffer) {
             HostExecution::Done => {}
-            HostExecution::SimdException if self.state.cr4_has(Cr4::OSXMMEXCPT) => return Err(Exception::XM),
+            HostExecution::SimdException if unit == Unit::Mmx => {
+                self.enter_mmx();
+                return Err(self.simd_exception());
+            }
+            HostExecution::SimdException => return Err(self.simd_exception()),
             HostExecution::X87Exception => return Err(Exception::MF),
-            HostExecution::SimdException | HostExecution::Undefined => return Err(Exception::UD),
+            HostExecution::Undefined => return Err(Exception::UD),
         }
         // An unmasked x87 exception other than precision keeps the operand as it was (SDM Vol. 1, 8.5).
         let refused = unit == Unit::X87 && self.fpu_word(area::FSW) & !self.fpu_word(area::FCW) & 0x1f != 0;
@@ -358,6 +370,11 @@ impl Cpu {
             self.set_fpu_pointers(op, operand.map(|memory| memory.offset));
         }
         Ok(())
+    }
+
+    /// #XM, or #UD where the system has not asked for it (SDM Vol. 3A, section 6.15, interrupt 19).
+    fn simd_exception(&self) -> Exception {
+        if self.state.cr4_has(Cr4::OSXMMEXCPT) { Exception::XM } else { Exception::UD }
     }
 
     /// Records the last x87 instruction: its address, its operand's and its opcode (SDM Vol. 1, section 8.1.8).

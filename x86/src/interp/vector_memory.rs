@@ -7,7 +7,7 @@ use crate::cpu::{Access, Cpu};
 use crate::env::Env;
 use crate::exception::Exception;
 use crate::interp::op::Op;
-use crate::interp::operand::{segment_register, sign_extend, truncate};
+use crate::interp::operand::{memory_segment, sign_extend, truncate};
 use crate::state::SegReg;
 
 /// Offset of XMM0 in the XSAVE area.
@@ -58,6 +58,8 @@ impl Cpu {
         let instruction = &op.instruction;
         let (source, mask) = (instruction.op1_register(), instruction.op2_register());
         let (source, mask, size) = if source.is_mm() {
+            // From here on MM registers and ST registers have the same numbers.
+            self.enter_mmx();
             let register = |register: Register| {
                 let mut value = [0; 32];
                 value[..8].copy_from_slice(&self.state.xsave.bytes[MM + 16 * (register.number() & 7)..][..8]);
@@ -72,28 +74,16 @@ impl Cpu {
             OpKind::MemorySegEDI => Register::EDI,
             _ => Register::RDI,
         };
-        let segment = segment_register(instruction.memory_segment());
+        let segment = memory_segment(instruction);
         let base = self.register(pointer);
         let address = |i: usize| truncate(base.wrapping_add(i as u64), pointer.size());
         let selected = |i: &usize| mask[*i] & 0x80 != 0;
-        for i in (0..size).filter(selected) {
-            self.check_write(env, segment, address(i), 1)?;
-        }
+        // Zen checks all bytes, whatever the mask.
+        self.check_write(env, segment, base, size)?;
         for i in (0..size).filter(selected) {
             self.write(env, segment, address(i), 1, source[i].into())?;
         }
-        if instruction.op1_register().is_mm() {
-            self.enter_mmx();
-        }
         Ok(())
-    }
-
-    /// What every MMX instruction except EMMS does to the x87 state: TOP is zero and all registers are in use.
-    fn enter_mmx(&mut self) {
-        use super::vector::area;
-        let status = self.fpu_word(area::FSW) & !0x3800;
-        self.set_fpu_bytes(area::FSW, &status.to_le_bytes());
-        self.set_fpu_bytes(area::FTW, &[0xff]);
     }
 
     /// VMASKMOV and VPMASKMOV: elements whose mask has its top bit clear are not accessed, and load as zero.
@@ -136,7 +126,7 @@ impl Cpu {
             size = instruction.memory_displ_size() as usize;
         }
         offset = offset.wrapping_add(index.wrapping_mul(instruction.memory_index_scale().into()));
-        (segment_register(instruction.memory_segment()), truncate(offset, size))
+        (memory_segment(instruction), truncate(offset, size))
     }
 
     /// VGATHER and VPGATHER: loads the elements whose mask has its top bit set. An element that is done has
