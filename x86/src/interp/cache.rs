@@ -26,6 +26,8 @@ const NO_KEY: u64 = 3;
 pub(crate) struct Block {
     /// Offset in RAM of the first byte, shifted left by two, and a number for the code size.
     key: u64,
+    /// The count of all changes of code when it was last found valid.
+    epoch: u64,
     /// The page's generation when it was decoded.
     generation: u32,
     /// Index of the first instruction.
@@ -36,7 +38,7 @@ pub(crate) struct Block {
     pub(crate) length: u16,
 }
 
-const NO_BLOCK: Block = Block { key: NO_KEY, generation: 0, first: 0, count: 0, length: 0 };
+const NO_BLOCK: Block = Block { key: NO_KEY, epoch: 0, generation: 0, first: 0, count: 0, length: 0 };
 
 impl Block {
     fn range(&self) -> Range<usize> {
@@ -53,23 +55,30 @@ pub(crate) struct DecodeCache {
 
 impl DecodeCache {
     /// The block that starts at this offset in RAM, as code of `bits`, decoded anew if its page has been written.
+    /// `epoch`: [`Env::code_epoch`], read before.
     #[inline(always)]
     pub(crate) fn block<E: Env>(
         &mut self,
         env: &E,
+        epoch: u64,
         offset: u64,
         bits: u32,
         decoder: InstructionDecoder,
         model: &CpuModel,
     ) -> Block {
         let key = offset << 2 | u64::from(bits >> 5);
-        if let Some(block) = self.blocks.get(slot(key))
+        if let Some(block) = self.blocks.get_mut(slot(key))
             && block.key == key
-            && block.generation == env.code_generation(offset)
         {
-            return *block;
+            if block.epoch == epoch {
+                return *block;
+            }
+            if block.generation == env.code_generation(offset) {
+                block.epoch = epoch;
+                return *block;
+            }
         }
-        self.decode_block(env, key, bits, decoder, model)
+        self.decode_block(env, epoch, key, bits, decoder, model)
     }
 
     /// The instructions of a block that [`DecodeCache::block`] has just returned.
@@ -83,6 +92,7 @@ impl DecodeCache {
     fn decode_block<E: Env>(
         &mut self,
         env: &E,
+        epoch: u64,
         key: u64,
         bits: u32,
         decoder: InstructionDecoder,
@@ -117,6 +127,7 @@ impl DecodeCache {
         }
         let block = Block {
             key,
+            epoch,
             generation,
             first: first as u32,
             count: (self.ops.len() - first) as u16,

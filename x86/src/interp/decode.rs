@@ -51,6 +51,7 @@ impl InstructionDecoder {
             // Hints are no-operations where they are unknown.
             op.handler = Handler::Undefined;
             op.ends_block = true;
+            op.keeps_view = false;
         }
         Some(op)
     }

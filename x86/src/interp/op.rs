@@ -150,6 +150,10 @@ pub struct Op {
     pub(crate) locked: bool,
     /// Straight-line execution cannot go on behind it.
     pub(crate) ends_block: bool,
+    /// After it, mode, translation and everything that is checked between instructions are as before.
+    pub(crate) keeps_view: bool,
+    /// It may write memory, and with that code, or a device.
+    pub(crate) writes_memory: bool,
     /// As iced-x86 decoded it, at the instruction pointer `decode_ip`.
     pub instruction: Instruction,
     /// The instruction's bytes; the first `instruction.len()` count.
@@ -176,13 +180,17 @@ impl Op {
             length: instruction.len() as u8,
             locked: instruction.has_lock_prefix(),
             ends_block: true,
+            keeps_view: false,
+            writes_memory: true,
             instruction,
             bytes,
         };
         if instruction.code() != Code::INVALID {
             op.resolve_operands();
             op.handler = op.classify();
-            op.ends_block = !op.handler.falls_through(instruction.mnemonic());
+            op.keeps_view = op.handler.keeps_view(instruction.mnemonic());
+            op.ends_block = !op.keeps_view || op.handler.transfers();
+            op.writes_memory = !op.handler.only_reads();
         }
         op
     }
@@ -481,25 +489,50 @@ fn is_vector(code: Code) -> bool {
 }
 
 impl Handler {
-    /// Whether the next instruction in memory may be executed without looking at anything but events: no
-    /// transfer of control, no change of mode, of translation, or of what is checked between instructions.
-    fn falls_through(self, mnemonic: Mnemonic) -> bool {
+    /// Whether mode, translation, and everything that is checked between instructions stay as they are.
+    fn keeps_view(self, mnemonic: Mnemonic) -> bool {
         match self {
-            Self::JumpIf
-            | Self::Jump
-            | Self::JumpIndirect
-            | Self::Call
-            | Self::CallIndirect
-            | Self::Return
-            | Self::Loop
-            | Self::Port
-            | Self::Processor
-            | Self::System
-            | Self::Undefined
-            | Self::TooLong => false,
+            Self::Port | Self::Processor | Self::System | Self::Undefined | Self::TooLong => false,
             Self::Stack => !matches!(mnemonic, Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq),
             Self::Flags => !matches!(mnemonic, Mnemonic::Cli | Mnemonic::Sti),
             _ => true,
         }
+    }
+
+    /// Whether execution may go on elsewhere than at the following instruction.
+    fn transfers(self) -> bool {
+        matches!(
+            self,
+            Self::JumpIf
+                | Self::Jump
+                | Self::JumpIndirect
+                | Self::Call
+                | Self::CallIndirect
+                | Self::Return
+                | Self::Loop
+                | Self::String
+        )
+    }
+
+    /// Whether it never writes memory.
+    fn only_reads(self) -> bool {
+        matches!(
+            self,
+            Self::Nop
+                | Self::MovRegReg
+                | Self::MovRegMem
+                | Self::MovRegImm
+                | Self::MovzxReg
+                | Self::MovzxMem
+                | Self::MovsxReg
+                | Self::MovsxMem
+                | Self::Lea
+                | Self::AluRegReg(_)
+                | Self::AluRegImm(_)
+                | Self::AluRegMem(_)
+                | Self::MoveIf
+                | Self::Multiply
+                | Self::AluMem(Alu::Cmp | Alu::Test)
+        )
     }
 }

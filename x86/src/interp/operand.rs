@@ -89,8 +89,7 @@ impl Cpu {
     pub(crate) fn set_gpr(&mut self, place: u8, size: usize, value: u64) {
         let full = &mut self.state.gpr[usize::from(place & 15)];
         *full = match size {
-            8 => value,
-            4 => value & 0xffff_ffff,
+            4.. => truncate(value, size),
             2 => *full & !0xffff | value & 0xffff,
             _ if place & place::HIGH_BYTE != 0 => *full & !0xff00 | (value & 0xff) << 8,
             _ => *full & !0xff | value & 0xff,

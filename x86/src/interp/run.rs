@@ -12,6 +12,33 @@ use crate::paging::Place;
 use crate::registers::Rflags;
 use crate::state::{Activity, SegReg};
 
+const PAGE_MASK: u64 = !0xfff;
+
+/// How the code segment and the page being executed are seen. It holds as long as nothing but near transfers and
+/// instructions on data are executed.
+#[derive(Clone, Copy, Debug)]
+struct CodeView {
+    /// Base of CS.
+    base: u64,
+    /// The bits that an instruction pointer, and a linear address of code, has.
+    mask: u64,
+    /// Last valid instruction pointer.
+    limit: u64,
+    /// Size of code: 16, 32 or 64.
+    bits: u32,
+    /// Linear address of the page.
+    page: u64,
+    /// Its offset in RAM.
+    offset: u64,
+}
+
+impl CodeView {
+    #[inline(always)]
+    fn linear(&self, rip: u64) -> u64 {
+        self.base.wrapping_add(rip) & self.mask
+    }
+}
+
 impl Cpu {
     /// Executes instructions and delivers exceptions and events until something ends it. `budget`: at most this
     /// many instructions; an iteration of a repeated string instruction counts as one at most.
@@ -24,34 +51,32 @@ impl Cpu {
 
     fn run_with<E: Env>(&mut self, env: &mut E, cache: &mut DecodeCache, budget: u64) -> RunExit {
         let decoder = InstructionDecoder::new(&self.model);
+        let mut view = None;
         let mut left = budget;
         loop {
-            if (self.state.activity != Activity::Running || env.has_event())
-                && let Some(exit) = self.between_instructions(env)
+            if (view.is_none() && self.state.activity != Activity::Running || env.has_event())
+                && let Some(exit) = self.between_instructions(env, &mut view)
             {
                 return exit;
             }
             if left == 0 {
                 return RunExit::Budget;
             }
-            if !self.breakpoints.is_empty() && left != budget {
-                let linear = self.code_address(self.state.rip);
-                if self.breakpoints.contains(&linear) {
-                    return RunExit::Breakpoint;
+            let executed = match &mut view {
+                None if self.needs_care() => {
+                    if left != budget && self.at_breakpoint() {
+                        return RunExit::Breakpoint;
+                    }
+                    self.run_one(env, decoder);
+                    1
                 }
-            }
-            let executed = if self.needs_care() {
-                self.run_one(env, decoder);
-                1
-            } else {
-                self.run_block(env, cache, decoder, left)
+                view => self.run_block(env, cache, view, decoder, left),
             };
             left = left.saturating_sub(executed);
         }
     }
 
     /// Whether something is to be done before or after the next instruction alone.
-    #[inline(always)]
     fn needs_care(&self) -> bool {
         self.state.rflags & (Rflags::TF.bits() | Rflags::RF.bits()) != 0
             || self.state.interrupt_shadow
@@ -59,10 +84,15 @@ impl Cpu {
             || !self.breakpoints.is_empty()
     }
 
+    /// Whether the debugger outside has a breakpoint at the next instruction.
+    fn at_breakpoint(&self) -> bool {
+        self.breakpoints.contains(&self.code_address(self.state.rip))
+    }
+
     /// Takes an event if one may be taken now; what ends the run, if anything does.
     #[cold]
     #[inline(never)]
-    fn between_instructions<E: Env>(&mut self, env: &mut E) -> Option<RunExit> {
+    fn between_instructions<E: Env>(&mut self, env: &mut E, view: &mut Option<CodeView>) -> Option<RunExit> {
         let state = &self.state;
         let executing = matches!(state.activity, Activity::Running | Activity::Halted);
         let interrupts = executing && state.has_flags(Rflags::IF) && !state.interrupt_shadow;
@@ -72,7 +102,10 @@ impl Cpu {
         }
         match env.take_event(interrupts, nmis) {
             Some(Event::Kick) => return Some(RunExit::Kicked),
-            Some(event) => self.deliver_event(env, event),
+            Some(event) => {
+                *view = None;
+                self.deliver_event(env, event);
+            }
             None => {}
         }
         match self.state.activity {
@@ -89,55 +122,85 @@ impl Cpu {
         if self.in_64bit_mode() { u64::MAX } else { 0xffff_ffff }
     }
 
-    /// Executes straight-line code until its end, a transfer, an exception, an event, or a write to any
-    /// cached code. Returns how many instructions it began.
+    /// Executes straight-line code until its end, a transfer, an exception, or a write to any cached code or to
+    /// a device. Returns how many instructions it began. What the block leaves unknown is dropped from `view`.
     #[inline(always)]
     fn run_block<E: Env>(
         &mut self,
         env: &mut E,
         cache: &mut DecodeCache,
+        view: &mut Option<CodeView>,
         decoder: InstructionDecoder,
         budget: u64,
     ) -> u64 {
-        let rip = self.state.rip;
-        let linear = self.code_address(rip);
-        let offset = match self.translate_fetch(env, linear) {
-            Ok(Place::Ram(offset)) => offset,
+        let mut rip = self.state.rip;
+        let Some(code) = self.code_view(env, *view) else {
             // One by one: from a device, or with the fault raised in order with the limit check.
-            _ => {
-                self.run_one(env, decoder);
-                return 1;
-            }
+            *view = None;
+            self.run_one(env, decoder);
+            return 1;
         };
-        let mask = self.instruction_pointer_mask();
-        let bits = if mask == u64::MAX { 64 } else { self.state.code_bits() };
+        *view = Some(code);
         let epoch = env.code_epoch();
-        let block = cache.block(env, offset, bits, decoder, &self.model);
+        let offset = code.offset | code.linear(rip) & !PAGE_MASK;
+        let block = cache.block(env, epoch, offset, code.bits, decoder, &self.model);
         let ops = cache.ops(&block);
         let last = rip.wrapping_add(u64::from(block.length)).wrapping_sub(1);
-        if ops.is_empty() || bits != 64 && last > self.state.seg[SegReg::Cs as usize].limit.into() {
+        let ops = ops.get(..ops.len().min(budget as usize)).unwrap_or_default();
+        if ops.is_empty() || last > code.limit {
+            *view = None;
             self.run_one(env, decoder);
             return 1;
         }
         let mut executed = 0;
         for op in ops {
-            let following = self.state.rip.wrapping_add(op.length.into()) & mask;
-            self.next_rip = following;
             executed += 1;
+            let following = rip.wrapping_add(op.length.into()) & code.mask;
+            self.next_rip = following;
             if let Err(exception) = self.execute(env, op) {
+                *view = None;
                 self.deliver_exception(env, exception);
                 break;
             }
-            self.state.rip = self.next_rip;
-            if self.next_rip != following
-                || executed >= budget
-                || env.code_epoch() != epoch
-                || env.has_event()
-            {
+            if op.ends_block {
+                self.state.rip = self.next_rip;
+                if !op.keeps_view {
+                    *view = None;
+                }
+                break;
+            }
+            // Nothing before the end transfers control.
+            self.state.rip = following;
+            rip = following;
+            if op.writes_memory && (env.code_epoch() != epoch || env.has_event()) {
                 break;
             }
         }
         executed
+    }
+
+    /// How the code at `state.rip` is seen: as before if it is in the same page. `None` if it can't be fetched from RAM.
+    #[inline(always)]
+    fn code_view<E: Env>(&mut self, env: &mut E, view: Option<CodeView>) -> Option<CodeView> {
+        let rip = self.state.rip;
+        match view {
+            Some(code) if code.linear(rip) & PAGE_MASK == code.page => Some(code),
+            _ => self.new_code_view(env),
+        }
+    }
+
+    #[inline(never)]
+    fn new_code_view<E: Env>(&mut self, env: &mut E) -> Option<CodeView> {
+        let linear = self.code_address(self.state.rip);
+        let Ok(Place::Ram(offset)) = self.translate_fetch(env, linear) else { return None };
+        let mask = self.instruction_pointer_mask();
+        let cs = &self.state.seg[SegReg::Cs as usize];
+        let (bits, base, limit) = match mask {
+            u64::MAX => (64, 0, u64::MAX),
+            _ => (self.state.code_bits(), cs.base, cs.limit.into()),
+        };
+        let (page, offset) = (linear & PAGE_MASK, offset & PAGE_MASK);
+        Some(CodeView { base, mask, limit, bits, page, offset })
     }
 
     /// Executes one instruction with everything that may have to be done around it.
