@@ -220,9 +220,41 @@ impl Cpu {
         if self.in_long_mode() { linear } else { linear & 0xffff_ffff }
     }
 
+    /// Offset in RAM of an access in 64-bit mode that needs no further check: within a page that the TLB knows with
+    /// this permission (so its address is canonical), and aligned if it must be.
+    #[inline(always)]
+    fn quick_offset(&self, seg: SegReg, offset: u64, size: usize, access: Access) -> Option<u64> {
+        if !self.in_64bit_mode() {
+            return None;
+        }
+        let linear = match seg {
+            SegReg::Fs | SegReg::Gs => offset.wrapping_add(self.state.seg[seg as usize].base),
+            _ => offset,
+        };
+        let unaligned = linear & (size as u64 - 1) != 0;
+        if unaligned && (linear & (PAGE - 1) > PAGE - size as u64 || self.alignment_checked()) {
+            return None;
+        }
+        self.tlb.lookup(linear, permission(access, self.privilege()))
+    }
+
     /// Reads `size` (1, 2, 4, 8) bytes at segment:offset, with limit, canonicality, alignment and page checks.
-    #[inline]
+    #[inline(always)]
     pub fn read<E: Env>(
+        &mut self,
+        env: &mut E,
+        seg: SegReg,
+        offset: u64,
+        size: usize,
+    ) -> Result<u64, Exception> {
+        match self.quick_offset(seg, offset, size, Access::Read) {
+            Some(ram) => Ok(load(env, ram, size)),
+            None => self.read_checked(env, seg, offset, size),
+        }
+    }
+
+    #[inline(never)]
+    fn read_checked<E: Env>(
         &mut self,
         env: &mut E,
         seg: SegReg,
@@ -272,8 +304,26 @@ impl Cpu {
     }
 
     /// Writes `size` bytes at segment:offset. Nothing is written if any byte faults.
-    #[inline]
+    #[inline(always)]
     pub fn write<E: Env>(
+        &mut self,
+        env: &mut E,
+        seg: SegReg,
+        offset: u64,
+        size: usize,
+        value: u64,
+    ) -> Result<(), Exception> {
+        match self.quick_offset(seg, offset, size, Access::Write) {
+            Some(ram) => {
+                store(env, ram, size, value);
+                Ok(())
+            }
+            None => self.write_checked(env, seg, offset, size, value),
+        }
+    }
+
+    #[inline(never)]
+    fn write_checked<E: Env>(
         &mut self,
         env: &mut E,
         seg: SegReg,
@@ -375,7 +425,28 @@ impl Cpu {
     /// the old one. With `locked` it is one atomic operation (`update` may then be called again). The write
     /// permission is checked before the read.
     #[allow(clippy::too_many_arguments)]
+    #[inline(always)]
     pub fn read_modify_write<E: Env>(
+        &mut self,
+        env: &mut E,
+        seg: SegReg,
+        offset: u64,
+        size: usize,
+        locked: bool,
+        update: &mut dyn FnMut(u64) -> u64,
+    ) -> Result<u64, Exception> {
+        if let Some(ram) = self.quick_offset(seg, offset, size, Access::Write)
+            && !locked
+        {
+            let old = load(env, ram, size);
+            store(env, ram, size, update(old));
+            return Ok(old);
+        }
+        self.read_modify_write_checked(env, seg, offset, size, locked, update)
+    }
+
+    #[inline(never)]
+    fn read_modify_write_checked<E: Env>(
         &mut self,
         env: &mut E,
         seg: SegReg,

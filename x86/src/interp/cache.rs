@@ -23,7 +23,7 @@ const NO_KEY: u64 = 3;
 
 /// A run of decoded instructions within one page.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Block {
+struct Block {
     /// Offset in RAM of the first byte, shifted left by two, and a number for the code size.
     key: u64,
     /// The count of all changes of code when it was last found valid.
@@ -35,12 +35,13 @@ pub(crate) struct Block {
     /// Instructions; none: the first one crosses into the next page.
     count: u16,
     /// Bytes of all instructions.
-    pub(crate) length: u16,
+    length: u16,
 }
 
 const NO_BLOCK: Block = Block { key: NO_KEY, epoch: 0, generation: 0, first: 0, count: 0, length: 0 };
 
 impl Block {
+    #[inline(always)]
     fn range(&self) -> Range<usize> {
         self.first as usize..self.first as usize + usize::from(self.count)
     }
@@ -54,7 +55,7 @@ pub(crate) struct DecodeCache {
 }
 
 impl DecodeCache {
-    /// The block that starts at this offset in RAM, as code of `bits`, decoded anew if its page has been written.
+    /// The instructions, and how many bytes they have, of the block that starts at this offset in RAM, as code of `bits`, decoded anew if its page has been written.
     /// `epoch`: [`Env::code_epoch`], read before.
     #[inline(always)]
     pub(crate) fn block<E: Env>(
@@ -65,26 +66,20 @@ impl DecodeCache {
         bits: u32,
         decoder: InstructionDecoder,
         model: &CpuModel,
-    ) -> Block {
+    ) -> (&[Op], u16) {
         let key = offset << 2 | u64::from(bits >> 5);
         if let Some(block) = self.blocks.get_mut(slot(key))
             && block.key == key
         {
-            if block.epoch == epoch {
-                return *block;
-            }
-            if block.generation == env.code_generation(offset) {
+            let unchanged = block.epoch == epoch || block.generation == env.code_generation(offset);
+            if unchanged {
                 block.epoch = epoch;
-                return *block;
+                let (range, length) = (block.range(), block.length);
+                return (self.ops.get(range).unwrap_or_default(), length);
             }
         }
-        self.decode_block(env, epoch, key, bits, decoder, model)
-    }
-
-    /// The instructions of a block that [`DecodeCache::block`] has just returned.
-    #[inline(always)]
-    pub(crate) fn ops(&self, block: &Block) -> &[Op] {
-        self.ops.get(block.range()).unwrap_or_default()
+        let block = self.decode_block(env, epoch, key, bits, decoder, model);
+        (self.ops.get(block.range()).unwrap_or_default(), block.length)
     }
 
     #[cold]

@@ -13,6 +13,8 @@ use crate::registers::Rflags;
 use crate::state::{Activity, SegReg};
 
 const PAGE_MASK: u64 = !0xfff;
+/// Equal to no page's address.
+const NO_PAGE: u64 = 1;
 
 /// How the code segment and the page being executed are seen. It holds as long as nothing but near transfers and
 /// instructions on data are executed.
@@ -26,13 +28,20 @@ struct CodeView {
     limit: u64,
     /// Size of code: 16, 32 or 64.
     bits: u32,
-    /// Linear address of the page.
+    /// Linear address of the page, or [`NO_PAGE`].
     page: u64,
     /// Its offset in RAM.
     offset: u64,
 }
 
 impl CodeView {
+    /// Nothing is known.
+    const NONE: Self = Self { base: 0, mask: 0, limit: 0, bits: 0, page: NO_PAGE, offset: 0 };
+
+    fn is_none(&self) -> bool {
+        self.page == NO_PAGE
+    }
+
     #[inline(always)]
     fn linear(&self, rip: u64) -> u64 {
         self.base.wrapping_add(rip) & self.mask
@@ -51,7 +60,7 @@ impl Cpu {
 
     fn run_with<E: Env>(&mut self, env: &mut E, cache: &mut DecodeCache, budget: u64) -> RunExit {
         let decoder = InstructionDecoder::new(&self.model);
-        let mut view = None;
+        let mut view = CodeView::NONE;
         let mut left = budget;
         loop {
             if (view.is_none() && self.state.activity != Activity::Running || env.has_event())
@@ -62,17 +71,15 @@ impl Cpu {
             if left == 0 {
                 return RunExit::Budget;
             }
-            let executed = match &mut view {
-                None if self.needs_care() => {
-                    if left != budget && self.at_breakpoint() {
-                        return RunExit::Breakpoint;
-                    }
-                    self.run_one(env, decoder);
-                    1
+            if view.is_none() && self.needs_care() {
+                if left != budget && self.at_breakpoint() {
+                    return RunExit::Breakpoint;
                 }
-                view => self.run_block(env, cache, view, decoder, left),
-            };
-            left = left.saturating_sub(executed);
+                self.run_one(env, decoder);
+                left -= 1;
+            } else {
+                left -= self.run_block(env, cache, &mut view, decoder, left);
+            }
         }
     }
 
@@ -92,7 +99,7 @@ impl Cpu {
     /// Takes an event if one may be taken now; what ends the run, if anything does.
     #[cold]
     #[inline(never)]
-    fn between_instructions<E: Env>(&mut self, env: &mut E, view: &mut Option<CodeView>) -> Option<RunExit> {
+    fn between_instructions<E: Env>(&mut self, env: &mut E, view: &mut CodeView) -> Option<RunExit> {
         let state = &self.state;
         let executing = matches!(state.activity, Activity::Running | Activity::Halted);
         let interrupts = executing && state.has_flags(Rflags::IF) && !state.interrupt_shadow;
@@ -103,7 +110,7 @@ impl Cpu {
         match env.take_event(interrupts, nmis) {
             Some(Event::Kick) => return Some(RunExit::Kicked),
             Some(event) => {
-                *view = None;
+                *view = CodeView::NONE;
                 self.deliver_event(env, event);
             }
             None => {}
@@ -129,43 +136,43 @@ impl Cpu {
         &mut self,
         env: &mut E,
         cache: &mut DecodeCache,
-        view: &mut Option<CodeView>,
+        view: &mut CodeView,
         decoder: InstructionDecoder,
         budget: u64,
     ) -> u64 {
         let mut rip = self.state.rip;
-        let Some(code) = self.code_view(env, *view) else {
-            // One by one: from a device, or with the fault raised in order with the limit check.
-            *view = None;
-            self.run_one(env, decoder);
-            return 1;
-        };
-        *view = Some(code);
+        if view.linear(rip) & PAGE_MASK != view.page {
+            *view = self.new_code_view(env);
+        }
         let epoch = env.code_epoch();
-        let offset = code.offset | code.linear(rip) & !PAGE_MASK;
-        let block = cache.block(env, epoch, offset, code.bits, decoder, &self.model);
-        let ops = cache.ops(&block);
-        let last = rip.wrapping_add(u64::from(block.length)).wrapping_sub(1);
+        let offset = view.offset | view.linear(rip) & !PAGE_MASK;
+        let (ops, length) = if view.is_none() {
+            Default::default()
+        } else {
+            cache.block(env, epoch, offset, view.bits, decoder, &self.model)
+        };
+        let last = rip.wrapping_add(u64::from(length)).wrapping_sub(1);
         let ops = ops.get(..ops.len().min(budget as usize)).unwrap_or_default();
-        if ops.is_empty() || last > code.limit {
-            *view = None;
+        if ops.is_empty() || last > view.limit {
+            // One by one: across two pages, from a device, or with the fault raised in order with the limit check.
+            *view = CodeView::NONE;
             self.run_one(env, decoder);
             return 1;
         }
         let mut executed = 0;
         for op in ops {
             executed += 1;
-            let following = rip.wrapping_add(op.length.into()) & code.mask;
+            let following = rip.wrapping_add(op.length.into()) & view.mask;
             self.next_rip = following;
             if let Err(exception) = self.execute(env, op) {
-                *view = None;
+                *view = CodeView::NONE;
                 self.deliver_exception(env, exception);
                 break;
             }
             if op.ends_block {
                 self.state.rip = self.next_rip;
                 if !op.keeps_view {
-                    *view = None;
+                    *view = CodeView::NONE;
                 }
                 break;
             }
@@ -179,20 +186,11 @@ impl Cpu {
         executed
     }
 
-    /// How the code at `state.rip` is seen: as before if it is in the same page. `None` if it can't be fetched from RAM.
-    #[inline(always)]
-    fn code_view<E: Env>(&mut self, env: &mut E, view: Option<CodeView>) -> Option<CodeView> {
-        let rip = self.state.rip;
-        match view {
-            Some(code) if code.linear(rip) & PAGE_MASK == code.page => Some(code),
-            _ => self.new_code_view(env),
-        }
-    }
-
+    /// How the code at `state.rip` is seen; nothing if it can't be fetched from RAM.
     #[inline(never)]
-    fn new_code_view<E: Env>(&mut self, env: &mut E) -> Option<CodeView> {
+    fn new_code_view<E: Env>(&mut self, env: &mut E) -> CodeView {
         let linear = self.code_address(self.state.rip);
-        let Ok(Place::Ram(offset)) = self.translate_fetch(env, linear) else { return None };
+        let Ok(Place::Ram(offset)) = self.translate_fetch(env, linear) else { return CodeView::NONE };
         let mask = self.instruction_pointer_mask();
         let cs = &self.state.seg[SegReg::Cs as usize];
         let (bits, base, limit) = match mask {
@@ -200,7 +198,7 @@ impl Cpu {
             _ => (self.state.code_bits(), cs.base, cs.limit.into()),
         };
         let (page, offset) = (linear & PAGE_MASK, offset & PAGE_MASK);
-        Some(CodeView { base, mask, limit, bits, page, offset })
+        CodeView { base, mask, limit, bits, page, offset }
     }
 
     /// Executes one instruction with everything that may have to be done around it.
