@@ -1,10 +1,12 @@
 //! The guest to boot: its kernel, its initial RAM disk and its command line, ready to be read again at every reset.
 
+use std::borrow::Cow;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek};
 use std::path::{Path, PathBuf};
 
 use bivisor_backends::terminal;
+use bivisor_guests::HELLO;
 
 use crate::config::{Boot, VmConfig};
 use crate::image::{self, Image, ImageError};
@@ -63,12 +65,19 @@ pub enum GuestError {
     Image(#[from] ImageError),
 }
 
-/// A file that was found to be usable and is kept open, so that a reset finds the same.
+/// A file of a guest that was found to be usable.
 #[derive(Debug)]
 pub struct GuestFile {
     what: &'static str,
     path: PathBuf,
-    file: File,
+    content: Content,
+}
+
+#[derive(Debug)]
+enum Content {
+    /// Kept open, so that a reset finds the same file.
+    File(File),
+    BuiltIn(&'static [u8]),
 }
 
 impl GuestFile {
@@ -93,17 +102,20 @@ impl GuestFile {
             return Err(GuestError::TooBig { what, path, size, memory });
         }
         match File::open(&path) {
-            Ok(file) => Ok(Self { what, path, file }),
+            Ok(file) => Ok(Self { what, path, content: Content::File(file) }),
             Err(source) => Err(GuestError::Unreadable { what, path, source }),
         }
     }
 
     /// The bytes of the file.
-    pub fn read(&self) -> Result<Vec<u8>, GuestError> {
+    pub fn read(&self) -> Result<Cow<'static, [u8]>, GuestError> {
+        let mut file = match &self.content {
+            Content::BuiltIn(bytes) => return Ok(Cow::Borrowed(bytes)),
+            Content::File(file) => file,
+        };
         let mut bytes = Vec::new();
-        let mut file = &self.file;
         match file.rewind().and_then(|()| file.read_to_end(&mut bytes)) {
-            Ok(_) => Ok(bytes),
+            Ok(_) => Ok(bytes.into()),
             Err(source) => Err(GuestError::Unreadable { what: self.what, path: self.path.clone(), source }),
         }
     }
@@ -135,15 +147,28 @@ impl Guest {
                 initrd: initrd.as_ref().map(|path| GuestFile::open("initrd", path, memory)).transpose()?,
                 command_line: config.append.clone().unwrap_or_default(),
             }),
-            Boot::Image(name) => Self::of_image(&Image::open(name)?, config),
+            Boot::Image(name) => match Image::open(name) {
+                Ok(image) => Self::of_image(&image, config),
+                Err(ImageError::Unknown { .. }) if name == HELLO.name => Ok(Self::built_in(config)),
+                Err(error) => Err(error.into()),
+            },
             Boot::Default => match image::default_image() {
                 Ok(image) => Self::of_image(&image, config),
                 Err(error) => {
-                    terminal::message(&format!("bivisor: the default guest can't be had: {error}\n"));
-                    Err(error.into())
+                    terminal::message(&format!(
+                        "bivisor: the default guest can't be had, so the built-in one starts: {error}\n"
+                    ));
+                    Ok(Self::built_in(config))
                 }
             },
         }
+    }
+
+    /// The guest that is part of this program.
+    fn built_in(config: &VmConfig) -> Self {
+        let kernel =
+            GuestFile { what: "kernel", path: HELLO.name.into(), content: Content::BuiltIn(HELLO.image) };
+        Self { kernel, initrd: None, command_line: config.append.clone().unwrap_or_default() }
     }
 
     fn of_image(image: &Image, config: &VmConfig) -> Result<Self, GuestError> {

@@ -2,6 +2,7 @@
 
 mod cli;
 mod config;
+mod doctor;
 mod engines;
 mod error;
 mod guest;
@@ -13,6 +14,7 @@ mod vm;
 
 use std::process::ExitCode;
 
+use bivisor_backends::terminal;
 use clap::Parser;
 
 use cli::{Cli, Command, ImageCommand, Recipe};
@@ -25,16 +27,14 @@ fn main() -> ExitCode {
     };
     let result = match &cli.command {
         Command::Run(args) => run::run(args, cli.verbose),
-        Command::Image(ImageCommand::Build(Recipe::Debian)) => {
-            image::build_debian().map(|_| 0).map_err(Failure::configuration)
-        }
-        Command::Image(ImageCommand::Ls) => Ok(0),
-        Command::Doctor => Ok(0),
+        Command::Image(ImageCommand::Build(Recipe::Debian)) => build_image(),
+        Command::Image(ImageCommand::Ls) => list_images(),
+        Command::Doctor => Ok(doctor::run()),
     };
     match result {
         Ok(status) => ExitCode::from(status),
         Err(failure) => {
-            bivisor_backends::terminal::message(&failure.report(cli.verbose));
+            terminal::message(&failure.report(cli.verbose));
             ExitCode::from(failure.status)
         }
     }
@@ -49,6 +49,33 @@ fn usage(error: &clap::Error) -> ExitCode {
     }
     let text = error.render().to_string();
     let text = text.strip_prefix("error: ").unwrap_or(&text);
-    bivisor_backends::terminal::message(&format!("bivisor: {text}"));
+    terminal::message(&format!("bivisor: {text}"));
     ExitCode::from(status::USAGE)
+}
+
+fn build_image() -> Result<u8, Failure> {
+    let image = image::build_debian().map_err(Failure::configuration)?;
+    println!(
+        "image {} ({}): start it with `bivisor run {}`",
+        image.name, image.manifest.description, image.name
+    );
+    Ok(status::SUCCESS)
+}
+
+/// Prints one line per image; a damaged one makes the status that of an unusable input.
+fn list_images() -> Result<u8, Failure> {
+    let mut status = status::SUCCESS;
+    for image in image::list().map_err(Failure::configuration)? {
+        match image {
+            Ok(image) => {
+                let size = image.size().div_ceil(1 << 20);
+                println!("{:<16} {size:>5} MiB  {}", image.name, image.manifest.description);
+            }
+            Err(error) => {
+                terminal::message(&format!("bivisor: {error}\n"));
+                status = status::CONFIGURATION;
+            }
+        }
+    }
+    Ok(status)
 }

@@ -1,0 +1,264 @@
+//! `bivisor doctor`: what this host can run, and why or why not, in words.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::host::clock::{self, host_cpuid};
+use crate::host::memory;
+use crate::{image, status};
+
+/// How a finding bears on `bivisor run`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    /// As it should be.
+    Good,
+    /// Something does not work, but machines run.
+    Lacking,
+    /// No machine can run.
+    Fatal,
+}
+
+#[derive(Debug)]
+struct Finding {
+    verdict: Verdict,
+    what: &'static str,
+    text: String,
+}
+
+impl Finding {
+    fn new(verdict: Verdict, what: &'static str, text: impl Into<String>) -> Self {
+        Self { verdict, what, text: text.into() }
+    }
+}
+
+/// Looks at everything, prints what was found, and returns 0 if machines can run.
+pub fn run() -> u8 {
+    let findings = [
+        interpreter(),
+        Finding::new(Verdict::Lacking, "engine dbt", "not usable: the translator is not built yet"),
+        kvm(Path::new("/dev/kvm"), host_cpuid),
+        cpu(&host_flags()),
+        tsc(),
+        ram(),
+        packages(),
+        cache_folder(),
+    ];
+    for Finding { verdict, what, text } in &findings {
+        let mark = match verdict {
+            Verdict::Good => "ok",
+            Verdict::Lacking => "--",
+            Verdict::Fatal => "NO",
+        };
+        println!("{mark}  {what:<16} {text}");
+    }
+    if findings.iter().any(|finding| finding.verdict == Verdict::Fatal) {
+        println!("\nMachines can't run on this host.");
+        return status::HOST;
+    }
+    println!("\n`bivisor run` works here; --engine auto takes interp.");
+    status::SUCCESS
+}
+
+/// The interpreter executes vector instructions from generated code: the host must allow such memory.
+fn interpreter() -> Finding {
+    match bivisor_dbt::host_unit::HostUnit::new() {
+        Ok(_) => Finding::new(
+            Verdict::Good,
+            "engine interp",
+            "usable: needs no virtualization hardware, no privilege; it is slow",
+        ),
+        Err(error) => Finding::new(
+            Verdict::Fatal,
+            "engine interp",
+            format!(
+                "not usable: the host gives no memory for generated code ({error}); look for a policy like SELinux's execmem"
+            ),
+        ),
+    }
+}
+
+/// CPUID 1 ECX bit 5 (Intel VMX) and 8000_0001h ECX bit 2 (AMD SVM).
+fn has_virtualization(cpuid: impl Fn(u32, u32) -> [u32; 4]) -> bool {
+    let vmx = cpuid(1, 0)[2] & 1 << 5 != 0;
+    let svm = cpuid(0x8000_0000, 0)[0] >= 0x8000_0001 && cpuid(0x8000_0001, 0)[2] & 1 << 2 != 0;
+    vmx || svm
+}
+
+/// Whether /dev/kvm is there, can be opened, and is the CPU's virtualization. It is only looked at and opened: a
+/// KVM without hardware (PVM, for one) may hang a program that makes machines with it.
+fn kvm(device: &Path, cpuid: impl Fn(u32, u32) -> [u32; 4]) -> Finding {
+    let why = match fs::metadata(device) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            format!(
+                "there is no {}: no virtualization hardware, or its driver is not loaded",
+                device.display()
+            )
+        }
+        Err(error) => format!("{} can't be looked at: {error}", device.display()),
+        Ok(metadata) if !metadata.file_type().is_char_device() => {
+            format!("{} is not a device", device.display())
+        }
+        Ok(_) => match OpenOptions::new().read(true).write(true).open(device) {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                format!("{} may not be opened by you: join the group kvm", device.display())
+            }
+            Err(error) => format!("{} can't be opened: {error}", device.display()),
+            Ok(_) if !has_virtualization(cpuid) => format!(
+                "{} is there, but this CPU shows neither VMX nor SVM, so it is no virtualization by hardware; treat it as not usable",
+                device.display()
+            ),
+            Ok(_) => {
+                format!("{} is there and real, but this version has no engine for it yet", device.display())
+            }
+        },
+    };
+    Finding::new(Verdict::Lacking, "engine kvm", format!("not usable: {why}"))
+}
+
+/// Flags of the first processor in /proc/cpuinfo.
+fn host_flags() -> Vec<String> {
+    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("flags")?.split_once(':'));
+    line.map(|(_, flags)| flags.split_whitespace().map(str::to_owned).collect()).unwrap_or_default()
+}
+
+/// What x86-64-v3 has and v1 has not (x86-64 psABI, table 3.1), under Linux' names.
+const LEVEL3: [&str; 16] = [
+    "cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3", "avx", "avx2", "bmi1", "bmi2", "f16c",
+    "fma", "abm", "movbe", "xsave",
+];
+
+fn cpu(flags: &[String]) -> Finding {
+    let missing: Vec<_> = LEVEL3.into_iter().filter(|name| !flags.iter().any(|flag| flag == name)).collect();
+    if missing.is_empty() {
+        return Finding::new(Verdict::Good, "CPU", "x86-64-v3: guests see AVX2, BMI and FMA");
+    }
+    Finding::new(
+        Verdict::Lacking,
+        "CPU",
+        format!("below x86-64-v3: guests see no {} (systems built for v3 don't start)", missing.join(", ")),
+    )
+}
+
+fn tsc() -> Finding {
+    let mhz = clock::measure_frequency(Duration::from_millis(20)) / 1_000_000;
+    if clock::tsc_is_invariant() {
+        Finding::new(Verdict::Good, "time-stamp counter", format!("constant, {mhz} MHz"))
+    } else {
+        Finding::new(
+            Verdict::Lacking,
+            "time-stamp counter",
+            format!("{mhz} MHz now, but not said to be constant: guests' clocks may drift"),
+        )
+    }
+}
+
+fn ram() -> Finding {
+    let mib = memory::host_memory() >> 20;
+    let verdict = if mib < 640 { Verdict::Lacking } else { Verdict::Good };
+    let text = match verdict {
+        Verdict::Good => format!("{mib} MiB"),
+        _ => format!("{mib} MiB: little for the default guest of 512 MiB; say --memory 256M"),
+    };
+    Finding::new(verdict, "memory", text)
+}
+
+/// Whether the default guest can be made, or is there.
+fn packages() -> Finding {
+    if image::Image::open(image::DEFAULT_IMAGE).is_ok() {
+        return Finding::new(Verdict::Good, "default guest", "there");
+    }
+    let missing: Vec<_> = ["apt-get", "apt-cache"].into_iter().filter(|name| !is_in_path(name)).collect();
+    if missing.is_empty() {
+        Finding::new(Verdict::Good, "default guest", "not made yet; `bivisor run` makes it with apt-get")
+    } else {
+        Finding::new(
+            Verdict::Lacking,
+            "default guest",
+            format!(
+                "can't be made: no {} here, which Debian and its kin have; `bivisor run` starts a small built-in guest instead",
+                missing.join(" and no ")
+            ),
+        )
+    }
+}
+
+fn is_in_path(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
+}
+
+/// Whether images can be kept.
+fn cache_folder() -> Finding {
+    match image::images_folder() {
+        Err(error) => Finding::new(Verdict::Lacking, "cache folder", error.to_string()),
+        Ok(folder) => match try_to_write(&folder) {
+            Ok(()) => Finding::new(Verdict::Good, "cache folder", folder.display().to_string()),
+            Err(error) => Finding::new(
+                Verdict::Lacking,
+                "cache folder",
+                format!(
+                    "{} can't be written ({error}): set XDG_CACHE_HOME to one that can",
+                    folder.display()
+                ),
+            ),
+        },
+    }
+}
+
+/// Writes a file where images go, or would go, and removes it.
+fn try_to_write(folder: &Path) -> io::Result<()> {
+    let existing: PathBuf =
+        folder.ancestors().find(|folder| folder.is_dir()).unwrap_or(Path::new("/")).to_owned();
+    let probe = existing.join(format!(".bivisor-doctor-{}", std::process::id()));
+    File::create_new(&probe)?;
+    fs::remove_file(&probe)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn no_features(_: u32, _: u32) -> [u32; 4] {
+        [0; 4]
+    }
+
+    #[test]
+    fn a_missing_device_and_a_file_are_told_apart() {
+        let missing = kvm(Path::new("/nonexistent/kvm"), no_features);
+        assert!(missing.text.contains("there is no /nonexistent/kvm"), "{}", missing.text);
+        let file = kvm(Path::new("/proc/cpuinfo"), no_features);
+        assert!(file.text.contains("is not a device"), "{}", file.text);
+    }
+
+    #[test]
+    fn a_device_without_hardware_is_not_usable() {
+        // Any character device that can be opened stands for a KVM without hardware.
+        let fake = kvm(Path::new("/dev/null"), no_features);
+        assert!(fake.text.contains("treat it as not usable"), "{}", fake.text);
+        let vmx = |leaf, _| if leaf == 1 { [0, 0, 1 << 5, 0] } else { [0; 4] };
+        assert!(kvm(Path::new("/dev/null"), vmx).text.contains("real"));
+        let svm = |leaf, _| match leaf {
+            0x8000_0000 => [0x8000_0001, 0, 0, 0],
+            0x8000_0001 => [0, 0, 1 << 2, 0],
+            _ => [0; 4],
+        };
+        assert!(has_virtualization(svm) && !has_virtualization(no_features));
+    }
+
+    #[test]
+    fn missing_cpu_features_are_named() {
+        let all: Vec<_> = LEVEL3.iter().map(|name| name.to_string()).collect();
+        assert_eq!(cpu(&all).verdict, Verdict::Good);
+        assert!(cpu(&all[..LEVEL3.len() - 2]).text.contains("no movbe, xsave"));
+    }
+
+    #[test]
+    fn a_folder_that_is_not_there_yet_counts_as_its_parent() {
+        assert!(try_to_write(&std::env::temp_dir().join("bivisor-no-such/images")).is_ok());
+        assert!(try_to_write(Path::new("/proc/bivisor")).is_err());
+    }
+}
