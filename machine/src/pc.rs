@@ -10,7 +10,9 @@ use crate::devices::pci::{self, ConfigPorts, Ecam, PciRoot};
 use crate::devices::pit::{self, IntervalTimer, Pit};
 use crate::devices::reset::{PORT_A, PortA, QuietPorts, ResetControl};
 use crate::devices::rtc::{self, RealTimeClock, Rtc};
-use crate::devices::testdev::{self, DebugConsole, DebugExit, Echo, Flush, IoMemory, IrqPorts};
+use crate::devices::testdev::{
+    self, DebugConsole, DebugExit, Echo, FirmwareConfig, Flush, IoMemory, IrqPorts,
+};
 use crate::devices::uart::{self, SerialPort, Uart};
 use crate::devices::{RestoreError, Saved, pic};
 use crate::firmware;
@@ -128,6 +130,8 @@ impl Pc {
 
         if testdev {
             insert_testdev(&ports, &mmio, &interrupts, events, console)?;
+            let config = FirmwareConfig::new(below + above, interrupts.apics().len() as u16);
+            ports.insert(testdev::CONFIG, 2, 2, config)?;
         }
         Ok(Self { ports, mmio, interrupts, com1, power, keyboard, pit, rtc, reset, port_a, pci, pci_ports })
     }
