@@ -5,6 +5,7 @@ use core::fmt::Debug;
 /// Counts the checks of one guest.
 pub struct Suite {
     name: &'static str,
+    group: &'static str,
     passed: u32,
     failed: u32,
     skipped: u32,
@@ -14,17 +15,23 @@ impl Suite {
     /// Starts a report.
     pub fn new(name: &'static str) -> Self {
         println!("{name}: begin");
-        Self { name, passed: 0, failed: 0, skipped: 0 }
+        Self { name, group: "", passed: 0, failed: 0, skipped: 0 }
+    }
+
+    /// Puts a name, such as `"x2APIC: "`, before those of the following checks. A group whose name was given to
+    /// [`Suite::skip`] is skipped as a whole.
+    pub fn group(&mut self, name: &'static str) {
+        self.group = name;
     }
 
     /// Reports one check: passed if `got` equals `want`.
     pub fn check<T: PartialEq + Debug>(&mut self, what: &str, got: T, want: T) {
         if got == want {
             self.passed += 1;
-            println!("{what}: ok");
+            println!("{}{what}: ok", self.group);
         } else {
             self.failed += 1;
-            println!("{what}: FAILED, got {got:x?}, expected {want:x?}");
+            println!("{}{what}: FAILED, got {got:x?}, expected {want:x?}", self.group);
         }
     }
 
@@ -34,11 +41,14 @@ impl Suite {
         match got {
             Some(trap) if (trap.vector, trap.error, trap.place) == (vector, error, place) => {
                 self.passed += 1;
-                println!("{what}: ok");
+                println!("{}{what}: ok", self.group);
             }
             _ => {
                 self.failed += 1;
-                println!("{what}: FAILED, got {got:?}, expected vector {vector} error {error:#x} ({place})");
+                println!(
+                    "{}{what}: FAILED, got {got:?}, expected vector {vector} error {error:#x} ({place})",
+                    self.group
+                );
             }
         }
     }
@@ -52,7 +62,7 @@ impl Suite {
     /// Reports a check that this machine cannot run; the harness decides whether it may.
     pub fn skip(&mut self, what: &str, why: &str) {
         self.skipped += 1;
-        println!("{what}: skipped, {why}");
+        println!("{}{what}: skipped, {why}", self.group);
     }
 
     /// Prints the verdict and ends the machine.

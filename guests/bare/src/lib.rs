@@ -7,14 +7,17 @@
 #![no_std]
 
 pub mod acpi;
+pub mod apic;
 pub mod check;
 pub mod cpu;
 pub mod global;
 pub mod machine;
 pub mod memory;
+pub mod pic;
 pub mod segments;
 pub mod serial;
 pub mod start;
+pub mod time;
 pub mod trap;
 pub mod user;
 

@@ -108,6 +108,14 @@ impl Outcome {
                 verdict.differences.push(format!("the output ends where {want:?} is expected"));
                 return verdict;
             };
+            if !fits(want, line)
+                && let Some((group, _)) = line.split_once(": skipped, ")
+                && want.strip_prefix(group).is_some_and(|rest| rest.starts_with(": ") && rest != ": ok")
+            {
+                verdict.skipped.push(group.to_owned());
+                while expected.next_if(|want| want.starts_with(&format!("{group}: "))).is_some() {}
+                continue;
+            }
             verdict.line(want, line, excused);
         }
         verdict.differences.extend(lines.map(|line| format!("after the expected end: {line:?}")));
@@ -178,6 +186,13 @@ mod tests {
         let verdict = compare("one: ok\ntwo: ok\nt: end, 2 passed, 0 failed\n", output, "two\n");
         assert_eq!(verdict.skipped, ["one", "two"]);
         assert!(verdict.differences.is_empty(), "{verdict:?}");
+    }
+
+    #[test]
+    fn a_group_is_skipped_as_a_whole() {
+        let expected = "a: ok\ngroup: one: ok\ngroup: two: ok\nz: ok\n";
+        let verdict = compare(expected, "a: ok\ngroup: skipped, not offered\nz: ok\n", "");
+        assert_eq!(verdict, Verdict { passed: 2, skipped: vec!["group".into()], differences: vec![] });
     }
 
     #[test]
