@@ -38,4 +38,4 @@ macro_rules! guest {
 pub const HELLO: Guest = guest!("hello", input: "help\rinfo\rpoweroff\r");
 
 /// Every guest.
-pub const ALL: &[Guest] = &[HELLO, guest!("exceptions", input: "")];
+pub const ALL: &[Guest] = &[HELLO, guest!("exceptions", input: ""), guest!("timers", input: "")];
