@@ -27,10 +27,6 @@ const HOST_MXCSR: u32 = 0x1f80;
 const FLAGS: u32 = 0x3f;
 /// MXCSR's flags of exceptions that are found before an operation: invalid, denormal operand, division by zero.
 const BEFORE_FLAGS: u32 = 0x07;
-/// MXCSR's precision flag.
-const PRECISION: u32 = 0x20;
-/// MXCSR's overflow and underflow flags.
-const RANGE: u32 = 0x18;
 /// MXCSR's underflow flag.
 const UNDERFLOW: u32 = 0x10;
 /// MXCSR's exception masks.
@@ -476,16 +472,10 @@ fn prepare(context: &mut Context, guest: u32) {
     }
 }
 
-/// The flags that the guest sees, given those raised with all exceptions masked.
+/// The flags that the guest sees, given those raised with all exceptions masked. With an unmasked overflow or
+/// underflow the precision flag may differ from the processor's own, which would not round to the limits of the format.
 fn reported(raised: u32, unmasked: u32) -> u32 {
-    if raised & unmasked & BEFORE_FLAGS != 0 {
-        raised & BEFORE_FLAGS
-    } else if raised & unmasked & RANGE != 0 {
-        // Nothing is rounded then.
-        raised & !PRECISION
-    } else {
-        raised
-    }
+    if raised & unmasked & BEFORE_FLAGS != 0 { raised & BEFORE_FLAGS } else { raised }
 }
 
 fn execute_sse(stub: &Stub, state: &mut CpuState, context: &mut Context) -> HostExecution {

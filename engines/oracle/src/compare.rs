@@ -12,6 +12,10 @@ const NAMES: [&str; 16] = [
     "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
     "r15",
 ];
+/// Exception flags of MXCSR.
+const OVERFLOW: u16 = 8;
+const UNDERFLOW: u16 = 16;
+const PRECISION: u16 = 32;
 /// Bit 17 of MXCSR.
 const MISALIGNED_SSE: u32 = 1 << 17;
 /// First linear address of the upper half, about whose pages Linux tells nothing.
@@ -90,6 +94,16 @@ fn same_changes(native: &Outcome, interpreted: &Outcome, is_state: bool) -> bool
         && native.changes().iter().zip(interpreted.changes()).all(same)
 }
 
+/// Whether MXCSR is the same but for the precision flag after an unmasked overflow or underflow: the interpreter
+/// takes it from the masked operation.
+fn same_mxcsr(case: &Case, native: &Outcome, interpreted: &Outcome) -> bool {
+    let word = |area: &[u8]| u16::from_le_bytes([area[24], area[25]]);
+    let flags = word(&native.xsave) | word(&interpreted.xsave);
+    let unmasked = !word(&case.xsave) >> 7 & (OVERFLOW | UNDERFLOW);
+    let difference = word(&native.xsave) ^ word(&interpreted.xsave);
+    native.vector == 19 && flags & unmasked != 0 && difference == PRECISION
+}
+
 /// Flags that are not compared after this case.
 fn ignored_flags(case: &Case, instruction: &Instruction) -> u64 {
     let stepped = if case.steps { 0 } else { Rflags::TF.bits() };
@@ -137,7 +151,7 @@ pub fn differences(
             let (one, other) = (&native.xsave[at..at + size], &interpreted.xsave[at..at + size]);
             // AMD processors tell the pointers to the last x87 instruction only with an exception pending.
             let untold = matches!(&*name, "fop" | "fip" | "fdp") && one.iter().all(|&byte| byte == 0);
-            if one != other && !untold {
+            if one != other && !untold && !(name == "mxcsr" && same_mxcsr(case, native, interpreted)) {
                 differ(&name, hex(one), hex(other));
             }
         }

@@ -338,15 +338,16 @@ impl Cpu {
     fn execute_on_host<E: Env>(&mut self, env: &mut E, op: &Op, unit: Unit) -> Result<(), Exception> {
         let instruction = &op.instruction;
         let operand = self.host_memory_operand(op, unit);
+        if let Some(memory) = &operand {
+            self.check_vector_alignment(memory)?;
+        }
         let mut buffer = [0; 64];
         if let Some(memory) = operand.as_ref().filter(|memory| !memory.is_store) {
             self.read_vector(env, memory.segment, memory.offset, &mut buffer[..memory.size])?;
-            self.check_vector_alignment(memory)?;
         }
         let store = operand.as_ref().filter(|memory| memory.is_store);
         if let Some(memory) = store {
             self.check_write(env, memory.segment, memory.offset, memory.size)?;
-            self.check_vector_alignment(memory)?;
         }
         let host = HostInstruction { instruction, bytes: &op.bytes[..instruction.len()] };
         match env.execute_on_host(&host, &mut self.state, &mut buffer) {
