@@ -57,6 +57,8 @@ pub mod number {
     pub const GS_BASE: u32 = 0xc000_0101;
     pub const KERNEL_GS_BASE: u32 = 0xc000_0102;
     pub const TSC_AUX: u32 = 0xc000_0103;
+    pub const PERF_CTL0: u32 = 0xc001_0000;
+    pub const PERF_CTR3: u32 = 0xc001_0007;
     pub const SYSCFG: u32 = 0xc001_0010;
     pub const HWCR: u32 = 0xc001_0015;
     pub const TOP_MEM: u32 = 0xc001_001a;
@@ -325,6 +327,8 @@ impl Cpu {
             DE_CFG => Some(DE_CFG_LFENCE),
             SYSCFG | TOP_MEM | TOP_MEM2 | INT_PENDING | MMIO_CFG_BASE => Some(0),
             LS_CFG | IC_CFG | DC_CFG | TW_CFG | FP_CFG | BU_CFG2 => Some(0),
+            // Every AMD processor has these counters, so no CPUID bit can hide them; they never count.
+            PERF_CTL0..=PERF_CTR3 => Some(0),
             _ => None,
         }
     }
@@ -338,6 +342,7 @@ impl Cpu {
             HWCR => self.state.msr.hwcr = value & HWCR_BITS,
             NB_CFG | DE_CFG | SYSCFG | TOP_MEM | TOP_MEM2 | INT_PENDING | PATCH_LOADER => {}
             LS_CFG | IC_CFG | DC_CFG | TW_CFG | FP_CFG | BU_CFG2 => {}
+            PERF_CTL0..=PERF_CTR3 => {}
             _ => return false,
         }
         true

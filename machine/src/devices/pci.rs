@@ -173,11 +173,12 @@ impl ConfigPorts {
     }
     /// Sets the address register as a write of it does.
     pub fn set_address(&self, value: u32) {
-        self.address.store(value & 0x80ff_fffc, Ordering::Relaxed);
+        self.address.store(value & 0x8fff_fffc, Ordering::Relaxed);
     }
     fn target(&self, port: u16) -> Option<(Bdf, usize)> {
         let address = self.address();
-        let offset = (address & 0xfc) as usize + usize::from(port & 3);
+        // Bits 24 to 27 reach the extended registers, as on AMD processors whose NB_CFG says so.
+        let offset = ((address >> 16 & 0xf00) | (address & 0xfc)) as usize + usize::from(port & 3);
         (address & ADDRESS_ENABLED != 0).then(|| (Bdf::from_bits(address >> 8 & 0xffff), offset))
     }
 }
