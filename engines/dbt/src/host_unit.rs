@@ -345,7 +345,12 @@ impl HostUnit {
             writes_register,
             writes_rcx: matches!(
                 instruction.mnemonic(),
-                Mnemonic::Pcmpestri | Mnemonic::Pcmpistri | Mnemonic::Vpcmpestri | Mnemonic::Vpcmpistri
+                Mnemonic::Pcmpestri
+                    | Mnemonic::Pcmpestri64
+                    | Mnemonic::Pcmpistri
+                    | Mnemonic::Vpcmpestri
+                    | Mnemonic::Vpcmpestri64
+                    | Mnemonic::Vpcmpistri
             ),
             writes_flags: instruction.rflags_modified() != 0,
         })

@@ -36,28 +36,25 @@ pub struct Generator {
 /// The contents of the data pages, from a fixed seed.
 pub fn images() -> Box<[Image; IMAGES]> {
     let mut random = Random::new(1);
-    let mut read_only = [0u64; READ_ONLY_SIZE / 8];
+    let mut read_only = [0; READ_ONLY_SIZE];
     fill(&mut random, &mut read_only);
     let images: Vec<Image> = (0..IMAGES)
         .map(|number| {
-            let mut image = [0; IMAGE_SIZE / 8];
+            let mut image = [0; IMAGE_SIZE];
             if number != 0 {
-                fill(&mut random, &mut image[..DATA_SIZE / 8]);
+                fill(&mut random, &mut image[..DATA_SIZE]);
             }
-            for slot in &mut image[(MXCSR_SLOTS / 8) as usize..(XSAVE_SLOT / 8) as usize] {
-                *slot = u64::from(mxcsr(&mut random)) | u64::from(mxcsr(&mut random)) << 32;
+            for slot in image[MXCSR_SLOTS as usize..XSAVE_SLOT as usize].chunks_exact_mut(4) {
+                slot.copy_from_slice(&mxcsr(&mut random).to_le_bytes());
             }
-            let area = xsave(&mut random);
-            for (word, bytes) in image[(XSAVE_SLOT / 8) as usize..].iter_mut().zip(area.chunks_exact(8)) {
-                *word = bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
-            }
-            let header = ((XSAVE_SLOT + 512) / 8) as usize;
-            image[header..header + 8].fill(0);
-            image[header] = number as u64 & 7;
+            image[XSAVE_SLOT as usize..][..XSAVE_SIZE].copy_from_slice(&xsave(&mut random));
+            let header = &mut image[XSAVE_SLOT as usize + 512..][..64];
+            header.fill(0);
+            header[0] = number as u8 & 7;
             if number & 8 != 0 {
-                image[header + 1] = 1 << 63 | 7;
+                header[8..16].copy_from_slice(&(1u64 << 63 | 7).to_le_bytes());
             }
-            image[DATA_SIZE / 8..].copy_from_slice(&read_only);
+            image[DATA_SIZE..].copy_from_slice(&read_only);
             image
         })
         .collect();
@@ -67,12 +64,9 @@ pub fn images() -> Box<[Image; IMAGES]> {
     }
 }
 
-fn fill(random: &mut Random, words: &mut [u64]) {
-    for pair in words.chunks_exact_mut(2) {
-        let bytes = random.vector();
-        for (word, bytes) in pair.iter_mut().zip(bytes.chunks_exact(8)) {
-            *word = bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
-        }
+fn fill(random: &mut Random, bytes: &mut [u8]) {
+    for vector in bytes.chunks_exact_mut(16) {
+        vector.copy_from_slice(&random.vector());
     }
 }
 
@@ -457,8 +451,9 @@ impl Placement<'_> {
             }
             M::Cmpxchg | M::Cmpxchg8b | M::Cmpxchg16b if self.random.once_in(2) => {
                 let word = |address: u64| {
-                    let at = (address.wrapping_sub(DATA) / 8) as usize;
-                    image.get(at).copied().unwrap_or(0)
+                    let at = address.wrapping_sub(DATA) as usize;
+                    let bytes = image.get(at..).and_then(|rest| rest.first_chunk::<8>());
+                    bytes.map_or(0, |bytes| u64::from_le_bytes(*bytes))
                 };
                 let Some(target) = target else { return };
                 let (low, high) = match instruction.mnemonic() {

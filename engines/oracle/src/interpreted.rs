@@ -116,9 +116,7 @@ impl Interpreted {
         let memory = Arc::new(GuestMemory::on_heap(RAM_SIZE));
         build_page_tables(&memory);
         build_system_tables(&memory);
-        for (i, word) in images[0].iter().enumerate() {
-            memory.store64(DATA_PAGES + 8 * i as u64, *word);
-        }
+        memory.store_bytes(DATA_PAGES, &images[0]);
         let tracker = Arc::new(CodeTracker::new(memory.size()));
         let env = VcpuEnv::new(Arc::clone(&memory), Arc::new(EmptyBus), tracker)?;
         let mut cpu = Cpu::new(model);
@@ -142,9 +140,7 @@ impl Interpreted {
         let image = case.image as usize % IMAGES;
         if image != self.image {
             self.image = image;
-            for (i, word) in self.images[image][..DATA_SIZE / 8].iter().enumerate() {
-                self.memory.store64(DATA_PAGES + 8 * i as u64, *word);
-            }
+            self.memory.store_bytes(DATA_PAGES, &self.images[image][..DATA_SIZE]);
         }
         let state = &mut self.cpu.state;
         state.clone_from(&self.initial);
@@ -186,14 +182,11 @@ impl Interpreted {
             outcome.rflags = pop();
             outcome.gpr[gpr::RSP] = pop();
         }
-        outcome.change_count = 0;
-        for (i, original) in self.images[self.image][..DATA_SIZE / 8].iter().enumerate() {
-            let at = DATA_PAGES + 8 * i as u64;
-            let word = self.memory.load64(at);
-            if word != *original {
-                outcome.record(8 * i, word);
-                self.memory.store64(at, *original);
-            }
+        let mut data = [0; DATA_SIZE];
+        self.memory.load_bytes(DATA_PAGES, &mut data);
+        let image = &self.images[self.image][..DATA_SIZE];
+        if outcome.record_changes(image, &data) {
+            self.memory.store_bytes(DATA_PAGES, image);
         }
     }
 }

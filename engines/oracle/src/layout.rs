@@ -30,7 +30,7 @@ pub const XSAVE_SIZE: usize = 832;
 pub const MAX_CHANGES: usize = 128;
 
 /// Contents of the data pages. The read-only page is the same in all images.
-pub type Image = [u64; IMAGE_SIZE / 8];
+pub type Image = [u8; IMAGE_SIZE];
 
 /// State before an instruction, and the instruction.
 #[repr(C, align(64))]
@@ -107,11 +107,21 @@ impl Outcome {
         &self.changes[..(self.change_count as usize).min(MAX_CHANGES)]
     }
 
-    /// Records a changed word.
-    pub fn record(&mut self, offset: usize, value: u64) {
-        if let Some(change) = self.changes.get_mut(self.change_count as usize) {
-            *change = Change { offset: offset as u32, value };
-            self.change_count += 1;
+    /// Records how the data pages differ from the image. Returns whether they do.
+    pub fn record_changes(&mut self, image: &[u8], data: &[u8]) -> bool {
+        self.change_count = 0;
+        if image == data {
+            return false;
         }
+        for (i, (before, after)) in image.chunks_exact(8).zip(data.chunks_exact(8)).enumerate() {
+            if before != after
+                && let Some(change) = self.changes.get_mut(self.change_count as usize)
+            {
+                let value = after.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
+                *change = Change { offset: 8 * i as u32, value };
+                self.change_count += 1;
+            }
+        }
+        true
     }
 }

@@ -348,7 +348,7 @@ unsafe fn load_case(
         header.write_unaligned(header.read_unaligned() | 7);
         if child.image != case.image as usize % IMAGES {
             child.image = case.image as usize % IMAGES;
-            (DATA as *mut u8).copy_from_nonoverlapping(image.as_ptr().cast(), DATA_SIZE);
+            (DATA as *mut u8).copy_from_nonoverlapping(image.as_ptr(), DATA_SIZE);
         }
     }
 }
@@ -364,19 +364,14 @@ unsafe fn save_outcome(child: &ChildState, frame: &libc::mcontext_t, area: *cons
     outcome.vector = register(libc::REG_TRAPNO);
     outcome.error = register(libc::REG_ERR);
     outcome.cr2 = if outcome.vector == 14 { register(libc::REG_CR2) } else { 0 };
-    outcome.change_count = 0;
     // SAFETY: the frame's area has the AVX component; image and data pages are mapped, of the same size, and only
     // this function and `load_case` access the data pages.
     unsafe {
         outcome.xsave.as_mut_ptr().copy_from_nonoverlapping(area, XSAVE_SIZE);
-        let image = &(&(*child.shared).images)[child.image];
-        let data = DATA as *mut u64;
-        for (i, original) in image[..DATA_SIZE / 8].iter().enumerate() {
-            let word = data.add(i);
-            if word.read_volatile() != *original {
-                outcome.record(8 * i, word.read_volatile());
-                word.write_volatile(*original);
-            }
+        let image = &(&(*child.shared).images)[child.image][..DATA_SIZE];
+        let data = std::slice::from_raw_parts_mut(DATA as *mut u8, DATA_SIZE);
+        if outcome.record_changes(image, data) {
+            data.copy_from_slice(image);
         }
     }
 }

@@ -64,10 +64,19 @@ impl Cpu {
     /// Near CALL.
     #[inline(always)]
     pub(crate) fn call<E: Env>(&mut self, env: &mut E, op: &Op, target: u64) -> Result<(), Exception> {
-        let target = self.checked_target(op, target)?;
-        self.push(env, op.size.into(), self.next_rip)?;
-        self.next_rip = target;
-        Ok(())
+        match self.checked_target(op, target) {
+            Ok(target) => {
+                self.push(env, op.size.into(), self.next_rip)?;
+                self.next_rip = target;
+                Ok(())
+            }
+            Err(exception) => {
+                // Zen reports a fault of the stack first.
+                let top = self.state.gpr[RSP].wrapping_sub(op.size.into()) & self.stack_mask();
+                self.check_write(env, SegReg::Ss, top, op.size.into())?;
+                Err(exception)
+            }
+        }
     }
 
     /// Near RET.

@@ -129,8 +129,9 @@ impl Cpu {
 
     fn compare_element<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<bool, Exception> {
         let size = op.size.into();
-        let left = self.read(env, op.segment, self.source_offset(op), size)?;
+        // Zen reads the second operand first.
         let right = self.read(env, SegReg::Es, self.destination_offset(op), size)?;
+        let left = self.read(env, op.segment, self.source_offset(op), size)?;
         self.advance(op, RSI);
         self.advance(op, RDI);
         Ok(self.compare(op, left, right))

@@ -155,7 +155,9 @@ fn allows_unaligned(mnemonic: Mnemonic) -> bool {
             | Mnemonic::Movdqu
             | Mnemonic::Lddqu
             | Mnemonic::Pcmpestri
+            | Mnemonic::Pcmpestri64
             | Mnemonic::Pcmpestrm
+            | Mnemonic::Pcmpestrm64
             | Mnemonic::Pcmpistri
             | Mnemonic::Pcmpistrm
     )
