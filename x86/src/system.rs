@@ -4,7 +4,7 @@
 use iced_x86::{Code, Mnemonic, Register};
 
 use crate::cpu::Cpu;
-use crate::cpuid::Word;
+use crate::cpuid::{Vendor, Word};
 use crate::env::Env;
 use crate::exception::Exception;
 use crate::interp::op::Op;
@@ -33,8 +33,7 @@ impl Cpu {
                 let aux = self.state.msr.tsc_aux;
                 self.set_register(op.instruction.op0_register(), aux);
             }
-            // There are no counters: whichever ECX names, #GP(0).
-            Mnemonic::Rdpmc => return Err(Exception::GP0),
+            Mnemonic::Rdpmc => self.exec_rdpmc()?,
             Mnemonic::Cpuid => self.exec_cpuid(env),
             Mnemonic::Rdmsr => {
                 self.require_cpl0()?;
@@ -110,6 +109,18 @@ impl Cpu {
             self.require_cpl0()?;
         }
         self.set_edx_eax(env.tsc());
+        Ok(())
+    }
+
+    /// RDPMC: on AMD's processors four counters that never count, on Intel's none.
+    fn exec_rdpmc(&mut self) -> Result<(), Exception> {
+        if !self.state.cr4_has(Cr4::PCE) {
+            self.require_cpl0()?;
+        }
+        if self.model.vendor == Vendor::Intel || self.state.gpr[RCX] as u32 > 3 {
+            return Err(Exception::GP0);
+        }
+        self.set_edx_eax(0);
         Ok(())
     }
 

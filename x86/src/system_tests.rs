@@ -46,6 +46,7 @@ const MOV_RAX_DR7: &[u8] = &[0x0f, 0x21, 0xf8];
 const RDMSR: &[u8] = &[0x0f, 0x32];
 const WRMSR: &[u8] = &[0x0f, 0x30];
 const RDTSC: &[u8] = &[0x0f, 0x31];
+const RDPMC: &[u8] = &[0x0f, 0x33];
 const CPUID: &[u8] = &[0x0f, 0xa2];
 const SMSW_EAX: &[u8] = &[0x0f, 0x01, 0xe0];
 const LMSW_AX: &[u8] = &[0x0f, 0x01, 0xf0];
@@ -140,6 +141,20 @@ fn time_stamp_counter() {
     machine.execute(RDTSC).unwrap();
     machine.cpu.state.cpl = 3;
     assert_eq!(machine.execute(RDTSC), Err(Exception::GP0));
+}
+
+#[test]
+fn performance_counters_stand_still() {
+    let mut machine = Machine::new(Vendor::Amd);
+    assert_eq!(machine.execute(RDPMC), Ok(true));
+    *machine.gpr(RCX) = 4;
+    assert_eq!(machine.execute(RDPMC), Err(Exception::GP0));
+    *machine.gpr(RCX) = 0;
+    machine.cpu.state.cpl = 3;
+    assert_eq!(machine.execute(RDPMC), Err(Exception::GP0));
+    machine.cpu.state.cr4 = Cr4::PCE.bits();
+    assert_eq!(machine.execute(RDPMC), Ok(true));
+    assert_eq!(Machine::new(Vendor::Intel).execute(RDPMC), Err(Exception::GP0));
 }
 
 #[test]

@@ -30,7 +30,8 @@ in the interpreter.
 
 ## Offered, and different
 
-- RDPMC raises #GP(0) for every counter: there are none.
+- RDPMC reads zero: AMD's four oldest performance counters are there, but never count. For an Intel processor it
+  raises #GP(0).
 - VMCALL and VMMCALL are hypercalls, whatever the vendor; where the machine offers no paravirtual interface
   they raise #UD.
 - RSM raises #UD: there is no system management mode to return from.
