@@ -32,7 +32,8 @@ pub fn set_memory_types(state: &mut CpuState, physical_bits: u32) {
         LOW_RAM_END & u64::from(u32::MAX) | (addresses & !u64::from(u32::MAX)) | MTRR_VALID;
 }
 
-/// Initializes the PIC as a BIOS does, with the vectors of real mode, and masks all of its inputs.
+/// Initializes the PIC as a BIOS does, with the vectors of real mode. Nothing is masked: no BIOS handles interrupts
+/// here, so whoever lets them in wants to have them.
 pub fn set_up_pic(ports: &dyn PortIo) {
     const EDGE_CASCADE_ICW4: u32 = 0x11;
     const MODE_8086: u32 = 0x01;
@@ -41,7 +42,6 @@ pub fn set_up_pic(ports: &dyn PortIo) {
         for word in [vector, cascade, MODE_8086] {
             ports.port_write(port + 1, 1, word);
         }
-        ports.port_write(port + 1, 1, 0xff);
     }
 }
 

@@ -122,6 +122,7 @@ fn the_timer_interrupts_through_the_pic_as_firmware_leaves_it() {
 #[test]
 fn the_power_button_raises_the_system_control_interrupt() {
     let b = bench(1, false);
+    b.out(0xa1, 0xff);
     // Pin 9 of the I/O APIC: vector 31h, level triggered, to APIC 0.
     for (register, value) in [(0x22, 0x8031), (0x23, 0)] {
         b.buses[0].mmio_write(0xfec0_0000, 4, register);

@@ -28,7 +28,8 @@ enum Init {
 struct Chip {
     /// Levels of the inputs.
     inputs: u8,
-    /// Rising edges not yet acknowledged, whose input is still high.
+    /// Rising edges not yet acknowledged. The datasheet wants the input to stay high until then, else IRQ 7 is what
+    /// comes; QEMU and KVM keep the edge, and test kernels count on that.
     edges: u8,
     imr: u8,
     isr: u8,
@@ -78,9 +79,7 @@ impl Chip {
     fn set_input(&mut self, input: u8, high: bool) {
         let bit = 1u8 << (input & 7);
         if !high {
-            // The request must stay until it is acknowledged ("Interrupt sequence").
             self.inputs &= !bit;
-            self.edges &= !bit;
         } else if self.inputs & bit == 0 {
             self.inputs |= bit;
             self.edges |= bit;
@@ -403,8 +402,19 @@ mod tests {
     }
 
     #[test]
+    fn an_edge_is_kept_when_its_input_falls() {
+        let mut pic = pic();
+        pic.set_input(11, true);
+        pic.set_input(11, false);
+        assert!(pic.output());
+        assert_eq!(pic.acknowledge(), 0x73);
+        assert!(!pic.output());
+    }
+
+    #[test]
     fn a_request_that_goes_away_is_spurious() {
         let mut pic = pic();
+        pic.write(0x4d0, 1 << 4);
         pic.set_input(4, true);
         pic.set_input(4, false);
         assert!(!pic.output());

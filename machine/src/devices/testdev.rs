@@ -240,6 +240,7 @@ mod tests {
         let interrupts = Interrupts::new(1, 40, &clock, &TimerHub::new(Host::new()));
         let vcpu = interrupts.vcpu(0).unwrap();
         vcpu.apic().enter_virtual_wire_mode();
+        interrupts.set_level_triggered(1 << 4);
         let ports = IrqPorts::new(&interrupts);
         ports.port_write(IRQ_LINES + 4, 1, 1);
         assert!(vcpu.has_event());
