@@ -2,7 +2,7 @@
 #![no_std]
 #![no_main]
 
-use kit::{acpi, cpu, machine, memory::read, print, println, serial, start::START_INFO};
+use kit::{acpi, cpu, machine, memory::read, print, println, serial, start::START_INFO, time};
 
 #[unsafe(no_mangle)]
 fn guest_main() -> ! {
@@ -74,7 +74,7 @@ fn info() {
     }
     memory_map();
     tables();
-    println!("Ticks:   {} per millisecond", ticks_per_millisecond());
+    println!("Ticks:   {} per millisecond", time::ticks_per_ms());
 }
 
 struct Vendor([u8; 12]);
@@ -122,17 +122,4 @@ fn tables() {
         print!(" {}", text(&acpi::signature(table)));
     }
     println!();
-}
-
-/// Counts time stamp ticks while the PIT's channel 2 counts 10 ms (Intel 8254 data sheet, mode 0).
-fn ticks_per_millisecond() -> u64 {
-    const PIT_HZ: u32 = 1_193_182;
-    let count = PIT_HZ / 100;
-    cpu::outb(0x61, cpu::inb(0x61) & !2 | 1);
-    cpu::outb(0x43, 0xb0);
-    cpu::outb(0x42, count as u8);
-    let start = cpu::rdtsc();
-    cpu::outb(0x42, (count >> 8) as u8);
-    while cpu::inb(0x61) & 0x20 == 0 {}
-    (cpu::rdtsc() - start) / 10
 }
