@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Mnemonic};
 
-use crate::cpu::{Access, Cpu};
+use crate::cpu::Cpu;
 use crate::env::Env;
 use crate::exception::Exception;
 use crate::interp::op::Op;
@@ -278,10 +278,13 @@ impl Cpu {
     // ---- FXSAVE and XSAVE ----
 
     /// Address of an area, which must be aligned.
-    fn area_address(&self, op: &Op, alignment: u64, access: Access) -> Result<(SegReg, u64), Exception> {
+    fn area_address(&self, op: &Op, alignment: u64) -> Result<(SegReg, u64), Exception> {
         let (segment, offset) = self.effective_address(op);
-        let linear = self.checked_address(segment, offset, LEGACY_SIZE, access)?;
-        if linear & (alignment - 1) != 0 { Err(Exception::GP0) } else { Ok((segment, offset)) }
+        if self.address_of(segment, offset) & (alignment - 1) != 0 {
+            Err(Exception::GP0)
+        } else {
+            Ok((segment, offset))
+        }
     }
 
     /// Outside 64-bit mode only eight vector registers are moved.
@@ -330,7 +333,7 @@ impl Cpu {
 
     fn fxsave<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<(), Exception> {
         self.check_fxsave()?;
-        let (segment, offset) = self.area_address(op, 16, Access::Write)?;
+        let (segment, offset) = self.area_address(op, 16)?;
         let mut image = [0; XMM_END];
         image.copy_from_slice(&self.state.xsave.bytes[..XMM_END]);
         image[..XMM].copy_from_slice(&self.x87_image(op));
@@ -341,7 +344,7 @@ impl Cpu {
 
     fn fxrstor<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<(), Exception> {
         self.check_fxsave()?;
-        let (segment, offset) = self.area_address(op, 16, Access::Read)?;
+        let (segment, offset) = self.area_address(op, 16)?;
         let mut image = [0; LEGACY_SIZE];
         self.read_bytes(env, segment, offset, &mut image)?;
         let mxcsr = checked_mxcsr(&image)?;
@@ -387,7 +390,7 @@ impl Cpu {
 
     fn xsave<E: Env>(&mut self, env: &mut E, op: &Op, save: Save) -> Result<(), Exception> {
         self.check_xsave()?;
-        let (segment, offset) = self.area_address(op, 64, Access::Write)?;
+        let (segment, offset) = self.area_address(op, 64)?;
         let requested = self.requested_components();
         let mut in_use = self.components_in_use();
         if save == Save::Compacted && self.mxcsr() != MXCSR_RESET {
@@ -426,7 +429,7 @@ impl Cpu {
 
     fn xrstor<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<(), Exception> {
         self.check_xsave()?;
-        let (segment, offset) = self.area_address(op, 64, Access::Read)?;
+        let (segment, offset) = self.area_address(op, 64)?;
         let requested = self.requested_components();
         let mut image = [0; YMM + YMM_SIZE];
         self.read_bytes(env, segment, offset, &mut image[..HEADER_END])?;

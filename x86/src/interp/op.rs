@@ -316,6 +316,11 @@ impl Op {
             M::Mov => self.classify_mov(),
             M::Movzx if self.source == place::MEMORY => Handler::MovzxMem,
             M::Movzx => Handler::MovzxReg,
+            // MOVSXD to 16 bits reads 32 (APM Vol. 3).
+            M::Movsxd if self.instruction.code() == Code::Movsxd_r16_rm16 && self.source == place::MEMORY => {
+                self.source_size = 4;
+                Handler::MovsxMem
+            }
             M::Movsx | M::Movsxd if self.source == place::MEMORY => Handler::MovsxMem,
             M::Movsx | M::Movsxd => Handler::MovsxReg,
             M::Lea => Handler::Lea,

@@ -207,7 +207,7 @@ impl Cpu {
     }
 
     /// Linear address without checks.
-    fn address_of(&self, segment: SegReg, offset: u64) -> u64 {
+    pub(super) fn address_of(&self, segment: SegReg, offset: u64) -> u64 {
         if self.in_64bit_mode() && !matches!(segment, SegReg::Fs | SegReg::Gs) {
             offset
         } else {

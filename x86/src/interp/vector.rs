@@ -4,7 +4,7 @@
 
 use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, Mnemonic, OpCodeTableKind, OpKind};
 
-use crate::cpu::{Access, Cpu};
+use crate::cpu::Cpu;
 use crate::cpuid::Vendor;
 use crate::env::{Env, HostExecution, HostInstruction};
 use crate::exception::Exception;
@@ -308,8 +308,7 @@ impl Cpu {
 
     /// #GP(0) if the operand must be aligned and is not.
     fn check_vector_alignment(&self, memory: &MemoryOperand) -> Result<(), Exception> {
-        let access = if memory.is_store { Access::Write } else { Access::Read };
-        let linear = self.checked_address(memory.segment, memory.offset, memory.size, access)?;
+        let linear = self.address_of(memory.segment, memory.offset);
         if memory.is_aligned && linear & (memory.size as u64).wrapping_sub(1) != 0 {
             return Err(Exception::GP0);
         }

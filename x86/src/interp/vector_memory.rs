@@ -3,7 +3,7 @@
 
 use iced_x86::{Mnemonic, OpKind, Register};
 
-use crate::cpu::{Access, Cpu};
+use crate::cpu::Cpu;
 use crate::env::Env;
 use crate::exception::Exception;
 use crate::interp::op::Op;
@@ -155,6 +155,7 @@ impl Cpu {
         for i in 0..count {
             let lane = i * element..(i + 1) * element;
             if pending[lane.end - 1] & 0x80 == 0 {
+                pending[lane].fill(0);
                 continue;
             }
             let mut bytes = [0; 8];
@@ -182,8 +183,7 @@ impl Cpu {
         let instruction = &op.instruction;
         let (segment, offset) = self.effective_address(op);
         let size = instruction.memory_size().size().min(32);
-        let linear = self.checked_address(segment, offset, size, Access::Write)?;
-        if linear & (size as u64).wrapping_sub(1) != 0 {
+        if self.address_of(segment, offset) & (size as u64).wrapping_sub(1) != 0 {
             return Err(Exception::GP0);
         }
         let source = self.vector_register(instruction.op1_register());
