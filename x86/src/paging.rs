@@ -490,8 +490,9 @@ mod tests {
         use Access::{Execute, Read, Write};
         let ok = Ok(Place::Ram(0x9234));
         const NX: u64 = NO_EXECUTE;
-        // Entry, access, CPL, RFLAGS.AC, CR0.WP, answer.
-        let cases: &[(u64, Access, u8, bool, bool, Result<Place, u32>)] = &[
+        /// Entry, access, CPL, RFLAGS.AC, CR0.WP, answer.
+        type Case = (u64, Access, u8, bool, bool, Result<Place, u32>);
+        let cases: &[Case] = &[
             (1, Read, 0, false, true, ok),
             (1, Write, 0, false, true, Err(0x3)),
             (1, Write, 0, false, false, ok),
