@@ -427,11 +427,10 @@ impl Cpu {
             let cpl = self.state.cpl;
             let segment = &mut self.state.seg[seg as usize];
             let conforming = segment.attributes & 0xc == 0xc;
-            if is_null(segment.selector) || !segment.usable() {
-                // The base stays: that of FS and GS counts in 64-bit mode whatever the selector.
+            if is_null(segment.selector) || (!conforming && segment.dpl() < cpl) {
+                // Base and limit stay: those of FS and GS count in 64-bit mode whatever the selector.
                 segment.selector = 0;
-            } else if !conforming && segment.dpl() < cpl {
-                *segment = null_segment(0);
+                segment.attributes |= Segment::UNUSABLE;
             }
         }
     }

@@ -173,6 +173,7 @@ impl Cpu {
                 self.state.rip = self.next_rip;
                 if !op.keeps_view {
                     *view = CodeView::NONE;
+                    self.step_sysret(env, op);
                 }
                 break;
             }
@@ -199,6 +200,17 @@ impl Cpu {
         };
         let (page, offset) = (linear & PAGE_MASK, offset & PAGE_MASK);
         CodeView { base, mask, limit, bits, page, offset }
+    }
+
+    /// SYSRET is the one instruction that is single-stepped by the TF that it sets itself, as SYSCALL is not by the
+    /// one that it masks: to a debugger of user code both are one step.
+    fn step_sysret<E: Env>(&mut self, env: &mut E, op: &Op) {
+        if self.state.has_flags(Rflags::TF)
+            && matches!(op.instruction.mnemonic(), Mnemonic::Sysret | Mnemonic::Sysretq)
+            && let Err(exception) = self.debug_trap(true, true)
+        {
+            self.deliver_exception(env, exception);
+        }
     }
 
     /// Executes one instruction with everything that may have to be done around it.
