@@ -45,17 +45,9 @@ fn extract(source: u64, mut mask: u64) -> u64 {
 
 impl Cpu {
     /// Shifts and rotates by CL or an immediate.
-    pub(super) fn shift<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<(), Exception> {
+    #[inline(always)]
+    pub(super) fn shift<E: Env>(&mut self, env: &mut E, op: &Op, kind: Shift) -> Result<(), Exception> {
         let size = usize::from(op.size);
-        let kind = match op.instruction.mnemonic() {
-            Mnemonic::Rol => Shift::Rol,
-            Mnemonic::Ror => Shift::Ror,
-            Mnemonic::Rcl => Shift::Rcl,
-            Mnemonic::Rcr => Shift::Rcr,
-            Mnemonic::Shr => Shift::Shr,
-            Mnemonic::Sar => Shift::Sar,
-            _ => Shift::Shl,
-        };
         let count = if op.source == place::IMMEDIATE { op.immediate } else { self.state.gpr[RCX] };
         let count = (count & count_mask(size)) as u32;
         self.modify(env, op, |old, rflags| flags::shift(kind, old, count, size, rflags))?;

@@ -97,7 +97,7 @@ impl Cpu {
             }
             Handler::Inc => self.step(env, op, |old| flags::add(old, 1, 0, size))?,
             Handler::Dec => self.step(env, op, |old| flags::subtract(old, 1, 0, size))?,
-            Handler::Shift => self.shift(env, op)?,
+            Handler::Shift(kind) => self.shift(env, op, kind)?,
             _ => self.execute_group(env, op)?,
         }
         Ok(())

@@ -3,7 +3,7 @@
 //!
 //! Flags that the manuals leave undefined are what AMD's Zen processors give where that is simple.
 
-use crate::interp::operand::truncate;
+use crate::interp::operand::{sign_extend, truncate};
 use crate::registers::Rflags;
 
 pub(crate) const CF: u64 = Rflags::CF.bits();
@@ -70,10 +70,10 @@ pub(crate) fn subtract(left: u64, right: u64, borrow: u64, size: usize) -> (u64,
     (result, carry_flags(borrows, size) | result_flags(result, size))
 }
 
-/// Shifts and rotates of ModRM.reg, in its numbering (SDM Vol. 2D, table A-6, group 2).
+/// Shifts and rotates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
-pub(crate) enum Shift {
+pub enum Shift {
     Rol,
     Ror,
     Rcl,
@@ -84,33 +84,35 @@ pub(crate) enum Shift {
 }
 
 /// Shifts or rotates by `count`, already masked to 5 or 6 bits; the result and RFLAGS after it.
+#[inline(always)]
 pub(crate) fn shift(kind: Shift, value: u64, count: u32, size: usize, rflags: u64) -> (u64, u64) {
     if count == 0 {
         return (value, rflags);
     }
     let bits = 8 * size as u32;
-    let wide = u128::from(value);
     let (result, carry) = match kind {
         Shift::Shl => {
-            let shifted = wide << count;
-            (truncate(shifted as u64, size), (shifted >> bits) as u64 & 1)
+            // Bytes and words may be shifted by more than their size.
+            let carry = if count <= bits { value >> (bits - count) } else { 0 };
+            (truncate(value << count, size), carry & 1)
         }
-        Shift::Shr => ((wide >> count) as u64, (wide >> (count - 1)) as u64 & 1),
+        Shift::Shr => (value >> count, value >> (count - 1) & 1),
         Shift::Sar => {
-            let unused = 64 - bits;
-            let extended = i128::from((value << unused) as i64 >> unused);
+            let extended = sign_extend(value, size) as i64;
             (truncate((extended >> count) as u64, size), (extended >> (count - 1)) as u64 & 1)
         }
         Shift::Rol => {
-            let result = rotate_left(wide, count % bits, bits);
-            (result as u64, result as u64 & 1)
+            let count = count % bits;
+            let result = truncate(value << count | value >> ((bits - count) & 63), size);
+            (result, result & 1)
         }
         Shift::Ror => {
-            let result = rotate_left(wide, bits - count % bits, bits) as u64;
+            let count = count % bits;
+            let result = truncate(value >> count | value << ((bits - count) & 63), size);
             (result, sign(result, size))
         }
         Shift::Rcl | Shift::Rcr => {
-            let with_carry = u128::from(rflags & CF) << bits | wide;
+            let with_carry = u128::from(rflags & CF) << bits | u128::from(value);
             let width = bits + 1;
             let left = if kind == Shift::Rcl { count % width } else { width - count % width };
             let result = rotate_left(with_carry, left, width);

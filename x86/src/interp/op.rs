@@ -3,6 +3,7 @@
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 use crate::interp::control::loop_counter_size;
+use crate::interp::flags::Shift;
 use crate::interp::operand::{memory_segment, truncate};
 use crate::state::SegReg;
 
@@ -68,7 +69,7 @@ pub enum Handler {
     Neg,
     Not,
     /// Shifts and rotates by CL or a constant.
-    Shift,
+    Shift(Shift),
     Push,
     Pop,
     /// Jcc; the condition is in `detail`.
@@ -337,7 +338,13 @@ impl Op {
             M::Dec => Handler::Dec,
             M::Neg => Handler::Neg,
             M::Not => Handler::Not,
-            M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr => Handler::Shift,
+            M::Shl | M::Sal => Handler::Shift(Shift::Shl),
+            M::Shr => Handler::Shift(Shift::Shr),
+            M::Sar => Handler::Shift(Shift::Sar),
+            M::Rol => Handler::Shift(Shift::Rol),
+            M::Ror => Handler::Shift(Shift::Ror),
+            M::Rcl => Handler::Shift(Shift::Rcl),
+            M::Rcr => Handler::Shift(Shift::Rcr),
             M::Push | M::Pop if self.destination == place::NONE => Handler::System,
             M::Push => self.with_stack_slot(Handler::Push),
             M::Pop => self.with_stack_slot(Handler::Pop),
@@ -504,12 +511,11 @@ impl Handler {
         }
     }
 
-    /// Whether execution may go on elsewhere than at the following instruction.
+    /// Whether execution goes on elsewhere than at the following instruction; conditional jumps do not count.
     fn transfers(self) -> bool {
         matches!(
             self,
-            Self::JumpIf
-                | Self::Jump
+            Self::Jump
                 | Self::JumpIndirect
                 | Self::Call
                 | Self::CallIndirect
@@ -524,6 +530,7 @@ impl Handler {
         matches!(
             self,
             Self::Nop
+                | Self::JumpIf
                 | Self::MovRegReg
                 | Self::MovRegMem
                 | Self::MovRegImm

@@ -5,9 +5,9 @@ use iced_x86::Mnemonic;
 use crate::cpu::{Cpu, RunExit};
 use crate::env::{Env, Event};
 use crate::exception::Exception;
-use crate::interp::cache::DecodeCache;
+use crate::interp::cache::{DecodeCache, Lookup};
 use crate::interp::decode::InstructionDecoder;
-use crate::interp::op::{MAX_INSTRUCTION_LENGTH, Op};
+use crate::interp::op::{Handler, MAX_INSTRUCTION_LENGTH, Op};
 use crate::paging::Place;
 use crate::registers::Rflags;
 use crate::state::{Activity, SegReg};
@@ -149,7 +149,8 @@ impl Cpu {
         let (ops, length) = if view.is_none() {
             Default::default()
         } else {
-            cache.block(env, epoch, offset, view.bits, decoder, &self.model)
+            let lookup = Lookup { epoch, bits: view.bits, decoder, model: &self.model };
+            cache.block(env, offset, &lookup)
         };
         let last = rip.wrapping_add(u64::from(length)).wrapping_sub(1);
         let ops = ops.get(..ops.len().min(budget as usize)).unwrap_or_default();
@@ -177,7 +178,11 @@ impl Cpu {
                 }
                 break;
             }
-            // Nothing before the end transfers control.
+            // Nothing before the end transfers control, except conditional jumps.
+            if op.handler == Handler::JumpIf && self.next_rip != following {
+                self.state.rip = self.next_rip;
+                break;
+            }
             self.state.rip = following;
             rip = following;
             if op.writes_memory && (env.code_epoch() != epoch || env.has_event()) {
