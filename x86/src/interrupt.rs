@@ -134,9 +134,6 @@ impl Cpu {
     }
 
     fn deliver_external<E: Env>(&mut self, env: &mut E, number: u8) {
-        if self.state.activity == Activity::Halted {
-            self.state.activity = Activity::Running;
-        }
         let return_ip = self.state.rip;
         if let Err(exception) = self.deliver(env, number, None, Source::External, return_ip) {
             self.deliver_exception(env, exception);
@@ -153,8 +150,11 @@ impl Cpu {
         source: Source,
         return_ip: u64,
     ) -> Result<(), Exception> {
-        let mode = self.state.mode();
-        let result = match mode {
+        // A debug trap after HLT ends it, too.
+        if self.state.activity == Activity::Halted {
+            self.state.activity = Activity::Running;
+        }
+        let result = match self.state.mode() {
             Mode::Real => self.attempt(|cpu| cpu.deliver_real(env, number, return_ip)),
             Mode::Protected | Mode::Virtual8086 => {
                 self.deliver_protected(env, number, error_code, source, return_ip)
