@@ -155,8 +155,10 @@ impl LocalApic {
         }
         if events & NMI != 0 {
             if nmis {
-                let taken = if events & NMI_SECOND != 0 { NMI_SECOND } else { NMI };
-                self.events.fetch_and(!taken, Ordering::AcqRel);
+                // Another may come at any moment, so which bit is taken is decided with the taking.
+                let _ = self.events.fetch_update(Ordering::AcqRel, Ordering::Acquire, |e| {
+                    Some(e & !if e & NMI_SECOND != 0 { NMI_SECOND } else { NMI })
+                });
                 return Some(Taken::Event(Event::Nmi));
             }
             // While one is being handled only one more is held.

@@ -103,7 +103,8 @@ impl Cpu {
         let state = &self.state;
         let executing = matches!(state.activity, Activity::Running | Activity::Halted);
         let interrupts = executing && state.has_flags(Rflags::IF) && !state.interrupt_shadow;
-        let nmis = executing && !state.nmi_blocked && !state.ss_shadow;
+        // As on processors that let NMIs wait after STI too: kernels rely on STI; HLT being taken as one.
+        let nmis = executing && !state.nmi_blocked && !state.interrupt_shadow;
         if state.activity == Activity::Shutdown {
             return Some(RunExit::Shutdown);
         }
