@@ -10,10 +10,12 @@ pub mod native;
 pub mod random;
 
 use std::arch::x86_64::__cpuid_count;
+use std::collections::HashSet;
 use std::io::Result;
 use std::sync::Arc;
 
 use bivisor_x86::cpuid::CpuModel;
+use iced_x86::{Code, Instruction};
 
 use crate::generate::{Generated, Generator, images};
 use crate::interpreted::Interpreted;
@@ -37,6 +39,7 @@ pub struct Oracle {
     model: Arc<CpuModel>,
     images: Box<[Image; IMAGES]>,
     outcome: Box<Outcome>,
+    tried: HashSet<Code>,
 }
 
 impl Oracle {
@@ -58,6 +61,7 @@ impl Oracle {
             model,
             images,
             outcome: Box::new(Outcome::empty()),
+            tried: HashSet::new(),
         })
     }
 
@@ -86,6 +90,7 @@ impl Oracle {
             let native = self.native.wait()?;
             for ((generated, native), interpreted) in batch.iter().zip(native).zip(&interpreted) {
                 let Generated { case, instruction } = generated;
+                self.tried.insert(instruction.code());
                 let lines = compare::differences(case, instruction, native, interpreted);
                 if !lines.is_empty() {
                     let difference = Difference {
@@ -102,6 +107,30 @@ impl Oracle {
             batch = next;
         }
         Ok(tried)
+    }
+
+    /// How many of iced-x86's codes (an instruction with its encoding and operand kinds) were tried.
+    pub fn tried(&self) -> usize {
+        self.tried.len()
+    }
+
+    /// Those that should be, but were not.
+    pub fn untried(&self) -> Vec<Code> {
+        let offered = |code: &Code| {
+            let info = code.op_code();
+            let sets = code.cpuid_features();
+            info.mode64() && info.is_instruction() && sets.iter().all(|&set| self.model.offers(set))
+        };
+        let included = |code: &Code| {
+            let mut instruction = Instruction::default();
+            instruction.set_code(*code);
+            exclude::exclusion(&instruction, &self.model).is_none()
+        };
+        Code::values()
+            .filter(|code| {
+                !self.tried.contains(code) && *code != Code::INVALID && offered(code) && included(code)
+            })
+            .collect()
     }
 
     fn batch(&mut self) -> Vec<Generated> {

@@ -20,6 +20,9 @@ struct Arguments {
     /// Differences to report in full for each mnemonic.
     #[arg(long, default_value_t = 1)]
     reports: u64,
+    /// List the kinds of instruction that no random number has hit.
+    #[arg(long)]
+    untried: bool,
     /// Only tell what is not tried, and why.
     #[arg(long)]
     exclusions: bool,
@@ -69,6 +72,11 @@ fn run(arguments: &Arguments) -> std::io::Result<bool> {
     )?;
     let differences: u64 = by_mnemonic.values().sum();
     eprintln!("\r{tried} instructions in {:.1} s, {differences} differences", start.elapsed().as_secs_f64());
+    let untried = oracle.untried();
+    eprintln!("{} kinds of instruction tried, {} were not", oracle.tried(), untried.len());
+    if arguments.untried {
+        untried.iter().for_each(|code| println!("not tried: {}", code.op_code().instruction_string()));
+    }
     for (mnemonic, count) in &by_mnemonic {
         println!("{count:8} {mnemonic}");
     }
