@@ -24,11 +24,18 @@ enum Task {
         #[arg(long)]
         quick: bool,
     },
+    /// Try random instructions on the host's processor and in the interpreter, and report every difference.
+    Oracle {
+        /// Arguments of the oracle, such as `--count N` and `--seed S`; `--help` lists them.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().task {
         Task::Test { quick } => test::all(quick),
+        Task::Oracle { arguments } => oracle(&arguments),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,
@@ -38,4 +45,11 @@ fn main() -> ExitCode {
             ExitCode::from(2)
         }
     }
+}
+
+/// Whether the oracle found no difference. It runs optimised: long runs are its purpose.
+fn oracle(arguments: &[String]) -> anyhow::Result<bool> {
+    let mut command = std::process::Command::new(env!("CARGO"));
+    command.args(["run", "--quiet", "--release", "--package", "bivisor-oracle", "--"]).args(arguments);
+    Ok(command.status()?.success())
 }

@@ -1,7 +1,7 @@
 //! What the oracle does not try, and why.
 
 use bivisor_x86::cpuid::CpuModel;
-use iced_x86::{Instruction, Mnemonic};
+use iced_x86::{Instruction, Mnemonic, OpCodeOperandKind, OpCodeTableKind};
 
 /// Instructions by mnemonic that are not tried.
 const EXCLUDED: &[(&[Mnemonic], &str)] = &[
@@ -88,8 +88,12 @@ pub fn exclusion(instruction: &Instruction, model: &CpuModel) -> Option<&'static
     if instruction.is_invalid() {
         return None;
     }
-    let loads_segment =
-        matches!(mnemonic, Mnemonic::Mov | Mnemonic::Pop) && instruction.op0_register().is_segment_register();
+    let info = instruction.op_code();
+    let loads_segment = match mnemonic {
+        Mnemonic::Mov => info.op0_kind() == OpCodeOperandKind::seg_reg,
+        Mnemonic::Pop => matches!(info.op_code(), 0xa1 | 0xa9) && info.table() == OpCodeTableKind::T0F,
+        _ => false,
+    };
     if loads_segment || instruction.is_call_far() || instruction.is_jmp_far() {
         return Some("loads segment registers, whose descriptors are the host's");
     }

@@ -139,9 +139,10 @@ impl Generator {
             let mut decoder = Decoder::with_ip(64, &code, rip, self.decoder_options);
             let instruction = decoder.decode();
             let offsets = decoder.get_constant_offsets(&instruction);
-            if instruction.is_invalid() && !self.random.once_in(16)
-                || exclusion(&instruction, model).is_some()
-            {
+            if instruction.is_invalid() && (is_system_group(&code) || !self.random.once_in(16)) {
+                continue;
+            }
+            if exclusion(&instruction, model).is_some() {
                 continue;
             }
             let mut gpr = self.registers();
@@ -238,6 +239,12 @@ impl Generator {
         rest.copy_from_slice(&code);
         rest
     }
+}
+
+/// Whether these bytes may be of the system instructions 0F 00 to 0F 03, of which processors take more than the
+/// decoder does, prefixes included.
+fn is_system_group(code: &[u8; 16]) -> bool {
+    code.windows(2).any(|pair| matches!(pair, [0x0f, 0..=3]))
 }
 
 /// Instructions that show the trap flag, or that are repeated: natively they always execute with TF set.

@@ -119,7 +119,11 @@ impl Oracle {
         let offered = |code: &Code| {
             let info = code.op_code();
             let sets = code.cpuid_features();
-            info.mode64() && info.is_instruction() && sets.iter().all(|&set| self.model.offers(set))
+            // Those with FWAIT are two instructions for the processor.
+            info.mode64()
+                && info.is_instruction()
+                && !info.fwait()
+                && sets.iter().all(|&set| self.model.offers(set))
         };
         let included = |code: &Code| {
             let mut instruction = Instruction::default();

@@ -6,6 +6,7 @@ use crate::cpu::Cpu;
 use crate::env::Env;
 use crate::exception::Exception;
 use crate::interp::op::Op;
+use crate::interp::operand::{sign_extend, truncate};
 use crate::interp::vector::area;
 use crate::registers::{Cr0, Cr4, gpr};
 use crate::state::{MXCSR_MASK, MXCSR_RESET, Mode, SegReg, XCR0_AVX, XCR0_SSE, XCR0_X87};
@@ -307,9 +308,13 @@ impl Cpu {
     /// Loads x87 state from an image.
     fn set_x87(&mut self, op: &Op, image: &[u8]) {
         self.set_fpu_bytes(0, &image[..area::MXCSR]);
-        if !is_wide(op) {
-            self.set_fpu_bytes(area::FIP + 4, &[0; 4]);
-            self.set_fpu_bytes(area::FDP + 4, &[0; 4]);
+        for at in [area::FIP, area::FDP] {
+            let mut pointer = [0; 8];
+            pointer.copy_from_slice(&image[at..at + 8]);
+            let pointer = u64::from_le_bytes(pointer);
+            // 64-bit pointers are made canonical.
+            let pointer = if is_wide(op) { sign_extend(pointer, 6) } else { truncate(pointer, 4) };
+            self.set_fpu_bytes(at, &pointer.to_le_bytes());
         }
         self.set_fpu_bytes(area::FTW + 1, &[0]);
         let opcode = self.fpu_word(area::FOP) & 0x7ff;
