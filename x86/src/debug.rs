@@ -154,6 +154,13 @@ impl Cpu {
         self.debug_exception(dr6::BT)
     }
 
+    /// Before INT1 raises #DB: what MOV SS held back is reported with it, not once more.
+    pub(crate) fn report_hits_with_int1(&mut self) {
+        if self.watch.hits != 0 {
+            self.debug_exception(self.watch.hits.into());
+        }
+    }
+
     /// Whether a data breakpoint lies in the page of this linear address.
     pub(crate) fn is_watched_page(&self, linear: u64) -> bool {
         // A breakpoint is aligned to its length: it is in one page.

@@ -46,7 +46,10 @@ impl Cpu {
                 self.software_interrupt(env, op.instruction.immediate8(), Source::Software)?;
             }
             Mnemonic::Int3 => self.software_interrupt(env, vector::BP, Source::Software)?,
-            Mnemonic::Int1 => self.software_interrupt(env, vector::DB, Source::PrivilegedSoftware)?,
+            Mnemonic::Int1 => {
+                self.report_hits_with_int1();
+                self.software_interrupt(env, vector::DB, Source::PrivilegedSoftware)?
+            }
             Mnemonic::Into => {
                 if self.state.has_flags(Rflags::OF) {
                     self.software_interrupt(env, vector::OF, Source::Software)?;

@@ -4,7 +4,7 @@ use crate::cpu::{Cpu, RunExit};
 use crate::cpuid::Vendor;
 use crate::registers::gpr::{RAX, RBX, RCX};
 use crate::registers::{Cr0, Efer, Rflags};
-use crate::state::{SegReg, Segment};
+use crate::state::{Activity, SegReg, Segment, TableRegister};
 use crate::testing::{TestEnv, test_cpu};
 
 /// Where the code of the tests stands.
@@ -98,4 +98,45 @@ fn sti_shadows_one_instruction_only() {
     assert!(cpu.state.interrupt_shadow && cpu.state.has_flags(Rflags::IF));
     assert_eq!(cpu.run(&mut env, 1), RunExit::Budget);
     assert!(!cpu.state.interrupt_shadow);
+}
+
+#[test]
+fn sysret_that_sets_the_trap_flag_traps_at_once() {
+    // sysretq
+    let (mut cpu, mut env) = machine(&[0x48, 0x0f, 0x07]);
+    cpu.state.msr.efer |= Efer::SCE.bits();
+    cpu.state.gpr[RCX] = 0x2000;
+    cpu.state.gpr[11] = (Rflags::TF | Rflags::FIXED).bits();
+    env.put(0x2000, &[0x90]);
+    cpu.run(&mut env, 1);
+    assert_eq!(cpu.state.dr[6] & 1 << 14, 1 << 14);
+    assert_eq!(cpu.state.activity, Activity::Shutdown, "there is no handler");
+}
+
+#[test]
+fn a_single_step_ends_the_wait_of_hlt() {
+    let (mut cpu, mut env) = machine(&[0xf4]);
+    // A handler at 0x3000, through a 64-bit interrupt gate for vector 1.
+    env.put(0x5010, &[0x00, 0x30, 0x08, 0x00, 0x00, 0x8e, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    env.put(0x6008, &0x00af_9b00_0000_ffffu64.to_le_bytes());
+    cpu.state.idtr = TableRegister { base: 0x5000, limit: 0x1f };
+    cpu.state.gdtr = TableRegister { base: 0x6000, limit: 0xf };
+    cpu.state.rflags |= Rflags::TF.bits();
+    assert_eq!(cpu.run(&mut env, 1), RunExit::Budget);
+    assert_eq!((cpu.state.activity, cpu.state.rip), (Activity::Running, 0x3000));
+}
+
+#[test]
+fn int1_reports_what_mov_ss_held_back() {
+    // mov ss, [0x4000]; int1
+    let (mut cpu, mut env) = machine(&[0x8e, 0x14, 0x25, 0, 0x40, 0, 0, 0xf1]);
+    cpu.write_debug_register(0, 0x4000).unwrap();
+    cpu.write_debug_register(7, 1 | 0b0111 << 16).unwrap();
+    env.put(0x4000, &[0]);
+    cpu.run(&mut env, 1);
+    assert!(cpu.state.ss_shadow);
+    assert_eq!(cpu.state.dr[6] & 0xf, 0);
+    cpu.run(&mut env, 1);
+    assert_eq!(cpu.state.dr[6] & 0xf, 1);
+    assert!(cpu.debug_trap(false, false).is_ok(), "once");
 }
