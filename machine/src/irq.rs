@@ -258,6 +258,10 @@ impl VcpuApic {
     pub fn apic(&self) -> &Arc<LocalApic> {
         &self.apic
     }
+    /// All interrupt controllers of the machine.
+    pub fn interrupts(&self) -> &Interrupts {
+        &self.interrupts
+    }
     /// Whether an event may be waiting: one relaxed load.
     pub fn has_event(&self) -> bool {
         self.apic.has_event()

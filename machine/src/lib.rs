@@ -13,6 +13,7 @@ pub mod devices;
 pub mod engine;
 pub mod firmware;
 pub mod host;
+pub mod hypercall;
 pub mod irq;
 pub mod lifecycle;
 pub mod machine;

@@ -188,6 +188,7 @@ impl Machine {
             ports: self.pc.ports().clone(),
             mmio: self.pc.mmio().clone(),
             apic: self.interrupts.vcpu(index as usize)?,
+            hypercalls: self.config.testdev,
         };
         Some(VcpuSetup { memory: self.memory.clone(), bus: Arc::new(bus), model: self.model.clone() })
     }

@@ -7,6 +7,7 @@ use bivisor_x86::state::CpuState;
 
 use crate::bus::{MmioMap, PortMap};
 use crate::engine::VcpuBus;
+use crate::hypercall::hypercall;
 use crate::irq::VcpuApic;
 
 /// The machine's buses, and the processor's own local APIC in front of them.
@@ -17,6 +18,8 @@ pub struct ProcessorBus {
     pub mmio: Arc<MmioMap>,
     /// Local APIC and interrupts.
     pub apic: VcpuApic,
+    /// The guest may make hypercalls.
+    pub hypercalls: bool,
 }
 
 impl VcpuBus for ProcessorBus {
@@ -61,7 +64,7 @@ impl VcpuBus for ProcessorBus {
     fn set_tsc(&self, value: u64) {
         self.apic.apic().set_tsc(value);
     }
-    fn hypercall(&self, _: &CpuState) -> Option<u64> {
-        None
+    fn hypercall(&self, state: &CpuState) -> Option<u64> {
+        self.hypercalls.then(|| hypercall(state, self.apic.interrupts()))
     }
 }
