@@ -4,6 +4,7 @@
 use crate::cpu::{Access, Cpu};
 use crate::env::Env;
 use crate::exception::Exception;
+use crate::memory::is_canonical;
 use crate::registers::{Cr0, Cr4, Efer, Rflags};
 use crate::tlb::{self, Privilege, permission};
 
@@ -255,6 +256,11 @@ impl Cpu {
         let wanted = permission(access, privilege);
         if let Some(offset) = self.tlb.lookup_global(linear, wanted) {
             return Ok(Place::Ram(offset));
+        }
+        if self.in_long_mode() && !is_canonical(linear) {
+            // Segment-relative addresses are checked before: this one lies in a descriptor table or TSS that
+            // reaches beyond. No such address may enter the TLB, since a hit counts as canonical.
+            return Err(Exception::GP0);
         }
         if !self.state.cr0_has(Cr0::PG) {
             let linear = linear & 0xffff_ffff;
@@ -541,6 +547,15 @@ mod tests {
         assert_eq!(access(&mut machine, Access::Write, 0), Err(3));
         machine.cpu.state.rflags |= Rflags::AC.bits();
         assert!(access(&mut machine, Access::Write, 0).is_ok());
+    }
+
+    #[test]
+    fn tables_may_reach_beyond_canonical_addresses() {
+        let mut machine = machine(7);
+        let read = machine.cpu.read_system(&mut machine.env, 0x8000_0000_0000, 1);
+        assert_eq!(read, Err(Exception::GP0));
+        let cross = machine.cpu.read_system(&mut machine.env, 0x7fff_ffff_fffc, 8);
+        assert!(cross.is_err());
     }
 
     #[test]
