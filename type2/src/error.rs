@@ -30,6 +30,11 @@ impl Failure {
         Self::caused(status::HOST, error)
     }
 
+    /// A failure of the engine: status 16.
+    pub fn engine(error: impl Error + Send + Sync + 'static) -> Self {
+        Self::caused(status::ENGINE, error)
+    }
+
     /// A failure whose sentence is that of an error, with that error's causes.
     fn caused(status: u8, error: impl Error + Send + Sync + 'static) -> Self {
         Self { status, sentence: error.to_string(), source: Some(Box::new(error)) }

@@ -2,6 +2,7 @@
 
 mod cli;
 mod config;
+mod debugger;
 mod doctor;
 mod engines;
 mod error;
@@ -21,6 +22,12 @@ use cli::{Cli, Command, ImageCommand, Recipe};
 use error::Failure;
 
 fn main() -> ExitCode {
+    std::panic::set_hook(Box::new(|info| {
+        terminal::restore();
+        terminal::message(&format!("bivisor: a bug in bivisor ended it; please report it: {info}\n"));
+        // Nothing that a vCPU's or a device's thread left half-done may go on.
+        std::process::exit(status::INTERNAL.into());
+    }));
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return usage(&error),

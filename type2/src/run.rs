@@ -10,6 +10,7 @@ use bivisor_machine::sync::set_yield;
 
 use crate::cli::RunArgs;
 use crate::config::VmConfig;
+use crate::debugger::{Debugger, Stop};
 use crate::error::Failure;
 use crate::guest::Guest;
 use crate::host::clock::LinuxClock;
@@ -59,10 +60,14 @@ pub fn run(args: &RunArgs, verbose: bool) -> Result<u8, Failure> {
         }),
     )
     .map_err(Failure::host)?;
-    greet(&console);
+    let debugger = config.gdb.as_ref().map(|spec| Debugger::start(spec, events.clone()));
+    let debugger = debugger.transpose().map_err(Failure::host)?;
     let parts = Parts { config, guest, clock, console, log, events };
-    let ending = supervise(&parts, &happenings);
+    let ending = supervise(&parts, &happenings, debugger.as_ref());
 
+    if let (Some(debugger), Ok(ending)) = (&debugger, &ending) {
+        debugger.ended(ending.status);
+    }
     let lost = parts.console.close();
     if lost > 0 {
         message(&format!("bivisor: {lost} bytes of console output could not be delivered\n"));
@@ -84,11 +89,22 @@ fn greet(console: &Console) {
 }
 
 /// Runs the machine, again after every reset, until something ends it.
-fn supervise(parts: &Parts, happenings: &Receiver<Event>) -> Result<Ending, Failure> {
+fn supervise(
+    parts: &Parts,
+    happenings: &Receiver<Event>,
+    debugger: Option<&Debugger>,
+) -> Result<Ending, Failure> {
+    let mut greeted = false;
     loop {
-        let session = Session::new(parts)?;
-        session.resume();
-        let ending = wait_for_end(&session, parts, happenings);
+        let session = Arc::new(Session::new(parts)?);
+        if !std::mem::replace(&mut greeted, true) {
+            greet(&parts.console);
+        }
+        match debugger {
+            Some(debugger) => debugger.session_started(&session).map_err(Failure::engine)?,
+            None => session.resume(),
+        }
+        let ending = wait_for_end(&session, parts, happenings, debugger);
         session.stop();
         if let Some(ending) = ending {
             return Ok(ending);
@@ -103,7 +119,13 @@ fn supervise(parts: &Parts, happenings: &Receiver<Event>) -> Result<Ending, Fail
 }
 
 /// Waits for the machine's end (`Some`) or reset (`None`).
-fn wait_for_end(session: &Session, parts: &Parts, happenings: &Receiver<Event>) -> Option<Ending> {
+fn wait_for_end(
+    session: &Session,
+    parts: &Parts,
+    happenings: &Receiver<Event>,
+    debugger: Option<&Debugger>,
+) -> Option<Ending> {
+    let mut crash_shown = false;
     loop {
         // The senders live as long as `parts`.
         let event = happenings.recv().ok()?;
@@ -120,7 +142,33 @@ fn wait_for_end(session: &Session, parts: &Parts, happenings: &Receiver<Event>) 
                 let status = code as u8;
                 return Some(Ending::new(status, format!("the guest ended its test with status {status}")));
             }
-            Event::Vcpu(event) => return Some(vcpu_ending(event)),
+            Event::Vcpu(VcpuEvent::Debug { cpu }) => {
+                if let Some(debugger) = debugger {
+                    debugger.stopped(Stop::Debug(cpu));
+                }
+            }
+            // The debugger may look at the crash; when it lets the machine go on, that ends.
+            Event::Vcpu(VcpuEvent::Crash { cpu, state, code }) => {
+                if let Some(debugger) = debugger.filter(|debugger| !crash_shown && debugger.attached()) {
+                    crash_shown = true;
+                    debugger.stopped(Stop::Crash(cpu));
+                    continue;
+                }
+                let dump = inspect::dump(&state, &code);
+                return Some(Ending::new(
+                    status::CRASH,
+                    format!(
+                        "the guest crashed: triple fault of CPU {cpu}, whose registers are\n{}",
+                        dump.trim_end()
+                    ),
+                ));
+            }
+            Event::Vcpu(VcpuEvent::Engine { cpu, error }) => {
+                return Some(Ending::new(
+                    status::ENGINE,
+                    format!("the engine could not go on with CPU {cpu}: {error}"),
+                ));
+            }
             other => {
                 if let Some(ending) = outside_event(other, session) {
                     return Some(ending);
@@ -150,26 +198,5 @@ fn outside_event(event: Event, session: &Session) -> Option<Ending> {
             None
         }
         Event::Console(ConsoleEvent::Command(Command::Help)) | Event::Machine(_) | Event::Vcpu(_) => None,
-    }
-}
-
-fn vcpu_ending(event: VcpuEvent) -> Ending {
-    match event {
-        VcpuEvent::Crash { cpu, state, code } => {
-            let dump = inspect::dump(&state, &code);
-            Ending::new(
-                status::CRASH,
-                format!(
-                    "the guest crashed: triple fault of CPU {cpu}, whose registers are\n{}",
-                    dump.trim_end()
-                ),
-            )
-        }
-        VcpuEvent::Engine { cpu, error } => {
-            Ending::new(status::ENGINE, format!("the engine could not go on with CPU {cpu}: {error}"))
-        }
-        VcpuEvent::Debug { cpu } => {
-            Ending::new(status::INTERNAL, format!("CPU {cpu} stopped for a debugger that is not there"))
-        }
     }
 }

@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 
 use bivisor_backends::console::{Console, ConsoleEvent, InputSink};
 use bivisor_machine::boot::BootImage;
-use bivisor_machine::engine::Engine;
+use bivisor_machine::engine::{DebugControl, Engine, EngineError};
 use bivisor_machine::host::{EventSink, MachineEvent};
 use bivisor_machine::lifecycle::Lifecycle;
 use bivisor_machine::machine::{HostParts, Machine, MachineConfig};
@@ -28,7 +28,7 @@ use crate::host::log::Log;
 use crate::host::memory;
 use crate::{engines, status};
 use gate::Gate;
-use vcpu::{SharedVcpu, Surroundings, ThreadWaker, VcpuEvent, VcpuThread};
+use vcpu::{SharedVcpu, Surroundings, ThreadWaker, VcpuEvent, VcpuThread, lock};
 
 /// What the supervisor of a machine hears.
 #[derive(Debug)]
@@ -189,6 +189,21 @@ impl Session {
     /// The vCPUs, by number. Only while the machine stands still can they be locked without waiting.
     pub fn vcpus(&self) -> &[SharedVcpu] {
         &self.vcpus
+    }
+
+    /// Tells every vCPU, by number, what a debugger wants. The machine must stand still.
+    pub fn set_debug(&self, control: impl Fn(u32) -> DebugControl) -> Result<(), EngineError> {
+        (0..).zip(&self.vcpus).try_for_each(|(index, vcpu)| lock(vcpu).set_debug(&control(index)))
+    }
+
+    /// Lets every vCPU forget what it has cached of memory that was changed from outside. The machine must stand
+    /// still.
+    pub fn refresh(&self) -> Result<(), EngineError> {
+        self.vcpus.iter().try_for_each(|vcpu| {
+            let mut vcpu = lock(vcpu);
+            let state = vcpu.state()?;
+            vcpu.set_state(&state)
+        })
     }
 
     /// Lets the guest execute, for the first time or again.

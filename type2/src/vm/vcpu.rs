@@ -106,16 +106,13 @@ impl VcpuThread {
         let gate = &self.surroundings.gate;
         while gate.enter() {
             let event = self.execute();
-            // Before others see the gate empty, so that they find the gate closed too.
-            if event.is_some() {
+            // Before others see the gate empty, so that they find it closed, and the event sent.
+            if let Some(event) = event {
                 gate.close();
+                // The supervisor is only gone at the end.
+                let _ = self.events.send(Event::Vcpu(event));
             }
             gate.leave();
-            if let Some(event) = event
-                && self.events.send(Event::Vcpu(event)).is_err()
-            {
-                return;
-            }
         }
     }
 
