@@ -177,7 +177,11 @@ fn serve(listener: &Listener, mut target: Target, events: &Sender<Event>, done: 
                 let _ = done.send(());
             }
             // A debugger that detached or broke off leaves the machine running.
-            Ok(DisconnectReason::Disconnect) | Err(_) => target.resume_freely(),
+            Ok(DisconnectReason::Disconnect) => target.resume_freely(),
+            Err(error) => {
+                message(&format!("bivisor: the debugger is gone: {error}\n"));
+                target.resume_freely();
+            }
         }
     }
 }

@@ -13,7 +13,8 @@ use gdbstub::stub::MultiThreadStopReason;
 use gdbstub::stub::run_blocking::{BlockingEventLoop, Event, WaitForStopReasonError};
 use gdbstub::target::ext::base::BaseOps;
 use gdbstub::target::ext::base::multithread::{
-    MultiThreadBase, MultiThreadResume, MultiThreadResumeOps, MultiThreadSingleStep, MultiThreadSingleStepOps,
+    MultiThreadBase, MultiThreadResume, MultiThreadResumeOps, MultiThreadSchedulerLocking,
+    MultiThreadSchedulerLockingOps, MultiThreadSingleStep, MultiThreadSingleStepOps,
 };
 use gdbstub::target::ext::breakpoints::{
     Breakpoints, BreakpointsOps, HwBreakpoint, HwBreakpointOps, SwBreakpoint, SwBreakpointOps,
@@ -26,6 +27,7 @@ use gdbstub_arch::x86::reg::X86_64CoreRegs;
 
 use super::{Connection, Shared, Stop, registers};
 use crate::vm::Session;
+use crate::vm::gate;
 use crate::vm::inspect;
 use crate::vm::vcpu::lock;
 
@@ -39,6 +41,10 @@ pub struct Target {
     breakpoints: BTreeSet<u64>,
     /// vCPUs that are to make one step at the next resume, or are making it.
     stepping: BTreeSet<u32>,
+    /// vCPUs that are to go on at the next resume, as bits; the others do so too unless the next is true.
+    continuing: u64,
+    /// vCPUs without an order stand still at the next resume.
+    locked: bool,
     /// Stops that came with another one and are not told yet.
     pending: VecDeque<Stop>,
     /// The vCPU that gdb heard of last.
@@ -54,6 +60,10 @@ fn cpu(tid: Tid) -> u32 {
     u32::try_from(tid.get() - 1).unwrap_or(u32::MAX)
 }
 
+fn bit(cpu: u32) -> u64 {
+    1u64.checked_shl(cpu).unwrap_or(0)
+}
+
 fn gone() -> EngineError {
     EngineError("the machine has ended".into())
 }
@@ -65,6 +75,8 @@ impl Target {
             stops,
             breakpoints: BTreeSet::new(),
             stepping: BTreeSet::new(),
+            continuing: 0,
+            locked: false,
             pending: VecDeque::new(),
             current: 0,
         }
@@ -81,7 +93,7 @@ impl Target {
     pub(super) fn detach(&mut self) {
         self.shared.attached.store(false, Ordering::SeqCst);
         self.breakpoints.clear();
-        self.stepping.clear();
+        self.forget_orders();
         self.forget_stops();
     }
 
@@ -89,6 +101,12 @@ impl Target {
     pub(super) fn resume_freely(&mut self) {
         // A machine that has ended stays so.
         let _ = self.resume_machine();
+    }
+
+    fn forget_orders(&mut self) {
+        self.stepping.clear();
+        self.continuing = 0;
+        self.locked = false;
     }
 
     fn forget_stops(&mut self) {
@@ -116,7 +134,8 @@ impl Target {
             breakpoints: breakpoints.clone(),
         })?;
         self.shared.running.store(true, Ordering::SeqCst);
-        session.resume();
+        let ordered = self.stepping.iter().fold(self.continuing, |cpus, index| cpus | bit(*index));
+        session.resume_some(if self.locked { ordered } else { gate::ALL });
         Ok(())
     }
 
@@ -255,14 +274,25 @@ impl MultiThreadResume for Target {
         if self.pending.is_empty() { self.resume_machine() } else { Ok(()) }
     }
     fn clear_resume_actions(&mut self) -> Result<(), Self::Error> {
-        self.stepping.clear();
+        self.forget_orders();
         Ok(())
     }
-    fn set_resume_action_continue(&mut self, _: Tid, _: Option<Signal>) -> Result<(), Self::Error> {
+    fn set_resume_action_continue(&mut self, tid: Tid, _: Option<Signal>) -> Result<(), Self::Error> {
+        self.continuing |= bit(cpu(tid));
         Ok(())
+    }
+    fn support_scheduler_locking(&mut self) -> Option<MultiThreadSchedulerLockingOps<'_, Self>> {
+        Some(self)
     }
     fn support_single_step(&mut self) -> Option<MultiThreadSingleStepOps<'_, Self>> {
         Some(self)
+    }
+}
+
+impl MultiThreadSchedulerLocking for Target {
+    fn set_resume_action_scheduler_lock(&mut self) -> Result<(), Self::Error> {
+        self.locked = true;
+        Ok(())
     }
 }
 
@@ -308,7 +338,11 @@ impl MonitorCmd for Target {
             outputln!(out, "monitor registers: all registers of the CPU that stopped last");
             return Ok(());
         }
-        let dump = self.with_vcpu(tid(self.current), |_, vcpu| Ok(inspect::dump(&vcpu.state()?, &[])));
+        let dump = self.with_vcpu(tid(self.current), |session, vcpu| {
+            let state = vcpu.state()?;
+            let code = inspect::code(&mut ***vcpu, session.memory(), &state);
+            Ok(inspect::dump(&state, &code))
+        });
         match dump {
             Ok(dump) => outputln!(out, "CPU {}\n{dump}", self.current),
             Err(_) => outputln!(out, "The machine has ended."),

@@ -4,10 +4,17 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Position {
-    Open,
+    /// For the vCPUs whose bits are set.
+    Open(u64),
     Closed,
     /// Never to be opened again.
     Locked,
+}
+
+impl Position {
+    fn admits(self, cpu: u32) -> bool {
+        matches!(self, Self::Open(cpus) if cpus >> (cpu & 63) & 1 != 0)
+    }
 }
 
 struct State {
@@ -15,6 +22,9 @@ struct State {
     /// Threads that are on the guest's side.
     inside: usize,
 }
+
+/// All vCPUs.
+pub const ALL: u64 = u64::MAX;
 
 /// The gate of one machine.
 pub struct Gate {
@@ -28,14 +38,14 @@ impl Gate {
         Self { state: Mutex::new(State { position: Position::Closed, inside: 0 }), changed: Condvar::new() }
     }
 
-    /// Waits until the gate is open and goes through; false when it is locked.
-    pub fn enter(&self) -> bool {
+    /// Waits until the gate is open for this vCPU and goes through; false when it is locked.
+    pub fn enter(&self, cpu: u32) -> bool {
         let state = self.lock();
         let mut state = self
             .changed
-            .wait_while(state, |state| state.position == Position::Closed)
+            .wait_while(state, |state| state.position != Position::Locked && !state.position.admits(cpu))
             .unwrap_or_else(PoisonError::into_inner);
-        let open = state.position == Position::Open;
+        let open = state.position.admits(cpu);
         state.inside += usize::from(open);
         open
     }
@@ -49,12 +59,12 @@ impl Gate {
 
     /// Whether a thread inside may stay there.
     pub fn is_open(&self) -> bool {
-        self.lock().position == Position::Open
+        matches!(self.lock().position, Position::Open(_))
     }
 
-    /// Opens the gate, unless it is locked.
-    pub fn open(&self) {
-        self.set(Position::Open);
+    /// Opens the gate for the vCPUs whose bits are set, unless it is locked. Nobody may be inside.
+    pub fn open(&self, cpus: u64) {
+        self.set(Position::Open(cpus));
     }
 
     /// Closes the gate, unless it is locked. Threads inside must be told to come out.
@@ -101,7 +111,7 @@ mod tests {
             let gate = gate.clone();
             thread::spawn(move || {
                 let mut visits = 0;
-                while gate.enter() {
+                while gate.enter(1) {
                     visits += 1;
                     while gate.is_open() {
                         thread::yield_now();
@@ -112,7 +122,7 @@ mod tests {
             })
         };
         for _ in 0..3 {
-            gate.open();
+            gate.open(ALL);
             while gate.lock().inside == 0 {
                 thread::yield_now();
             }
@@ -120,7 +130,18 @@ mod tests {
             gate.wait_until_empty();
         }
         gate.lock_for_good();
-        gate.open();
+        gate.open(ALL);
         assert_eq!(visitor.join().unwrap(), 3);
+    }
+
+    #[test]
+    fn only_those_named_are_admitted() {
+        let gate = Gate::new();
+        gate.open(0b101);
+        assert!(gate.enter(0) && gate.enter(2));
+        assert_eq!(gate.lock().inside, 2);
+        assert!(!gate.lock().position.admits(1));
+        gate.lock_for_good();
+        assert!(!gate.enter(0));
     }
 }

@@ -47,6 +47,15 @@ pub fn write(vcpu: &mut dyn Vcpu, memory: &GuestMemory, linear: u64, from: &[u8]
     pages(vcpu, linear, from.len(), |gpa, range| memory.write(gpa, &from[range]).is_ok())
 }
 
+/// The bytes of the next instruction, as far as they can be read.
+pub fn code(vcpu: &mut dyn Vcpu, memory: &GuestMemory, state: &CpuState) -> Vec<u8> {
+    // No instruction is longer.
+    let mut code = vec![0; 15];
+    let length = read(vcpu, memory, linear_rip(state), &mut code);
+    code.truncate(length);
+    code
+}
+
 /// The registers of a vCPU for people, and the instruction bytes at RIP.
 pub fn dump(state: &CpuState, code: &[u8]) -> String {
     let mut text = String::new();

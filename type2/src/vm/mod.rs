@@ -208,12 +208,17 @@ impl Session {
 
     /// Lets the guest execute, for the first time or again.
     pub fn resume(&self) {
+        self.resume_some(gate::ALL);
+    }
+
+    /// Lets only the vCPUs execute whose bits are set.
+    pub fn resume_some(&self, cpus: u64) {
         // Nothing but a machine that is running or has ended refuses, and for that nothing is to be done.
         let _ = match self.machine.lifecycle() {
             Lifecycle::Created => self.machine.start(),
             _ => self.machine.resume(),
         };
-        self.gate.open();
+        self.gate.open(cpus);
     }
 
     /// Lets the guest stand still; returns when all vCPUs do.

@@ -104,7 +104,7 @@ impl VcpuThread {
 
     fn run(self) {
         let gate = &self.surroundings.gate;
-        while gate.enter() {
+        while gate.enter(self.index) {
             let event = self.execute();
             // Before others see the gate empty, so that they find it closed, and the event sent.
             if let Some(event) = event {
@@ -156,10 +156,7 @@ impl VcpuThread {
         let cpu = self.index;
         match vcpu.state() {
             Ok(state) => {
-                let mut code = vec![0; 15];
-                let length =
-                    inspect::read(vcpu, &self.surroundings.memory, inspect::linear_rip(&state), &mut code);
-                code.truncate(length);
+                let code = inspect::code(vcpu, &self.surroundings.memory, &state);
                 VcpuEvent::Crash { cpu, state: Box::new(state), code }
             }
             Err(error) => VcpuEvent::Engine { cpu, error },
