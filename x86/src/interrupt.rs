@@ -56,7 +56,7 @@ fn class(number: u8) -> Class {
 }
 
 /// The registers that a transfer of control changes, to be put back if it faults half-way.
-pub(crate) struct Checkpoint {
+struct Checkpoint {
     rsp: u64,
     rip: u64,
     next_rip: u64,

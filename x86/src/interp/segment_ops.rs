@@ -513,4 +513,73 @@ mod tests {
         let ds = machine.cpu.state.seg[SegReg::Ds as usize];
         assert_eq!((ds.base, ds.limit, ds.attributes), (0x1_2340, 0xffff, 0x93));
     }
+
+    /// SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014).
+    fn random(state: &mut u64) -> u64 {
+        *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (*state ^ *state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ mixed >> 31
+    }
+
+    /// Tables full of random bits, random segments, random privilege: nothing may panic, and a fault, unless it
+    /// comes out of a task switch, leaves registers as they were.
+    #[test]
+    fn wild_tables_do_no_harm() {
+        let codes: [&[u8]; 18] = [
+            &[0x8e, 0xd8],
+            &[0x8e, 0xd0],
+            &[0x0f, 0xa1],
+            &[0xcb],
+            &[0xca, 8, 0],
+            &[0x48, 0xcb],
+            &[0xcf],
+            &[0x48, 0xcf],
+            &[0xcd, 0x80],
+            &[0xcc],
+            &[0xff, 0x28],
+            &[0xff, 0x18],
+            &[0x48, 0xff, 0x18],
+            &[0x0f, 0x00, 0xd0],
+            &[0x0f, 0x00, 0xd8],
+            &[0x0f, 0x02, 0xd8],
+            &[0x0f, 0x03, 0xd8],
+            &[0x0f, 0x05],
+        ];
+        let seed = &mut 1;
+        for round in 0..4000 {
+            let mut machine = if round & 1 == 0 { Machine::long() } else { Machine::protected() };
+            for address in (at::GDT..at::IDT + 0x1000).chain(at::TSS..at::TSS + 0x80).step_by(8) {
+                // Half of the descriptors keep base, limit and presence plausible, or none would get far.
+                let plausible = random(seed) & 1 == 0;
+                let value = random(seed);
+                let sane = value & 0x0060_7f00_0038_ffff | 0x0080_8000_0000_5000;
+                machine.env.store64(address, if plausible { sane } else { value });
+            }
+            for address in (0x6f00..0x7100).step_by(8) {
+                machine.env.store64(address, random(seed) & 0x7_ffff_00ff);
+            }
+            let state = &mut machine.cpu.state;
+            state.cpl = random(seed) as u8 & 3;
+            state.gpr[gpr::RAX] = random(seed) & 0xff;
+            state.rflags |= random(seed) & (Rflags::NT | Rflags::IOPL).bits();
+            if round & 3 == 3 {
+                state.seg[SegReg::Ss as usize].attributes = random(seed) as u16;
+                state.seg[SegReg::Ss as usize].limit = random(seed) as u32;
+            }
+            let code = codes[random(seed) as usize % codes.len()];
+            if round & 1 == 1 && code[0] == 0x48 {
+                continue;
+            }
+            let before = machine.cpu.state.clone();
+            let result = machine.exec(code);
+            let after = &mut machine.cpu.state;
+            if result.is_err() && after.tr == before.tr {
+                after.cr2 = before.cr2;
+                assert_eq!(*after, before, "{code:02x?}");
+            }
+            let vector = random(seed) as u8 & 31;
+            machine.cpu.deliver_exception(&mut machine.env, Exception::with_code(vector, 0));
+        }
+    }
 }
