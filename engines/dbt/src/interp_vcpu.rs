@@ -48,7 +48,7 @@ impl Engine for InterpEngine {
             .map_err(|error| EngineError(format!("the host gives no memory for generated code: {error}")))?;
         let mut cpu = Cpu::new(setup.model);
         cpu.apic_id = index;
-        Ok(Box::new(InterpVcpu { cpu, env, debug: DebugControl::default() }))
+        Ok(Box::new(InterpVcpu { cpu, env, single_step: false }))
     }
 }
 
@@ -56,7 +56,7 @@ impl Engine for InterpEngine {
 struct InterpVcpu {
     cpu: Cpu,
     env: VcpuEnv,
-    debug: DebugControl,
+    single_step: bool,
 }
 
 impl InterpVcpu {
@@ -66,18 +66,6 @@ impl InterpVcpu {
         match state.mode() {
             Mode::Long64 => state.rip,
             _ => state.seg[SegReg::Cs as usize].base.wrapping_add(state.rip) & 0xffff_ffff,
-        }
-    }
-
-    /// Runs one instruction at a time, for the debugger.
-    fn run_debugged(&mut self) -> Exit {
-        loop {
-            if let Some(exit) = ended(self.cpu.run(&mut self.env, 1)) {
-                return exit;
-            }
-            if self.debug.single_step || self.debug.breakpoints.contains(&self.next_instruction()) {
-                return Exit::Debug;
-            }
         }
     }
 }
@@ -105,18 +93,21 @@ impl Vcpu for InterpVcpu {
     }
 
     fn run(&mut self) -> Result<Exit, EngineError> {
-        if self.debug != DebugControl::default() {
-            return Ok(self.run_debugged());
-        }
+        let budget = if self.single_step { 1 } else { BUDGET };
         loop {
-            if let Some(exit) = ended(self.cpu.run(&mut self.env, BUDGET)) {
+            if let Some(exit) = ended(self.cpu.run(&mut self.env, budget)) {
                 return Ok(exit);
+            }
+            // The interpreter does not look at the first instruction of its next run.
+            if self.single_step || self.cpu.breakpoints.contains(&self.next_instruction()) {
+                return Ok(Exit::Debug);
             }
         }
     }
 
     fn set_debug(&mut self, debug: &DebugControl) -> Result<(), EngineError> {
-        self.debug = debug.clone();
+        self.single_step = debug.single_step;
+        self.cpu.breakpoints.clone_from(&debug.breakpoints);
         Ok(())
     }
 

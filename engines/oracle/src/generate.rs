@@ -31,6 +31,8 @@ pub struct Generated {
 pub struct Generator {
     random: Random,
     decoder_options: u32,
+    /// The current image: it changes now and then only, because copying it takes time.
+    image: u32,
 }
 
 /// The contents of the data pages, from a fixed seed.
@@ -128,7 +130,7 @@ impl Generator {
     /// A generator for instructions of this CPU model.
     pub fn new(seed: u64, model: &CpuModel) -> Self {
         let amd = if model.vendor == Vendor::Amd { DecoderOptions::AMD } else { DecoderOptions::NONE };
-        Self { random: Random::new(seed), decoder_options: amd }
+        Self { random: Random::new(seed), decoder_options: amd, image: 0 }
     }
 
     /// The next case.
@@ -147,7 +149,10 @@ impl Generator {
             }
             let mut gpr = self.registers();
             let mut case_xsave = xsave(&mut self.random);
-            let image = self.random.below(IMAGES as u64) as u32;
+            if self.random.once_in(16) {
+                self.image = self.random.below(IMAGES as u64) as u32;
+            }
+            let image = self.image;
             let mut placement = Placement {
                 random: &mut self.random,
                 gpr: &mut gpr,

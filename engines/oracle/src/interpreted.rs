@@ -233,9 +233,8 @@ fn build_system_tables(memory: &GuestMemory) {
 
 /// The state that all cases start with, as Linux sets it up for a program.
 fn initial_state() -> CpuState {
-    let mut state = CpuState::default();
-    state.cr0 = (Cr0::PE | Cr0::MP | Cr0::ET | Cr0::NE | Cr0::WP | Cr0::AM | Cr0::PG).bits();
-    state.cr3 = PML4;
+    let cr0 = Cr0::PE | Cr0::MP | Cr0::ET | Cr0::NE | Cr0::WP | Cr0::AM | Cr0::PG;
+    let mut state = CpuState { cr0: cr0.bits(), cr3: PML4, xcr0: 7, cpl: 3, ..CpuState::default() };
     state.cr4 = (Cr4::PAE
         | Cr4::PGE
         | Cr4::OSFXSR
@@ -247,8 +246,6 @@ fn initial_state() -> CpuState {
         | Cr4::SMAP)
         .bits();
     state.msr.efer = (Efer::SCE | Efer::LME | Efer::LMA | Efer::NXE).bits();
-    state.xcr0 = 7;
-    state.cpl = 3;
     let null = Segment { attributes: Segment::UNUSABLE, ..Segment::default() };
     state.seg = [null; 6];
     let user = |selector, attributes| Segment { base: 0, limit: u32::MAX, selector, attributes };

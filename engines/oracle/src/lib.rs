@@ -38,7 +38,7 @@ pub struct Oracle {
     generator: Generator,
     model: Arc<CpuModel>,
     images: Box<[Image; IMAGES]>,
-    outcome: Box<Outcome>,
+    outcomes: Vec<Outcome>,
     tried: HashSet<Code>,
 }
 
@@ -60,7 +60,7 @@ impl Oracle {
             generator: Generator::new(seed, &model),
             model,
             images,
-            outcome: Box::new(Outcome::empty()),
+            outcomes: vec![Outcome::empty(); BATCH],
             tried: HashSet::new(),
         })
     }
@@ -79,16 +79,13 @@ impl Oracle {
         let mut tried = 0;
         let mut batch = self.batch();
         while tried < count {
-            let cases: Vec<_> = batch.iter().map(|generated| generated.case.clone()).collect();
-            self.native.submit(&cases);
+            self.native.submit(batch.iter().map(|generated| &generated.case));
             let next = self.batch();
-            let mut interpreted = Vec::with_capacity(cases.len());
-            for case in &cases {
-                self.interpreted.execute(case, &mut self.outcome);
-                interpreted.push(self.outcome.clone());
+            for (generated, outcome) in batch.iter().zip(&mut self.outcomes) {
+                self.interpreted.execute(&generated.case, outcome);
             }
             let native = self.native.wait()?;
-            for ((generated, native), interpreted) in batch.iter().zip(native).zip(&interpreted) {
+            for ((generated, native), interpreted) in batch.iter().zip(native).zip(&self.outcomes) {
                 let Generated { case, instruction } = generated;
                 self.tried.insert(instruction.code());
                 let lines = compare::differences(case, instruction, native, interpreted);
@@ -102,7 +99,7 @@ impl Oracle {
                     }
                 }
             }
-            tried += cases.len() as u64;
+            tried += batch.len() as u64;
             progress(tried);
             batch = next;
         }

@@ -139,13 +139,16 @@ impl Native {
     }
 
     /// Hands over a batch of at most [`BATCH`] cases.
-    pub fn submit(&mut self, cases: &[Case]) {
+    pub fn submit<'a>(&mut self, cases: impl Iterator<Item = &'a Case>) {
         let shared = self.shared.as_ptr();
-        let count = cases.len().min(BATCH);
         // SAFETY: the child waits, and reads and writes nothing but `asked` until that changes.
         unsafe {
-            (&mut (*shared).cases)[..count].clone_from_slice(&cases[..count]);
-            (*shared).count = count as u32;
+            let mut count = 0;
+            for (place, case) in (*shared).cases.iter_mut().zip(cases) {
+                place.clone_from(case);
+                count += 1;
+            }
+            (*shared).count = count;
             (*shared).asked.fetch_add(1, Ordering::Release);
             futex_wake(&(*shared).asked);
         }

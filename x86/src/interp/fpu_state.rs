@@ -514,3 +514,133 @@ fn checked_header(header: &[u8], xcr0: u64) -> Result<(u64, bool), Exception> {
     }
     Ok((present, is_compacted))
 }
+
+#[cfg(test)]
+mod tests {
+    use alloc::vec::Vec;
+
+    use super::*;
+    use crate::cpu::RunExit;
+    use crate::cpuid::Vendor;
+    use crate::interp::run::tests::{CODE, machine};
+    use crate::registers::gpr::{RAX, RDX, RSI};
+    use crate::state::XsaveArea;
+    use crate::testing::{TestEnv, test_cpu};
+
+    /// Where the states are stored.
+    const AREA: u64 = 0x4000;
+
+    /// A processor in 64-bit mode with XSAVE enabled, RSI at the area and RAX asking for all components.
+    fn with_xsave(code: &[u8]) -> (Cpu, TestEnv) {
+        let (mut cpu, env) = machine(code);
+        cpu.state.cr4 |= (Cr4::OSXSAVE | Cr4::OSFXSR).bits();
+        cpu.state.xcr0 = 7;
+        cpu.state.gpr[RSI] = AREA;
+        cpu.state.gpr[RAX] = 7;
+        cpu.state.gpr[RDX] = 0;
+        (cpu, env)
+    }
+
+    /// A state with something in every component.
+    fn full() -> XsaveArea {
+        let mut area = XsaveArea::default();
+        area.bytes[area::FOP] = 0x12;
+        area.bytes[area::FIP..area::FIP + 4].copy_from_slice(&0x12345u32.to_le_bytes());
+        area.bytes[area::FDP..area::FDP + 4].copy_from_slice(&0x6789au32.to_le_bytes());
+        area.bytes[ST..ST + 10].fill(0x77);
+        area.bytes[XMM..XMM_END].fill(0x5a);
+        area.bytes[YMM..].fill(0xa5);
+        area
+    }
+
+    fn word(env: &TestEnv, address: u64) -> u64 {
+        u64::from_le_bytes(env.get(address))
+    }
+
+    #[test]
+    fn compacted_area_round_trip() {
+        // XSAVEC [RSI]; XRSTOR [RSI]; HLT
+        let (mut cpu, mut env) = with_xsave(&[0x0f, 0xc7, 0x26, 0x0f, 0xae, 0x2e, 0xf4]);
+        cpu.state.xsave = full();
+        cpu.run(&mut env, 1);
+        assert_eq!(word(&env, AREA + 512), 7, "XSTATE_BV");
+        assert_eq!(word(&env, AREA + 520), COMPACTED | 7, "XCOMP_BV");
+        cpu.state.xsave = XsaveArea::default();
+        assert_eq!(cpu.run(&mut env, 10), RunExit::Halted);
+        assert_eq!(cpu.state.xsave, full());
+    }
+
+    #[test]
+    fn components_in_their_initial_state_are_not_present() {
+        // XSAVEOPT [RSI]; HLT
+        let (mut cpu, mut env) = with_xsave(&[0x0f, 0xae, 0x36, 0xf4]);
+        cpu.state.xsave.bytes[XMM] = 1;
+        env.put(AREA, &[0xee; HEADER_END]);
+        env.put(AREA + 512, &[0; 64]);
+        assert_eq!(cpu.run(&mut env, 10), RunExit::Halted);
+        assert_eq!(word(&env, AREA + 512), XCR0_SSE);
+        assert_eq!(env.get::<1>(AREA), [0xee], "x87 state is left out");
+        assert_eq!(env.get::<1>(AREA + XMM as u64), [1]);
+    }
+
+    #[test]
+    fn restores_missing_components_to_their_initial_state() {
+        // XRSTOR [RSI]; HLT
+        let (mut cpu, mut env) = with_xsave(&[0x0f, 0xae, 0x2e, 0xf4]);
+        cpu.state.xsave = full();
+        env.put(AREA + area::MXCSR as u64, &0x1fbfu32.to_le_bytes());
+        assert_eq!(cpu.run(&mut env, 10), RunExit::Halted);
+        let mut expected = XsaveArea::default();
+        expected.bytes[area::MXCSR..area::MXCSR + 4].copy_from_slice(&0x1fbfu32.to_le_bytes());
+        assert_eq!(cpu.state.xsave, expected);
+    }
+
+    #[test]
+    fn headers_are_checked() {
+        let header = |words: &[(usize, u64)]| {
+            let mut header = [0; 64];
+            for (number, word) in words {
+                header[8 * number..8 * number + 8].copy_from_slice(&word.to_le_bytes());
+            }
+            checked_header(&header, 7)
+        };
+        assert_eq!(header(&[(0, 7)]), Ok((7, false)));
+        assert_eq!(header(&[(0, 3), (1, COMPACTED | 7)]), Ok((3, true)));
+        assert_eq!(header(&[(0, 8)]), Err(Exception::GP0), "a component that XCR0 lacks");
+        assert_eq!(header(&[(1, 1)]), Err(Exception::GP0), "XCOMP_BV without its top bit");
+        assert_eq!(header(&[(2, 1)]), Err(Exception::GP0), "reserved");
+        assert_eq!(header(&[(0, 7), (1, COMPACTED | 3)]), Err(Exception::GP0), "not in the layout");
+        assert_eq!(header(&[(0, 1), (1, COMPACTED | 7), (7, 1)]), Err(Exception::GP0), "reserved");
+        assert_eq!(header(&[(0, 7), (7, 1)]), Ok((7, false)), "reserved, but not checked");
+    }
+
+    #[test]
+    fn environments_of_real_mode_hold_linear_addresses() {
+        let mut cpu = test_cpu(Vendor::Amd);
+        let mut env = TestEnv::new(0x10000);
+        // FNSTENV [4000h]; FLDENV [4000h]
+        env.put(CODE, &[0xd9, 0x36, 0x00, 0x40, 0xd9, 0x26, 0x00, 0x40]);
+        cpu.state.seg[SegReg::Cs as usize].base = 0;
+        cpu.state.rip = CODE;
+        cpu.state.xsave = full();
+        let before = cpu.state.xsave;
+        cpu.run(&mut env, 1);
+        let fields: [u8; 14] = env.get(AREA);
+        let words = fields.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
+        assert_eq!(words.collect::<Vec<_>>(), [0x37f, 0, 0xffff, 0x2345, 0x1012, 0x789a, 0x6000]);
+        cpu.run(&mut env, 1);
+        assert_eq!(cpu.state.xsave, before);
+    }
+
+    #[test]
+    fn registers_keep_their_places_when_top_changes() {
+        // FNINIT; HLT
+        let (mut cpu, mut env) = machine(&[0xdb, 0xe3, 0xf4]);
+        cpu.state.xsave.bytes[area::FSW + 1] = 3 << 3;
+        cpu.state.xsave.bytes[area::FTW] = 0xff;
+        cpu.state.xsave.bytes[ST] = 0x42;
+        assert_eq!(cpu.run(&mut env, 10), RunExit::Halted);
+        assert_eq!(cpu.state.xsave.bytes[ST + 3 * 16], 0x42, "ST(0) was R3, which is ST(3) with TOP at zero");
+        assert_eq!(cpu.state.xsave.bytes[area::FTW], 0);
+    }
+}

@@ -274,4 +274,4 @@ impl Cpu {
 
 #[cfg(test)]
 #[path = "tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -8,10 +8,10 @@ use crate::state::{Activity, SegReg, Segment, TableRegister};
 use crate::testing::{TestEnv, test_cpu};
 
 /// Where the code of the tests stands.
-pub(super) const CODE: u64 = 0x1000;
+pub(in crate::interp) const CODE: u64 = 0x1000;
 
 /// A processor in 64-bit mode at CPL 0 without paging, with `code` at [`CODE`] and its stack at 0x8000.
-pub(super) fn machine(code: &[u8]) -> (Cpu, TestEnv) {
+pub(in crate::interp) fn machine(code: &[u8]) -> (Cpu, TestEnv) {
     let mut cpu = test_cpu(Vendor::Amd);
     let env = TestEnv::new(0x10000);
     env.put(CODE, code);

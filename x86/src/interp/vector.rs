@@ -318,10 +318,7 @@ impl Cpu {
     /// The instruction's memory operand.
     fn host_memory_operand(&self, op: &Op, unit: Unit) -> Option<MemoryOperand> {
         let instruction = &op.instruction;
-        let Some(operand) = (0..instruction.op_count()).find(|&i| instruction.op_kind(i) == OpKind::Memory)
-        else {
-            return None;
-        };
+        let operand = (0..instruction.op_count()).find(|&i| instruction.op_kind(i) == OpKind::Memory)?;
         let mnemonic = instruction.mnemonic();
         let (segment, offset) = self.effective_address(op);
         let size = instruction.memory_size().size().min(64);
