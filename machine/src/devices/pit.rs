@@ -433,6 +433,9 @@ struct State {
     pit: Pit,
     /// Until when the interrupt line has followed the output.
     followed: Nanos,
+    /// What the timer was set to last. Counters 1 and 2 leave it as it is, and then nobody has to wait for the lock of
+    /// all timers: software measures time with counter 2, and would measure that.
+    armed: Option<Nanos>,
 }
 
 /// The timer on its ports, with counter 0 on an interrupt line.
@@ -446,7 +449,7 @@ pub struct IntervalTimer {
 impl IntervalTimer {
     /// The timer after reset.
     pub fn new(irq: Arc<dyn IrqLine>, clock: Arc<dyn Clock>, timers: &Arc<TimerHub>) -> Arc<Self> {
-        let state = State { pit: Pit::default(), followed: clock.now() };
+        let state = State { pit: Pit::default(), followed: clock.now(), armed: None };
         Arc::new_cyclic(|me: &Weak<Self>| Self {
             state: Mutex::new(state),
             irq,
@@ -492,7 +495,11 @@ impl IntervalTimer {
         self.follow(&mut state, now);
         let result = access(&mut state.pit, now);
         self.follow(&mut state, now);
-        self.timer.set(Self::deadline(&state, now));
+        let deadline = Self::deadline(&state, now);
+        if deadline != state.armed {
+            state.armed = deadline;
+            self.timer.set(deadline);
+        }
         result
     }
 
@@ -528,7 +535,8 @@ impl Poll for IntervalTimer {
         let mut state = self.state.lock();
         let now = now.max(state.followed);
         self.follow(&mut state, now);
-        Self::deadline(&state, now)
+        state.armed = Self::deadline(&state, now);
+        state.armed
     }
 }
 
