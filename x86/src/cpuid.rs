@@ -74,7 +74,10 @@ impl fmt::Debug for InstructionSets {
 }
 
 /// Frequency of the local APIC's timer before its divider, in Hz; leaf 4000_0010h tells it.
-pub const APIC_BUS_HZ: u64 = 1_000_000_000;
+///
+/// That of a real processor's bus, since software that measures with a short count must not be overtaken by it
+/// when the host lets a virtual processor wait.
+pub const APIC_BUS_HZ: u64 = 100_000_000;
 
 /// First leaf of the hypervisor's own, SDM Vol. 2A: reserved for software.
 const HYPERVISOR_LEAF: u32 = 0x4000_0000;

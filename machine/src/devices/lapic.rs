@@ -1,5 +1,7 @@
 //! The registers of a local APIC (SDM Vol. 3A, chapter 11): xAPIC and x2APIC.
 
+use bivisor_x86::cpuid::APIC_BUS_HZ;
+
 use super::Registers;
 use super::message::{BROADCAST, Delivery, Message, wide_destination};
 use crate::host::Nanos;
@@ -80,13 +82,15 @@ const ICR_WRITABLE: u64 = 0x000c_cfff;
 
 const DIVIDE_WRITABLE: u32 = 0xb;
 
+/// Nanoseconds of the timer's input clock.
+const INPUT_PERIOD: Nanos = 1_000_000_000 / APIC_BUS_HZ;
 /// Least time between two ends of the periodic timer, so that a guest can't keep the host busy with it.
 const SHORTEST_PERIOD: Nanos = 20_000;
 
 /// What a read or write needs to know of time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Moment {
-    /// The machine's clock. The timer counts nanoseconds: its input clock is 1 GHz.
+    /// The machine's clock.
     pub now: Nanos,
     /// The guest's time-stamp counter at `now`.
     pub tsc: u64,
@@ -460,7 +464,7 @@ impl Lapic {
     /// Nanoseconds a count.
     fn divisor(&self) -> u64 {
         let code = self.divide & 3 | self.divide >> 1 & 4;
-        1 << (code.wrapping_add(1) & 7)
+        INPUT_PERIOD << (code.wrapping_add(1) & 7)
     }
     fn current_count(&self, now: Nanos) -> u32 {
         let Some(expiry) = self.expiry else { return 0 };

@@ -420,7 +420,7 @@ mod tests {
         let r = rig();
         r.apic.mmio_write(0x3e0, 4, 0xb);
         r.apic.mmio_write(0x320, 4, 0xee);
-        r.apic.mmio_write(0x380, 4, 5000);
+        r.apic.mmio_write(0x380, 4, 500);
         let deadline = r.host.deadline().unwrap();
         assert_eq!(deadline, r.time.now() + 5000);
         r.time.advance(5000);
