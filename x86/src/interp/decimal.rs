@@ -5,7 +5,7 @@ use iced_x86::Mnemonic;
 use crate::cpu::Cpu;
 use crate::env::Env;
 use crate::exception::{Exception, vector};
-use crate::interp::flags::{AF, ARITHMETIC, CF, flag_if, result_flags};
+use crate::interp::flags::{self, AF, ARITHMETIC, CF, flag_if, result_flags};
 use crate::interp::op::{Op, place};
 use crate::interp::operand::{sign_extend, truncate};
 use crate::registers::gpr::RAX;
@@ -13,14 +13,17 @@ use crate::registers::gpr::RAX;
 const A: u8 = RAX as u8;
 const AH: u8 = place::HIGH_BYTE;
 
+/// [`flags::add`] or [`flags::subtract`].
+type Operation = fn(u64, u64, u64, usize) -> (u64, u64);
+
 impl Cpu {
     /// DAA, DAS, AAA, AAS, AAM, AAD, BOUND.
     pub(super) fn exec_decimal<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<(), Exception> {
         match op.instruction.mnemonic() {
-            Mnemonic::Daa => self.adjust_packed(u8::wrapping_add),
-            Mnemonic::Das => self.adjust_packed(u8::wrapping_sub),
-            Mnemonic::Aaa => self.adjust_unpacked(|ax| ax.wrapping_add(0x106)),
-            Mnemonic::Aas => self.adjust_unpacked(|ax| ax.wrapping_sub(0x106)),
+            Mnemonic::Daa => self.adjust_packed(flags::add),
+            Mnemonic::Das => self.adjust_packed(flags::subtract),
+            Mnemonic::Aaa => self.adjust_unpacked(flags::add),
+            Mnemonic::Aas => self.adjust_unpacked(flags::subtract),
             Mnemonic::Aam => self.split_digits(op.immediate as u8)?,
             Mnemonic::Aad => self.join_digits(op.immediate as u8),
             _ => self.check_bounds(env, op)?,
@@ -28,40 +31,30 @@ impl Cpu {
         Ok(())
     }
 
-    /// Sets AL, with SF, ZF and PF from it, and AF and CF.
-    fn set_al(&mut self, al: u8, other_flags: u64) {
-        self.set_gpr(A, 1, al.into());
-        self.state.rflags = self.state.rflags & !ARITHMETIC | result_flags(al.into(), 1) | other_flags;
+    fn set_arithmetic_flags(&mut self, flags: u64) {
+        self.state.rflags = self.state.rflags & !ARITHMETIC | flags;
     }
 
-    /// DAA and DAS: `adjust` adds or subtracts.
-    fn adjust_packed(&mut self, adjust: fn(u8, u8) -> u8) {
-        let old = self.gpr(A, 1) as u8;
-        let (old_af, old_cf) = (self.state.rflags & AF != 0, self.state.rflags & CF != 0);
-        let mut al = old;
-        let low = old & 15 > 9 || old_af;
-        let mut carry = false;
-        if low {
-            al = adjust(al, 6);
-            // A borrow of DAS counts; a carry of DAA never comes without the second step.
-            carry = (al > old) != (adjust(0, 1) == 1);
-        }
-        let high = old > 0x99 || old_cf;
-        if high {
-            al = adjust(al, 0x60);
-        }
-        self.set_al(al, flag_if(AF, low) | flag_if(CF, high || carry));
+    /// DAA and DAS.
+    fn adjust_packed(&mut self, operation: Operation) {
+        let old = self.gpr(A, 1);
+        let low = old & 15 > 9 || self.state.rflags & AF != 0;
+        let high = old > 0x99 || self.state.rflags & CF != 0;
+        let adjustment = if low { 6 } else { 0 } + if high { 0x60 } else { 0 };
+        let (al, flags) = operation(old, adjustment, 0, 1);
+        self.set_gpr(A, 1, al);
+        // DAS of a digit that is too small borrows even without the second step.
+        let carry = high || flags & CF != 0;
+        self.set_arithmetic_flags(flags & !(AF | CF) | flag_if(AF, low) | flag_if(CF, carry));
     }
 
-    /// AAA and AAS: `adjust` adds or subtracts 6 in AL and 1 in AH.
-    fn adjust_unpacked(&mut self, adjust: fn(u16) -> u16) {
-        let mut ax = self.gpr(A, 2) as u16;
-        let needed = ax & 15 > 9 || self.state.rflags & AF != 0;
-        if needed {
-            ax = adjust(ax);
-        }
-        self.set_gpr(AH, 1, (ax >> 8).into());
-        self.set_al(ax as u8 & 15, flag_if(AF | CF, needed));
+    /// AAA and AAS: 6 in AL and 1 in AH.
+    fn adjust_unpacked(&mut self, operation: Operation) {
+        let old = self.gpr(A, 2);
+        let needed = old & 15 > 9 || self.state.rflags & AF != 0;
+        let (ax, flags) = operation(old, if needed { 0x106 } else { 0 }, 0, 2);
+        self.set_gpr(A, 2, ax & 0xff0f);
+        self.set_arithmetic_flags(flags & !(AF | CF) | flag_if(AF | CF, needed));
     }
 
     /// AAM.
@@ -71,15 +64,17 @@ impl Cpu {
             return Err(Exception::DE);
         };
         self.set_gpr(AH, 1, high.into());
-        self.set_al(low, 0);
+        self.set_gpr(A, 1, low.into());
+        self.set_arithmetic_flags(result_flags(low.into(), 1));
         Ok(())
     }
 
     /// AAD.
     fn join_digits(&mut self, radix: u8) {
-        let (al, ah) = (self.gpr(A, 1) as u8, self.gpr(AH, 1) as u8);
-        self.set_gpr(AH, 1, 0);
-        self.set_al(al.wrapping_add(ah.wrapping_mul(radix)), 0);
+        let tens = truncate(self.gpr(AH, 1).wrapping_mul(radix.into()), 1);
+        let (al, flags) = flags::add(self.gpr(A, 1), tens, 0, 1);
+        self.set_gpr(A, 2, al);
+        self.set_arithmetic_flags(flags);
     }
 
     fn check_bounds<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<(), Exception> {
