@@ -198,7 +198,7 @@ mod tests {
                     assert_eq!(flags & AF != 0, (left & 15) + (right & 15) + carry > 15);
                     assert_eq!(flags & ZF != 0, sum == 0);
                     assert_eq!(flags & SF != 0, sum > 127);
-                    assert_eq!(flags & PF != 0, (sum as u8).count_ones() % 2 == 0);
+                    assert_eq!(flags & PF != 0, (sum as u8).count_ones().is_multiple_of(2));
                     let (difference, flags) = subtract(left, right, carry, 1);
                     let signed = i64::from(left as i8) - i64::from(right as i8) - carry as i64;
                     assert_eq!(difference, left.wrapping_sub(right + carry) & 0xff);

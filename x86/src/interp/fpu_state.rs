@@ -522,7 +522,7 @@ mod tests {
     use super::*;
     use crate::cpu::RunExit;
     use crate::cpuid::Vendor;
-    use crate::interp::run::tests::{CODE, machine};
+    use crate::interp::tests::{CODE, machine};
     use crate::registers::gpr::{RAX, RDX, RSI};
     use crate::state::XsaveArea;
     use crate::testing::{TestEnv, test_cpu};

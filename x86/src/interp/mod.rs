@@ -15,6 +15,8 @@ mod dispatch;
 mod flag_instructions;
 mod flags;
 mod fpu_state;
+#[cfg(test)]
+mod integer_tests;
 mod multiply;
 pub mod op;
 pub mod operand;
@@ -24,5 +26,7 @@ mod run;
 pub mod segment_ops;
 mod stack;
 mod string;
+#[cfg(test)]
+mod tests;
 pub mod vector;
 mod vector_memory;

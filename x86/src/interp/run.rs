@@ -271,7 +271,3 @@ impl Cpu {
         op.ok_or(fault.unwrap_or(Exception::GP0))
     }
 }
-
-#[cfg(test)]
-#[path = "tests.rs"]
-pub(super) mod tests;
