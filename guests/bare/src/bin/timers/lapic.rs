@@ -128,10 +128,11 @@ fn deadline(s: &mut Suite) {
     s.check("TSC deadline: and disarms itself", cpu::rdmsr(msr::TSC_DEADLINE), 0);
     cpu::wrmsr(msr::TSC_DEADLINE, 1);
     s.check("TSC deadline: one in the past comes at once", wait_for(TIMER, 2), true);
-    cpu::wrmsr(msr::TSC_DEADLINE, cpu::rdtsc() + 2 * time::ticks_per_ms());
+    // Far enough not to come between the two writes when the host is busy.
+    cpu::wrmsr(msr::TSC_DEADLINE, cpu::rdtsc() + 100 * time::ticks_per_ms());
     cpu::wrmsr(msr::TSC_DEADLINE, 0);
     cpu::sti();
-    time::wait(5, || false);
+    time::wait(120, || false);
     cpu::cli();
     s.check("TSC deadline: 0 disarms it", trap::count(TIMER), 2);
     apic::set(register::TIMER, apic::MASKED);
