@@ -47,7 +47,7 @@ pub fn run(args: &RunArgs, verbose: bool) -> Result<u8, Failure> {
     let (events, happenings) = channel();
     let log = Arc::new(Log::start(verbose).map_err(Failure::host)?);
     let on_signal = events.clone();
-    signals::watch(move |signal| {
+    let _watch = signals::watch(move |signal| {
         // The supervisor is only gone at the end.
         let _ = on_signal.send(Event::Signal(signal));
     })

@@ -5,12 +5,23 @@ use std::thread;
 
 use bivisor_backends::terminal;
 use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP};
-use signal_hook::iterator::Signals;
+use signal_hook::iterator::{Handle, Signals};
+
+/// Somebody who hears signals, until dropped.
+#[must_use]
+pub struct Watch(Handle);
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
 
 /// Starts a thread that calls `end` with the number of the first signal that asks for the end. A second one ends
 /// the process at once, so that nothing that hangs can keep it.
-pub fn watch(end: impl Fn(i32) + Send + 'static) -> io::Result<()> {
+pub fn watch(end: impl Fn(i32) + Send + 'static) -> io::Result<Watch> {
     let mut signals = Signals::new([SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP])?;
+    let watch = Watch(signals.handle());
     thread::Builder::new().name("signals".into()).spawn(move || {
         let mut ending = false;
         for signal in signals.forever() {
@@ -41,7 +52,7 @@ pub fn watch(end: impl Fn(i32) + Send + 'static) -> io::Result<()> {
             }
         }
     })?;
-    Ok(())
+    Ok(watch)
 }
 
 /// A signal's name.

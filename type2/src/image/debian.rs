@@ -8,12 +8,17 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::host::signals;
+use crate::status;
+
 use super::apt::{Apt, Package};
 use super::initramfs::{self, Module};
 use super::{DEFAULT_IMAGE, Image, ImageError, MANIFEST, Manifest, deb, images_folder, io_error};
 
 /// Debian's package that depends on the newest kernel for virtual machines.
 const KERNEL: &str = "linux-image-cloud-amd64";
+/// What the names of folders begin with in which images are made.
+const WORK_PREFIX: &str = ".build-";
 const BUSYBOX: &str = "busybox-static";
 /// The power button, and the devices that a machine may have.
 const MODULES: &[&str] = &[
@@ -37,11 +42,19 @@ pub fn build_debian() -> Result<Image, ImageError> {
     let lock_file = images.join(".lock");
     let lock = File::create(&lock_file).map_err(io_error("opening", &lock_file))?;
     lock.lock().map_err(io_error("locking", &lock_file))?;
-    // On every way out, the temporary folder goes.
+    // On every way out, the temporary folder goes; SIGKILL's goes here, as nobody else holds the lock.
+    remove_leftovers(&images);
     let work = tempfile::Builder::new()
-        .prefix(".build-")
+        .prefix(WORK_PREFIX)
         .tempdir_in(&images)
         .map_err(io_error("making a folder in", &images))?;
+    let leftover = work.path().to_owned();
+    let _watch = signals::watch(move |signal| {
+        // Our death is the better part of what is left to do.
+        let _ = fs::remove_dir_all(&leftover);
+        std::process::exit(status::of_signal(signal).into());
+    })
+    .map_err(io_error("watching for signals while making", &images))?;
 
     let (kernel, busybox) = fetch(work.path())?;
     let image = work.path().join("image");
@@ -49,6 +62,16 @@ pub fn build_debian() -> Result<Image, ImageError> {
     assemble(&kernel, &busybox, &image)?;
     replace(&image, &images.join(DEFAULT_IMAGE), work.path())?;
     Image::open(DEFAULT_IMAGE)
+}
+
+/// Removes what builds left behind that were killed.
+fn remove_leftovers(images: &Path) {
+    for entry in fs::read_dir(images).into_iter().flatten().filter_map(Result::ok) {
+        if entry.file_name().to_string_lossy().starts_with(WORK_PREFIX) {
+            // It costs space only.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
 }
 
 fn step(message: &'static str) -> ProgressBar {
