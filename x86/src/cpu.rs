@@ -23,6 +23,8 @@ pub struct Cpu {
     pub breakpoints: Vec<u64>,
     pub(crate) decode_cache: DecodeCache,
     pub(crate) tlb: Tlb,
+    /// Set by every access that goes past the TLB, as all accesses to devices do.
+    pub(crate) went_past_tlb: bool,
     pub(crate) watch: DebugWatch,
     /// 1 GiB pages (CPUID 8000_0001h EDX bit 26).
     pub(crate) gigabyte_pages: bool,
@@ -68,6 +70,7 @@ impl Cpu {
             breakpoints: Vec::new(),
             decode_cache: DecodeCache::default(),
             tlb: Tlb::new(),
+            went_past_tlb: false,
             watch: DebugWatch::default(),
             gigabyte_pages,
         }

@@ -253,6 +253,7 @@ impl Cpu {
         access: Access,
         privilege: Privilege,
     ) -> Result<Place, Exception> {
+        self.went_past_tlb = true;
         let wanted = permission(access, privilege);
         if let Some(offset) = self.tlb.lookup_global(linear, wanted) {
             return Ok(Place::Ram(offset));

@@ -149,6 +149,8 @@ impl DecodeCache {
 
     fn clear(&mut self) {
         self.ops.clear();
+        // All at once: growing by doubling would end above the capacity.
+        self.ops.reserve_exact(CAPACITY);
         self.blocks.clear();
         self.blocks.push(EMPTY);
         self.table.clear();
@@ -174,7 +176,7 @@ impl DecodeCache {
             env.load_bytes(start + length, bytes);
             let Some(op) = lookup.decoder.decode(bytes, lookup.bits, lookup.model) else { break };
             length += u64::from(op.length);
-            let ends = op.ends_block;
+            let ends = op.then.ends_block();
             self.ops.push(op);
             if ends {
                 break;

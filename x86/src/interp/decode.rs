@@ -3,7 +3,7 @@
 use iced_x86::{Code, CpuidFeature, Decoder, DecoderError, DecoderOptions, Instruction, OpKind};
 
 use crate::cpuid::{CpuModel, Vendor};
-use crate::interp::op::{Handler, MAX_INSTRUCTION_LENGTH, Op};
+use crate::interp::op::{Handler, MAX_INSTRUCTION_LENGTH, Op, Then};
 
 /// Decodes for one CPU model.
 #[derive(Clone, Copy, Debug)]
@@ -46,12 +46,11 @@ impl InstructionDecoder {
             op.handler = Handler::TooLong;
         } else if is_prefetch_of_register(&instruction) && model.vendor == Vendor::Amd {
             op.handler = Handler::Undefined;
-            op.ends_block = true;
+            op.then = Then::Anything;
         } else if op.handler != Handler::Nop && !model.offers_instruction(&instruction) {
             // Hints are no-operations where they are unknown.
             op.handler = Handler::Undefined;
-            op.ends_block = true;
-            op.keeps_view = false;
+            op.then = Then::Anything;
         }
         Some(op)
     }

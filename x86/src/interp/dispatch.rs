@@ -10,6 +10,16 @@ use crate::interp::operand::sign_extend;
 /// The result and all six flags of a two-operand operation.
 #[inline(always)]
 fn compute(operation: Alu, left: u64, right: u64, rflags: u64, size: usize) -> (u64, u64) {
+    // The frequent sizes as constants: their shifts and masks are known when this is compiled.
+    match size {
+        4 => compute_sized(operation, left, right, rflags, 4),
+        8 => compute_sized(operation, left, right, rflags, 8),
+        _ => compute_sized(operation, left, right, rflags, size),
+    }
+}
+
+#[inline(always)]
+fn compute_sized(operation: Alu, left: u64, right: u64, rflags: u64, size: usize) -> (u64, u64) {
     let logic = |result: u64| (result, flags::result_flags(result, size));
     match operation {
         Alu::Add => flags::add(left, right, 0, size),

@@ -113,6 +113,29 @@ pub enum Handler {
     TooLong,
 }
 
+/// How execution goes on after an instruction that raised no exception.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Then {
+    /// At the following instruction.
+    Next,
+    /// At the following instruction, unless cached code or a device was written.
+    NextIfUnchanged,
+    /// At the following instruction or elsewhere: a conditional jump.
+    Either,
+    /// Elsewhere, or again here; mode, translation, and all that is checked between instructions are as before.
+    Elsewhere,
+    /// Nothing is known.
+    Anything,
+}
+
+impl Then {
+    /// Whether a block of instructions ends.
+    pub(crate) const fn ends_block(self) -> bool {
+        matches!(self, Self::Elsewhere | Self::Anything)
+    }
+}
+
 /// One decoded instruction, independent of the linear address it is executed at.
 ///
 /// The first 32 bytes are what the frequent instructions need.
@@ -149,12 +172,8 @@ pub struct Op {
     pub(crate) length: u8,
     /// LOCK, or an XCHG with memory.
     pub(crate) locked: bool,
-    /// Straight-line execution cannot go on behind it.
-    pub(crate) ends_block: bool,
-    /// After it, mode, translation and everything that is checked between instructions are as before.
-    pub(crate) keeps_view: bool,
-    /// It may write memory, and with that code, or a device.
-    pub(crate) writes_memory: bool,
+    /// How execution goes on after it.
+    pub(crate) then: Then,
     /// As iced-x86 decoded it, at the instruction pointer `decode_ip`.
     pub instruction: Instruction,
     /// The instruction's bytes; the first `instruction.len()` count.
@@ -180,18 +199,14 @@ impl Op {
             address_size: 8,
             length: instruction.len() as u8,
             locked: instruction.has_lock_prefix(),
-            ends_block: true,
-            keeps_view: false,
-            writes_memory: true,
+            then: Then::Anything,
             instruction,
             bytes,
         };
         if instruction.code() != Code::INVALID {
             op.resolve_operands();
             op.handler = op.classify();
-            op.keeps_view = op.handler.keeps_view(instruction.mnemonic());
-            op.ends_block = !op.keeps_view || op.handler.transfers();
-            op.writes_memory = !op.handler.only_reads();
+            op.then = op.handler.then(instruction.mnemonic());
         }
         op
     }
@@ -501,28 +516,21 @@ fn is_vector(code: Code) -> bool {
 }
 
 impl Handler {
-    /// Whether mode, translation, and everything that is checked between instructions stay as they are.
-    fn keeps_view(self, mnemonic: Mnemonic) -> bool {
+    /// How execution goes on after the instruction.
+    fn then(self, mnemonic: Mnemonic) -> Then {
+        use Mnemonic as M;
         match self {
-            Self::Port | Self::Processor | Self::System | Self::Undefined | Self::TooLong => false,
-            Self::Stack => !matches!(mnemonic, Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq),
-            Self::Flags => !matches!(mnemonic, Mnemonic::Cli | Mnemonic::Sti),
-            _ => true,
+            Self::JumpIf => Then::Either,
+            Self::Jump | Self::JumpIndirect | Self::Call | Self::CallIndirect | Self::Return => {
+                Then::Elsewhere
+            }
+            Self::Loop | Self::String => Then::Elsewhere,
+            Self::Port | Self::Processor | Self::System | Self::Undefined | Self::TooLong => Then::Anything,
+            Self::Stack if matches!(mnemonic, M::Popf | M::Popfd | M::Popfq) => Then::Anything,
+            Self::Flags if matches!(mnemonic, M::Cli | M::Sti) => Then::Anything,
+            _ if self.only_reads() => Then::Next,
+            _ => Then::NextIfUnchanged,
         }
-    }
-
-    /// Whether execution goes on elsewhere than at the following instruction; conditional jumps do not count.
-    fn transfers(self) -> bool {
-        matches!(
-            self,
-            Self::Jump
-                | Self::JumpIndirect
-                | Self::Call
-                | Self::CallIndirect
-                | Self::Return
-                | Self::Loop
-                | Self::String
-        )
     }
 
     /// Whether it never writes memory.
@@ -530,7 +538,6 @@ impl Handler {
         matches!(
             self,
             Self::Nop
-                | Self::JumpIf
                 | Self::MovRegReg
                 | Self::MovRegMem
                 | Self::MovRegImm

@@ -7,7 +7,7 @@ use crate::env::{Env, Event};
 use crate::exception::Exception;
 use crate::interp::cache::{DecodeCache, Lookup};
 use crate::interp::decode::InstructionDecoder;
-use crate::interp::op::{Handler, MAX_INSTRUCTION_LENGTH, Op};
+use crate::interp::op::{MAX_INSTRUCTION_LENGTH, Op, Then};
 use crate::paging::Place;
 use crate::registers::Rflags;
 use crate::state::{Activity, SegReg};
@@ -50,7 +50,7 @@ impl CodeView {
 
 impl Cpu {
     /// Executes instructions and delivers exceptions and events until something ends it. `budget`: at most this
-    /// many instructions; an iteration of a repeated string instruction counts as one at most.
+    /// many instructions; a repeated string instruction counts each time that it is taken up.
     pub fn run<E: Env>(&mut self, env: &mut E, budget: u64) -> RunExit {
         let mut cache = core::mem::take(&mut self.decode_cache);
         let exit = self.run_with(env, &mut cache, budget);
@@ -161,6 +161,7 @@ impl Cpu {
             self.run_one(env, decoder);
             return 1;
         }
+        self.went_past_tlb = false;
         let mut executed = 0;
         for op in ops {
             executed += 1;
@@ -171,24 +172,33 @@ impl Cpu {
                 self.deliver_exception(env, exception);
                 break;
             }
-            if op.ends_block {
-                self.state.rip = self.next_rip;
-                if !op.keeps_view {
+            match op.then {
+                Then::Next => {}
+                Then::NextIfUnchanged => {
+                    if self.went_past_tlb || env.code_epoch() != epoch {
+                        self.state.rip = following;
+                        break;
+                    }
+                }
+                Then::Either => {
+                    if self.next_rip != following {
+                        self.state.rip = self.next_rip;
+                        break;
+                    }
+                }
+                Then::Elsewhere => {
+                    self.state.rip = self.next_rip;
+                    break;
+                }
+                Then::Anything => {
+                    self.state.rip = self.next_rip;
                     *view = CodeView::NONE;
                     self.step_sysret(env, op);
+                    break;
                 }
-                break;
-            }
-            // Nothing before the end transfers control, except conditional jumps.
-            if op.handler == Handler::JumpIf && self.next_rip != following {
-                self.state.rip = self.next_rip;
-                break;
             }
             self.state.rip = following;
             rip = following;
-            if op.writes_memory && (env.code_epoch() != epoch || env.has_event()) {
-                break;
-            }
         }
         executed
     }
