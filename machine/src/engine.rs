@@ -54,6 +54,9 @@ pub trait VcpuBus: Send + Sync {
     fn port_out(&self, port: u16, size: usize, value: u32);
     /// Whether an event may be waiting: one relaxed load.
     fn has_event(&self) -> bool;
+    /// Has `observer` called whenever another thread raises an event, for an engine that does not ask
+    /// [`VcpuBus::has_event`] all the time. Called once, before the vCPU runs.
+    fn set_observer(&self, observer: Arc<dyn crate::host::Waker>);
     /// Takes the next event by priority, acknowledging an interrupt at its controller.
     fn take_event(&self, interrupts: bool, nmis: bool) -> Option<Event>;
     /// CR8.

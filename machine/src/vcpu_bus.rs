@@ -7,6 +7,7 @@ use bivisor_x86::state::CpuState;
 
 use crate::bus::{MmioMap, PortMap};
 use crate::engine::VcpuBus;
+use crate::host::Waker;
 use crate::hypercall::hypercall;
 use crate::irq::VcpuApic;
 
@@ -39,6 +40,9 @@ impl VcpuBus for ProcessorBus {
     }
     fn has_event(&self) -> bool {
         self.apic.has_event()
+    }
+    fn set_observer(&self, observer: Arc<dyn Waker>) {
+        self.apic.apic().set_observer(observer);
     }
     fn take_event(&self, interrupts: bool, nmis: bool) -> Option<Event> {
         self.apic.take_event(interrupts, nmis)

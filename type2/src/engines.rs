@@ -1,6 +1,6 @@
 //! The one place that picks an engine.
 
-use bivisor_dbt::InterpEngine;
+use bivisor_dbt::SoftwareEngine;
 use bivisor_machine::engine::Engine;
 
 use crate::config::EngineChoice;
@@ -21,8 +21,8 @@ pub enum EngineUnavailable {
 /// Makes the engine that was asked for.
 pub fn make(choice: EngineChoice) -> Result<Box<dyn Engine>, EngineUnavailable> {
     match choice {
-        EngineChoice::Auto | EngineChoice::Interp => Ok(Box::new(InterpEngine::new())),
-        EngineChoice::Dbt => Err(EngineUnavailable::Dbt),
+        EngineChoice::Auto | EngineChoice::Interp => Ok(Box::new(SoftwareEngine::interpreter())),
+        EngineChoice::Dbt => Ok(Box::new(SoftwareEngine::translator())),
         EngineChoice::Kvm => Err(EngineUnavailable::Kvm),
     }
 }

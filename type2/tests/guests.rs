@@ -43,3 +43,8 @@ fn all_on(engine: &str) {
 fn every_guest_passes_on_the_interpreter() {
     all_on("interp");
 }
+
+#[test]
+fn every_guest_passes_on_the_translator() {
+    all_on("dbt");
+}

@@ -181,7 +181,7 @@ impl Cpu {
     }
 
     #[inline(always)]
-    fn alignment_checked(&self) -> bool {
+    pub(crate) fn alignment_checked(&self) -> bool {
         self.state.cpl == 3 && self.state.has_flags(Rflags::AC) && self.state.cr0_has(Cr0::AM)
     }
 

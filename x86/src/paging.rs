@@ -6,7 +6,7 @@ use crate::env::Env;
 use crate::exception::Exception;
 use crate::memory::is_canonical;
 use crate::registers::{Cr0, Cr4, Efer, Rflags};
-use crate::tlb::{self, Privilege, permission};
+use crate::tlb::{self, Privilege, TlbChanges, permission};
 
 const PRESENT: u64 = 1 << 0;
 const WRITABLE: u64 = 1 << 1;
@@ -295,6 +295,24 @@ impl Cpu {
             }
             return Ok(self.enter(env, linear, walk.gpa, permissions));
         }
+    }
+
+    /// Where the byte at a linear address stands for an access of the current privilege, with the faults and the
+    /// accessed and dirty flags of that access: for an engine that caches translations of its own.
+    pub fn probe<E: Env>(&mut self, env: &mut E, linear: u64, access: Access) -> Result<Place, Exception> {
+        let privilege = self.privilege();
+        self.place(env, linear, access, privilege)
+    }
+
+    /// What happened to the TLB since the last call.
+    pub fn take_tlb_changes(&mut self) -> TlbChanges {
+        self.tlb.take_changes()
+    }
+
+    /// A number that stands for the current address space: another one after each change of PCID or root, and after
+    /// each flush of all its translations but global ones. Numbers are used again only after [`TlbChanges::flushed`].
+    pub fn address_space(&self) -> u16 {
+        self.tlb.context()
     }
 
     /// Caches a translation if it leads to RAM that no data breakpoint watches, and says where the byte stands.

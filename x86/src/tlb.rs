@@ -48,6 +48,17 @@ struct Entry {
 
 const EMPTY: Entry = Entry { tag: 0, data: 0 };
 
+/// What happened to the buffer since somebody last asked: for an engine that caches translations of its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TlbChanges {
+    /// Translations were dropped that are not all named in `page`.
+    pub flushed: bool,
+    /// The translations of this one address were dropped.
+    pub page: Option<u64>,
+    /// Another PCID or page-table root is in use: see [`crate::cpu::Cpu::address_space`].
+    pub switched: bool,
+}
+
 /// The buffer.
 pub(crate) struct Tlb {
     /// Context of the current PCID.
@@ -58,6 +69,7 @@ pub(crate) struct Tlb {
     last_drawn: u16,
     /// A large page has been cached since the last full flush.
     has_large: bool,
+    changes: TlbChanges,
 }
 
 impl Tlb {
@@ -68,6 +80,7 @@ impl Tlb {
             contexts: Box::new([0; 4096]),
             last_drawn: 0,
             has_large: false,
+            changes: TlbChanges::default(),
         };
         tlb.select(0);
         tlb
@@ -112,7 +125,19 @@ impl Tlb {
             self.last_drawn += 1;
             self.contexts[slot] = self.last_drawn;
         }
-        self.context = self.contexts[slot].into();
+        let context = self.contexts[slot].into();
+        self.changes.switched |= context != self.context;
+        self.context = context;
+    }
+
+    /// The number that stands for the current PCID since its last flush.
+    pub(crate) fn context(&self) -> u16 {
+        self.context as u16
+    }
+
+    /// What happened since the last call.
+    pub(crate) fn take_changes(&mut self) -> TlbChanges {
+        core::mem::take(&mut self.changes)
     }
 
     /// Drops all translations of `pcid` but the global ones. `current`: the PCID in use.
@@ -132,11 +157,16 @@ impl Tlb {
         for entry in self.entries.iter_mut().filter(|entry| entry.data & GLOBAL == 0) {
             *entry = EMPTY;
         }
+        self.changes.flushed = true;
         self.select(current);
     }
 
     /// Drops the translations of one address in all PCIDs, global or not; of a large page, all of its parts.
     pub(crate) fn flush_page(&mut self, linear: u64) {
+        match self.changes.page {
+            Some(page) if page != linear => self.changes.flushed = true,
+            _ => self.changes.page = Some(linear),
+        }
         let entry = &mut self.entries[(linear >> 12) as usize & (ENTRIES - 1)];
         if (entry.tag ^ linear) & PAGE_MASK == 0 {
             *entry = EMPTY;
@@ -152,6 +182,7 @@ impl Tlb {
     }
 
     fn clear(&mut self) {
+        self.changes.flushed = true;
         self.entries.fill(EMPTY);
         self.contexts.fill(0);
         self.last_drawn = 0;

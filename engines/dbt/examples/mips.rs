@@ -8,6 +8,7 @@ use std::time::Instant;
 use bivisor_dbt::code_tracker::CodeTracker;
 use bivisor_dbt::env::VcpuEnv;
 use bivisor_machine::engine::VcpuBus;
+use bivisor_machine::host::Waker;
 use bivisor_machine::memory::GuestMemory;
 use bivisor_x86::cpu::{Cpu, RunExit};
 use bivisor_x86::cpuid::CpuModel;
@@ -51,6 +52,7 @@ impl VcpuBus for NoBus {
     fn has_event(&self) -> bool {
         false
     }
+    fn set_observer(&self, _observer: Arc<dyn Waker>) {}
     fn take_event(&self, _interrupts: bool, _nmis: bool) -> Option<Event> {
         None
     }

@@ -66,6 +66,42 @@ impl CodeMemory {
         Some(unsafe { self.executable.add(start) })
     }
 
+    /// Offset from the start of the memory at which the next code will stand.
+    pub fn next_offset(&self) -> usize {
+        self.used.next_multiple_of(16)
+    }
+
+    /// Where the code at an offset is executed.
+    pub fn address(&self, offset: usize) -> u64 {
+        self.executable.as_ptr() as u64 + offset as u64
+    }
+
+    /// Offset of an address in the executable view, if it lies in code.
+    pub fn offset_of(&self, address: u64) -> Option<usize> {
+        let offset = address.checked_sub(self.executable.as_ptr() as u64)? as usize;
+        (offset < self.used).then_some(offset)
+    }
+
+    /// Bytes left for code.
+    pub fn free(&self) -> usize {
+        self.size - self.next_offset().min(self.size)
+    }
+
+    /// Replaces four bytes of code at an offset, in one store where that is aligned. Offsets outside of the code
+    /// are ignored.
+    pub fn patch(&mut self, offset: usize, bytes: [u8; 4]) {
+        if offset.checked_add(4).is_none_or(|end| end > self.used) {
+            return;
+        }
+        // SAFETY: the bytes lie in the writable view, which no reference points into.
+        unsafe { self.writable.as_ptr().add(offset).cast::<[u8; 4]>().write(bytes) };
+    }
+
+    /// Forgets all code behind an offset that [`CodeMemory::next_offset`] once gave. It must not be executed any more.
+    pub fn truncate(&mut self, offset: usize) {
+        self.used = self.used.min(offset);
+    }
+
     /// Forgets all code. What `append` returned before must not be executed any more.
     pub fn clear(&mut self) {
         self.used = 0;

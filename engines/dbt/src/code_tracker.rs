@@ -2,11 +2,14 @@
 #![allow(unsafe_code)]
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 /// Shift from an offset in RAM to a page number.
 const PAGE_SHIFT: u32 = 12;
 /// Bit of a page's word: instructions of the page are cached somewhere. The other bits count its generations.
 const CACHED: u32 = 1;
+/// Epochs whose pages are remembered.
+const RECENT: usize = 1024;
 /// `membarrier` command: a full barrier on every running thread of this process.
 const MEMBARRIER_PRIVATE_EXPEDITED: i32 = 1 << 3;
 /// `membarrier` command: announces the use of the former.
@@ -20,6 +23,8 @@ const MEMBARRIER_REGISTER_PRIVATE_EXPEDITED: i32 = 1 << 4;
 pub struct CodeTracker {
     pages: Box<[AtomicU32]>,
     epoch: AtomicU64,
+    /// The pages of the last epochs: that of epoch n stands at n modulo the length.
+    recent: Mutex<[u64; RECENT]>,
     has_barrier: bool,
 }
 
@@ -35,6 +40,7 @@ impl CodeTracker {
         Self {
             pages: (0..pages).map(|_| AtomicU32::new(0)).collect(),
             epoch: AtomicU64::new(0),
+            recent: Mutex::new([0; RECENT]),
             has_barrier: membarrier(MEMBARRIER_REGISTER_PRIVATE_EXPEDITED),
         }
     }
@@ -53,6 +59,11 @@ impl CodeTracker {
         before >> 1
     }
 
+    /// Whether instructions of the page at this offset are cached.
+    pub fn is_cached(&self, offset: u64) -> bool {
+        self.page(offset).is_some_and(|page| page.load(Ordering::SeqCst) & CACHED != 0)
+    }
+
     /// The page's generation.
     pub fn generation(&self, offset: u64) -> u32 {
         self.page(offset).map_or(0, |page| page.load(Ordering::Acquire) >> 1)
@@ -69,18 +80,32 @@ impl CodeTracker {
         if let Some(page) = self.page(offset)
             && page.load(Ordering::Relaxed) & CACHED != 0
         {
-            self.new_generation(page);
+            self.new_generation(page, offset);
         }
     }
 
+    /// Offsets of the pages whose generation changed after `epoch` (got from [`CodeTracker::epoch`]), up to the
+    /// returned one; `None` if they were too many to remember.
+    pub fn written_since(&self, epoch: u64) -> (u64, Option<Vec<u64>>) {
+        let recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = self.epoch.load(Ordering::Acquire);
+        let count = now.wrapping_sub(epoch);
+        let pages = (count <= RECENT as u64)
+            .then(|| (epoch..now).map(|epoch| recent[epoch as usize % RECENT]).collect());
+        (now, pages)
+    }
+
     #[cold]
-    fn new_generation(&self, page: &AtomicU32) {
+    fn new_generation(&self, page: &AtomicU32, offset: u64) {
         // Clears the mark (bit 0 is set, so adding one carries into the count).
         let changed = page.fetch_update(Ordering::SeqCst, Ordering::Relaxed, |word| {
             (word & CACHED != 0).then(|| word.wrapping_add(1))
         });
         if changed.is_ok() {
-            self.epoch.fetch_add(1, Ordering::SeqCst);
+            let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+            let epoch = self.epoch.load(Ordering::Acquire);
+            recent[epoch as usize % RECENT] = offset >> PAGE_SHIFT << PAGE_SHIFT;
+            self.epoch.store(epoch.wrapping_add(1), Ordering::SeqCst);
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use bivisor_machine::engine::VcpuBus;
+use bivisor_machine::host::Waker;
 use bivisor_machine::memory::GuestMemory;
 use bivisor_x86::env::{Env, Event, HostExecution, HostInstruction};
 use bivisor_x86::state::CpuState;
@@ -30,6 +31,26 @@ impl VcpuEnv {
         code: Arc<CodeTracker>,
     ) -> std::io::Result<Self> {
         Ok(Self { memory, bus, code, host_unit: HostUnit::new()? })
+    }
+
+    /// What to add to the host's time-stamp counter to get the guest's.
+    pub fn tsc_offset(&self) -> u64 {
+        self.bus.tsc_offset()
+    }
+
+    /// Has `observer` called when another thread raises an event.
+    pub fn set_observer(&self, observer: Arc<dyn Waker>) {
+        self.bus.set_observer(observer);
+    }
+
+    /// Pages with cached code that were written after an epoch, see [`CodeTracker::written_since`].
+    pub fn written_since(&self, epoch: u64) -> (u64, Option<Vec<u64>>) {
+        self.code.written_since(epoch)
+    }
+
+    /// Whether instructions of the page at this offset in RAM are cached somewhere.
+    pub fn is_code(&self, offset: u64) -> bool {
+        self.code.is_cached(offset)
     }
 }
 

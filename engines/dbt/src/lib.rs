@@ -1,13 +1,15 @@
 //! Software engines: they need no virtualization hardware and no privilege.
 //!
-//! [`interp_vcpu`] interprets every instruction. Vector and floating-point instructions are executed by the host's own
+//! [`interp_vcpu`] interprets every instruction, [`translator`] translates what is 64-bit code. Vector and floating-point instructions are executed by the host's own
 //! units ([`host_unit`]).
 
 pub mod code_memory;
 pub mod code_tracker;
+pub mod engine;
 pub mod env;
 pub mod host_cpu;
 pub mod host_unit;
 pub mod interp_vcpu;
+pub mod translator;
 
-pub use interp_vcpu::InterpEngine;
+pub use engine::SoftwareEngine;

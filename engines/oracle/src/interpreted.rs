@@ -11,6 +11,7 @@ use std::sync::Arc;
 use bivisor_dbt::code_tracker::CodeTracker;
 use bivisor_dbt::env::VcpuEnv;
 use bivisor_machine::engine::VcpuBus;
+use bivisor_machine::host::Waker;
 use bivisor_machine::memory::GuestMemory;
 use bivisor_x86::cpu::Cpu;
 use bivisor_x86::cpuid::CpuModel;
@@ -69,6 +70,7 @@ impl VcpuBus for EmptyBus {
     fn has_event(&self) -> bool {
         false
     }
+    fn set_observer(&self, _observer: Arc<dyn Waker>) {}
     fn take_event(&self, _interrupts: bool, _nmis: bool) -> Option<Event> {
         None
     }

@@ -46,6 +46,7 @@ pub struct LocalApic {
     timer: Timer,
     clock: Arc<dyn Clock>,
     waker: spin::Once<Arc<dyn Waker>>,
+    observer: spin::Once<Arc<dyn Waker>>,
 }
 
 /// Who changes the registers: the vCPU's own thread needs no waking.
@@ -73,6 +74,7 @@ impl LocalApic {
             timer: timers.register(me.clone()),
             clock,
             waker: spin::Once::new(),
+            observer: spin::Once::new(),
         })
     }
 
@@ -81,8 +83,14 @@ impl LocalApic {
         self.waker.call_once(|| waker);
     }
 
+    /// Tells the vCPU's engine how it learns of events without asking. Only the first call counts.
+    pub fn set_observer(&self, observer: Arc<dyn Waker>) {
+        self.observer.call_once(|| observer);
+    }
+
     fn wake(&self) {
-        if let Some(waker) = self.waker.get() {
+        // The engine first: a woken thread must find what the engine was told.
+        for waker in [&self.observer, &self.waker].into_iter().filter_map(|waker| waker.get()) {
             waker.wake();
         }
     }

@@ -83,6 +83,12 @@ impl Cpu {
         }
     }
 
+    /// Whether the next instructions may be executed by somebody who knows nothing of single steps, breakpoints,
+    /// interrupt shadows and alignment checks.
+    pub fn runs_plainly(&self) -> bool {
+        self.state.activity == Activity::Running && !self.needs_care() && !self.alignment_checked()
+    }
+
     /// Whether something is to be done before or after the next instruction alone.
     fn needs_care(&self) -> bool {
         self.state.rflags & (Rflags::TF.bits() | Rflags::RF.bits()) != 0

@@ -1,0 +1,72 @@
+//! The software engines, as machines see them.
+
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bivisor_machine::engine::{Engine, EngineError, Vcpu, VcpuSetup};
+use bivisor_machine::memory::GuestMemory;
+use bivisor_x86::cpu::Cpu;
+
+use crate::code_tracker::CodeTracker;
+use crate::env::VcpuEnv;
+use crate::interp_vcpu::InterpVcpu;
+use crate::translator::vcpu::DbtVcpu;
+
+/// How guest instructions are executed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Interpreter,
+    Translator,
+}
+
+/// A software engine, for one VM.
+pub struct SoftwareEngine {
+    kind: Kind,
+    /// The record of cached code, made for the first virtual processor's RAM and shared by all.
+    code: Mutex<Option<(Arc<GuestMemory>, Arc<CodeTracker>)>>,
+}
+
+impl SoftwareEngine {
+    /// The engine `interp`.
+    pub fn interpreter() -> Self {
+        Self { kind: Kind::Interpreter, code: Mutex::default() }
+    }
+
+    /// The engine `dbt`.
+    pub fn translator() -> Self {
+        Self { kind: Kind::Translator, code: Mutex::default() }
+    }
+
+    fn tracker(&self, memory: &Arc<GuestMemory>) -> Result<Arc<CodeTracker>, EngineError> {
+        let mut code = self.code.lock().unwrap_or_else(PoisonError::into_inner);
+        let (first, tracker) =
+            code.get_or_insert_with(|| (Arc::clone(memory), Arc::new(CodeTracker::new(memory.size()))));
+        if !Arc::ptr_eq(first, memory) {
+            return Err(EngineError("all virtual processors of an engine must have the same RAM".into()));
+        }
+        Ok(Arc::clone(tracker))
+    }
+}
+
+impl Engine for SoftwareEngine {
+    fn name(&self) -> &'static str {
+        match self.kind {
+            Kind::Interpreter => "interp",
+            Kind::Translator => "dbt",
+        }
+    }
+
+    fn create_vcpu(&self, index: u32, setup: VcpuSetup) -> Result<Box<dyn Vcpu>, EngineError> {
+        let tracker = self.tracker(&setup.memory)?;
+        let ram = NonNull::new(setup.memory.host_base())
+            .ok_or_else(|| EngineError("the machine's RAM has no address".into()))?;
+        let env = VcpuEnv::new(setup.memory, setup.bus, tracker)
+            .map_err(|error| EngineError(format!("the host gives no memory for generated code: {error}")))?;
+        let mut cpu = Cpu::new(setup.model);
+        cpu.apic_id = index;
+        Ok(match self.kind {
+            Kind::Interpreter => Box::new(InterpVcpu::new(cpu, env)),
+            Kind::Translator => Box::new(DbtVcpu::new(cpu, env, ram)?),
+        })
+    }
+}

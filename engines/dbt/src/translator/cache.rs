@@ -1,0 +1,206 @@
+//! Translated blocks: where they stand, how they are found, linked and dropped.
+
+use rustc_hash::FxHashMap;
+
+use super::block::{SharedCode, Translation};
+use super::key::Key;
+use super::shared_code::{self, Parts};
+use super::site::{FaultPoint, Site, SiteKind};
+use crate::code_memory::CodeMemory;
+
+/// Bytes of host code at most; when they are used up, everything is dropped.
+const CODE_SIZE: usize = 32 << 20;
+/// Blocks at most.
+const MAX_BLOCKS: usize = 200_000;
+
+/// A translated block.
+pub struct Block {
+    /// Offset in RAM of its first byte.
+    pub offset: u64,
+    /// Its mode.
+    pub key: Key,
+    /// Where direct jumps enter: offset in the code memory.
+    pub entry: u32,
+    /// Where lookups enter.
+    pub lookup_entry: u32,
+    /// Vector registers are used.
+    pub vectors: bool,
+    /// x87 registers are used.
+    pub x87: bool,
+    start: u32,
+    fault_points: Box<[FaultPoint]>,
+    /// Sites of jumps that are linked to this block.
+    incoming: Vec<u32>,
+}
+
+/// A page that blocks were translated from.
+#[derive(Default)]
+struct Page {
+    blocks: Vec<u32>,
+}
+
+/// The translated blocks of one virtual processor.
+pub struct Cache {
+    code: CodeMemory,
+    parts: Parts,
+    /// End of the shared code.
+    first_block_at: usize,
+    blocks: Vec<Block>,
+    sites: Vec<Site>,
+    index: FxHashMap<u64, u32>,
+    pages: FxHashMap<u64, Page>,
+}
+
+fn index_key(offset: u64, key: Key) -> u64 {
+    offset | u64::from(key.bits()) << 56
+}
+
+impl Cache {
+    /// An empty cache.
+    ///
+    /// # Errors
+    /// The host gives no memory for code.
+    pub fn new() -> std::io::Result<Self> {
+        let mut code = CodeMemory::new(CODE_SIZE)?;
+        let (shared, parts) = shared_code::emit();
+        code.append(&shared).ok_or_else(|| std::io::Error::other("no room for the shared code"))?;
+        let first_block_at = code.next_offset();
+        Ok(Self {
+            code,
+            parts,
+            first_block_at,
+            blocks: Vec::new(),
+            sites: Vec::new(),
+            index: FxHashMap::default(),
+            pages: FxHashMap::default(),
+        })
+    }
+
+    /// The ways in.
+    pub fn parts(&self) -> &Parts {
+        &self.parts
+    }
+    /// The code that blocks refer to.
+    pub fn shared(&self) -> SharedCode {
+        self.parts.blocks
+    }
+    /// Address of an offset in the code memory.
+    pub fn address(&self, offset: u32) -> u64 {
+        self.code.address(offset as usize)
+    }
+    /// First address of blocks, and the address behind the last.
+    pub fn range(&self) -> (u64, u64) {
+        (self.code.address(self.first_block_at), self.code.address(CODE_SIZE))
+    }
+    /// Where the next block's code will stand.
+    pub fn next_start(&self) -> usize {
+        self.code.next_offset()
+    }
+    /// Number of the next site.
+    pub fn next_site(&self) -> u32 {
+        self.sites.len() as u32
+    }
+    /// Number of the next block.
+    pub fn next_block(&self) -> u32 {
+        self.blocks.len() as u32
+    }
+    /// A site by its number.
+    pub fn site(&self, number: u32) -> Option<Site> {
+        self.sites.get(number as usize).copied()
+    }
+    /// A block by its number.
+    pub fn block(&self, number: u32) -> Option<&Block> {
+        self.blocks.get(number as usize)
+    }
+    /// Whether another block may not fit.
+    pub fn is_full(&self) -> bool {
+        // The largest block by far is smaller.
+        self.code.free() < 64 << 10 || self.blocks.len() >= MAX_BLOCKS
+    }
+    /// The block at this place.
+    pub fn find(&self, offset: u64, key: Key) -> Option<u32> {
+        self.index.get(&index_key(offset, key)).copied()
+    }
+
+    /// Takes in a translation made for [`Cache::next_start`], [`Cache::next_site`] and [`Cache::next_block`].
+    pub fn insert(&mut self, offset: u64, key: Key, translation: Translation) -> Option<u32> {
+        let start = self.code.next_offset() as u32;
+        self.code.append(&translation.code)?;
+        let number = self.blocks.len() as u32;
+        self.blocks.push(Block {
+            offset,
+            key,
+            entry: start + translation.entry as u32,
+            lookup_entry: start + translation.lookup_entry as u32,
+            vectors: translation.vectors,
+            x87: translation.x87,
+            start,
+            fault_points: translation.fault_points.into_boxed_slice(),
+            incoming: Vec::new(),
+        });
+        self.sites.extend(translation.sites);
+        self.index.insert(index_key(offset, key), number);
+        self.pages.entry(offset & !0xfff).or_default().blocks.push(number);
+        Some(number)
+    }
+
+    /// Makes the jump at a site go to a block.
+    pub fn link(&mut self, site: u32, target: u32) {
+        let Some(SiteKind::Jump { patch, .. } | SiteKind::Stack { patch, .. }) =
+            self.sites.get(site as usize).map(|site| site.kind)
+        else {
+            return;
+        };
+        let Some(block) = self.blocks.get_mut(target as usize) else { return };
+        block.incoming.push(site);
+        let entry = block.entry;
+        self.patch(patch, entry);
+    }
+
+    fn patch(&mut self, place: u32, target: u32) {
+        let relative = target.wrapping_sub(place).wrapping_sub(4);
+        self.code.patch(place as usize, relative.to_le_bytes());
+    }
+
+    /// Whether blocks of this page are here.
+    pub fn has_page(&self, page: u64) -> bool {
+        self.pages.contains_key(&page)
+    }
+
+    /// Drops the blocks of a page. Whoever is inside of one may run to its end.
+    pub fn drop_page(&mut self, page: u64) {
+        let Some(page) = self.pages.remove(&page) else { return };
+        for number in page.blocks {
+            let Some(block) = self.blocks.get_mut(number as usize) else { continue };
+            let key = index_key(block.offset, block.key);
+            for site in std::mem::take(&mut block.incoming) {
+                if let Some(SiteKind::Jump { patch, stub, .. } | SiteKind::Stack { patch, stub, .. }) =
+                    self.sites.get(site as usize).map(|site| site.kind)
+                {
+                    self.patch(patch, stub);
+                }
+            }
+            if self.index.get(&key) == Some(&number) {
+                self.index.remove(&key);
+            }
+        }
+    }
+
+    /// Drops everything. No code may be executing.
+    pub fn clear(&mut self) {
+        self.code.truncate(self.first_block_at);
+        self.blocks.clear();
+        self.sites.clear();
+        self.index.clear();
+        self.pages.clear();
+    }
+
+    /// The block and the guest's instruction that the host was executing at an address.
+    pub fn fault_point(&self, address: u64) -> Option<(u32, FaultPoint)> {
+        let offset = self.code.offset_of(address)? as u32;
+        let number = self.blocks.partition_point(|block| block.start <= offset).checked_sub(1)?;
+        let block = &self.blocks[number];
+        let point = block.fault_points.iter().find(|point| block.start + point.host == offset)?;
+        Some((number as u32, *point))
+    }
+}

@@ -1,0 +1,445 @@
+//! A small assembler for the code around the guest's own instructions.
+//!
+//! Instructions copied from the guest are re-encoded by iced-x86; the fixed sequences of the translator (address
+//! checks, transitions, jumps) are written here byte by byte, because they are most of what is emitted and
+//! translation time is guest time (SDM Vol. 2A, chapter 2, "Instruction Format").
+
+/// A host register by its encoding, 0 to 15.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reg(pub u8);
+
+/// Host registers by name.
+#[allow(missing_docs)]
+pub mod reg {
+    use super::Reg;
+    pub const RAX: Reg = Reg(0);
+    pub const RCX: Reg = Reg(1);
+    pub const RDX: Reg = Reg(2);
+    pub const RBX: Reg = Reg(3);
+    pub const RSP: Reg = Reg(4);
+    pub const RBP: Reg = Reg(5);
+    pub const RSI: Reg = Reg(6);
+    pub const RDI: Reg = Reg(7);
+    pub const R8: Reg = Reg(8);
+    pub const R12: Reg = Reg(12);
+    pub const R13: Reg = Reg(13);
+    pub const R14: Reg = Reg(14);
+    pub const R15: Reg = Reg(15);
+}
+
+/// A memory operand: base + index × 2^scale + displacement.
+#[derive(Clone, Copy, Debug)]
+pub struct Mem {
+    base: Reg,
+    index: Option<(Reg, u8)>,
+    displacement: i32,
+}
+
+/// `[base + displacement]`.
+pub const fn at(base: Reg, displacement: i32) -> Mem {
+    Mem { base, index: None, displacement }
+}
+
+impl Mem {
+    /// The operand this many bytes further.
+    pub const fn plus(self, bytes: i32) -> Self {
+        Self { displacement: self.displacement + bytes, ..self }
+    }
+}
+
+/// `[base + index * 2^scale + displacement]`.
+pub const fn indexed(base: Reg, index: Reg, scale: u8, displacement: i32) -> Mem {
+    Mem { base, index: Some((index, scale)), displacement }
+}
+
+/// Width of an operation on general registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Width {
+    /// 32 bits; the upper half of a destination becomes zero.
+    W32,
+    /// 64 bits.
+    W64,
+}
+
+/// Conditions of Jcc and SETcc, by their encoding.
+#[allow(missing_docs)]
+pub mod condition {
+    pub const NE: u8 = 5;
+}
+
+/// A place in the code that a later jump target is written to.
+#[derive(Clone, Copy, Debug)]
+#[must_use]
+pub struct Fixup {
+    at: usize,
+    short: bool,
+}
+
+/// Collects code.
+#[derive(Default)]
+pub struct Emitter {
+    /// The bytes so far.
+    pub code: Vec<u8>,
+}
+
+impl Emitter {
+    /// Bytes so far.
+    pub fn position(&self) -> usize {
+        self.code.len()
+    }
+
+    fn rex(&mut self, wide: Width, register: Reg, index: u8, base: u8, force: bool) {
+        let byte =
+            0x40 | u8::from(wide == Width::W64) << 3 | (register.0 >> 3) << 2 | (index >> 3) << 1 | base >> 3;
+        if byte != 0x40 || force {
+            self.code.push(byte);
+        }
+    }
+
+    fn modrm_mem(&mut self, register: Reg, mem: Mem) {
+        let low = mem.base.0 & 7;
+        // Base 5 (RBP, R13) has no form without a displacement.
+        let mode = match mem.displacement {
+            0 if low != 5 => 0,
+            -128..=127 => 1,
+            _ => 2,
+        };
+        match mem.index {
+            None if low != 4 => self.code.push(mode << 6 | (register.0 & 7) << 3 | low),
+            None => self.code.extend([mode << 6 | (register.0 & 7) << 3 | 4, 0x20 | low]),
+            Some((index, scale)) => {
+                self.code
+                    .extend([mode << 6 | (register.0 & 7) << 3 | 4, scale << 6 | (index.0 & 7) << 3 | low]);
+            }
+        }
+        match mode {
+            1 => self.code.push(mem.displacement as u8),
+            2 => self.code.extend(mem.displacement.to_le_bytes()),
+            _ => {}
+        }
+    }
+
+    fn op_mem(&mut self, wide: Width, opcode: &[u8], register: Reg, mem: Mem) {
+        self.rex(wide, register, mem.index.map_or(0, |(index, _)| index.0), mem.base.0, false);
+        self.code.extend(opcode);
+        self.modrm_mem(register, mem);
+    }
+
+    fn op_reg(&mut self, wide: Width, opcode: &[u8], register: Reg, rm: Reg) {
+        self.rex(wide, register, 0, rm.0, false);
+        self.code.extend(opcode);
+        self.code.push(0xc0 | (register.0 & 7) << 3 | rm.0 & 7);
+    }
+
+    /// `mov register, [mem]`.
+    pub fn load(&mut self, wide: Width, register: Reg, mem: Mem) {
+        self.op_mem(wide, &[0x8b], register, mem);
+    }
+    /// `mov [mem], register`.
+    pub fn store(&mut self, wide: Width, mem: Mem, register: Reg) {
+        self.op_mem(wide, &[0x89], register, mem);
+    }
+    /// `mov qword [mem], value`, sign-extended.
+    pub fn store_imm32_as_64(&mut self, mem: Mem, value: i32) {
+        self.op_mem(Width::W64, &[0xc7], Reg(0), mem);
+        self.code.extend(value.to_le_bytes());
+    }
+    /// `mov register, value`, in the shortest form.
+    pub fn load_immediate(&mut self, register: Reg, value: u64) {
+        if let Ok(value) = u32::try_from(value) {
+            self.rex(Width::W32, Reg(0), 0, register.0, false);
+            self.code.push(0xb8 | register.0 & 7);
+            self.code.extend(value.to_le_bytes());
+        } else if let Ok(value) = i32::try_from(value as i64) {
+            self.op_reg(Width::W64, &[0xc7], Reg(0), register);
+            self.code.extend(value.to_le_bytes());
+        } else {
+            self.rex(Width::W64, Reg(0), 0, register.0, false);
+            self.code.push(0xb8 | register.0 & 7);
+            self.code.extend(value.to_le_bytes());
+        }
+    }
+    /// `mov to, from` of 16 bits: the rest of `to` stays.
+    pub fn copy16(&mut self, to: Reg, from: Reg) {
+        self.code.push(0x66);
+        self.op_reg(Width::W32, &[0x8b], to, from);
+    }
+    /// `lea register, [index * 2^scale + displacement]`.
+    pub fn lea_index(&mut self, wide: Width, register: Reg, index: Reg, scale: u8, displacement: i32) {
+        self.rex(wide, register, index.0, 0, false);
+        self.code.extend([0x8d, (register.0 & 7) << 3 | 4, scale << 6 | (index.0 & 7) << 3 | 5]);
+        self.code.extend(displacement.to_le_bytes());
+    }
+    /// `mov word [mem], register`.
+    pub fn store16(&mut self, mem: Mem, register: Reg) {
+        self.code.push(0x66);
+        self.op_mem(Width::W32, &[0x89], register, mem);
+    }
+    /// `mov dword [mem], value`.
+    pub fn store_imm32(&mut self, mem: Mem, value: u32) {
+        self.op_mem(Width::W32, &[0xc7], Reg(0), mem);
+        self.code.extend(value.to_le_bytes());
+    }
+    /// `mov byte [mem], value`.
+    pub fn store_imm8(&mut self, mem: Mem, value: u8) {
+        self.op_mem(Width::W32, &[0xc6], Reg(0), mem);
+        self.code.push(value);
+    }
+    /// `movzx register, word [mem]`.
+    pub fn load_zx16(&mut self, register: Reg, mem: Mem) {
+        self.op_mem(Width::W32, &[0x0f, 0xb7], register, mem);
+    }
+    /// `movzx register, byte [mem]`.
+    pub fn load_zx8(&mut self, register: Reg, mem: Mem) {
+        self.op_mem(Width::W32, &[0x0f, 0xb6], register, mem);
+    }
+    /// `mov to, from`.
+    pub fn copy(&mut self, wide: Width, to: Reg, from: Reg) {
+        self.op_reg(wide, &[0x8b], to, from);
+    }
+    /// `lea register, mem`.
+    pub fn lea(&mut self, wide: Width, register: Reg, mem: Mem) {
+        self.op_mem(wide, &[0x8d], register, mem);
+    }
+    /// `shr register, count`.
+    pub fn shr(&mut self, wide: Width, register: Reg, count: u8) {
+        self.op_reg(wide, &[0xc1], Reg(5), register);
+        self.code.push(count);
+    }
+    /// `movzx to, from` of the low byte.
+    pub fn zero_extend8(&mut self, to: Reg, from: Reg) {
+        // Without REX, encodings 4 to 7 would name AH to BH.
+        self.rex(Width::W32, to, 0, from.0, true);
+        self.code.extend([0x0f, 0xb6, 0xc0 | (to.0 & 7) << 3 | from.0 & 7]);
+    }
+    /// `cmp register, [mem]`.
+    pub fn compare(&mut self, wide: Width, register: Reg, mem: Mem) {
+        self.op_mem(wide, &[0x3b], register, mem);
+    }
+    /// `cmp byte [mem], 0`.
+    pub fn compare_zero8(&mut self, mem: Mem) {
+        self.op_mem(Width::W32, &[0x80], Reg(7), mem);
+        self.code.push(0);
+    }
+    /// `pext to, from, [mask]` (BMI2; leaves the flags alone).
+    pub fn pext(&mut self, to: Reg, from: Reg, mask: Mem) {
+        let index = mask.index.map_or(0, |(index, _)| index.0);
+        let second = 0x02 | (!to.0 & 8) << 4 | (!index & 8) << 3 | (!mask.base.0 & 8) << 2;
+        // W = 1, vvvv = inverted `from`, L = 0, pp = F3.
+        self.code.extend([0xc4, second, 0x80 | (!from.0 & 15) << 3 | 2, 0xf5]);
+        self.modrm_mem(to, mask);
+    }
+    /// `lahf; seto al`: the arithmetic flags to AX.
+    pub fn flags_to_ax(&mut self) {
+        self.code.extend([0x9f, 0x0f, 0x90, 0xc0]);
+    }
+    /// `add al, 7fh; sahf`: the arithmetic flags from AX as [`Emitter::flags_to_ax`] left them.
+    pub fn flags_from_ax(&mut self) {
+        self.code.extend([0x04, 0x7f, 0x9e]);
+    }
+    /// `ldmxcsr [mem]`.
+    pub fn load_mxcsr(&mut self, mem: Mem) {
+        self.op_mem(Width::W32, &[0x0f, 0xae], Reg(2), mem);
+    }
+    /// `stmxcsr [mem]`.
+    pub fn store_mxcsr(&mut self, mem: Mem) {
+        self.op_mem(Width::W32, &[0x0f, 0xae], Reg(3), mem);
+    }
+    /// `fxsave64 [mem]`.
+    pub fn fxsave(&mut self, mem: Mem) {
+        self.op_mem(Width::W64, &[0x0f, 0xae], Reg(0), mem);
+    }
+    /// `fxrstor64 [mem]`.
+    pub fn fxrstor(&mut self, mem: Mem) {
+        self.op_mem(Width::W64, &[0x0f, 0xae], Reg(1), mem);
+    }
+    /// `fninit`.
+    pub fn fninit(&mut self) {
+        self.code.extend([0xdb, 0xe3]);
+    }
+    /// `vzeroupper`.
+    pub fn vzeroupper(&mut self) {
+        self.code.extend([0xc5, 0xf8, 0x77]);
+    }
+
+    /// A VEX instruction of the three-byte form with a memory operand. `form`: opcode map, the third byte's W, L and
+    /// pp bits, opcode.
+    fn vex_mem(&mut self, form: [u8; 3], vector: u8, second_source: u8, mem: Mem) {
+        let [map, bits, opcode] = form;
+        let second = map | (!vector & 8) << 4 | 0x40 | (!mem.base.0 & 8) << 2;
+        self.code.extend([0xc4, second, (!second_source & 15) << 3 | bits, opcode]);
+        self.modrm_mem(Reg(vector), mem);
+    }
+    /// `vmovups [base + displacement], xmm`.
+    pub fn store_xmm(&mut self, base: Reg, displacement: i32, vector: u8) {
+        self.vex_mem([1, 0, 0x11], vector, 0, at(base, displacement));
+    }
+    /// `vmovups xmm, [base + displacement]`: clears the upper half.
+    pub fn load_xmm(&mut self, vector: u8, base: Reg, displacement: i32) {
+        self.vex_mem([1, 0, 0x10], vector, 0, at(base, displacement));
+    }
+    /// `vextractf128 [base + displacement], ymm, 1`.
+    pub fn store_ymm_high(&mut self, base: Reg, displacement: i32, vector: u8) {
+        self.vex_mem([3, 0x05, 0x19], vector, 0, at(base, displacement));
+        self.code.push(1);
+    }
+    /// `vinsertf128 ymm, ymm, [base + displacement], 1`.
+    pub fn load_ymm_high(&mut self, vector: u8, base: Reg, displacement: i32) {
+        self.vex_mem([3, 0x05, 0x18], vector, vector, at(base, displacement));
+        self.code.push(1);
+    }
+
+    /// `push register`.
+    pub fn push(&mut self, register: Reg) {
+        self.rex(Width::W32, Reg(0), 0, register.0, false);
+        self.code.push(0x50 | register.0 & 7);
+    }
+    /// `pop register`.
+    pub fn pop(&mut self, register: Reg) {
+        self.rex(Width::W32, Reg(0), 0, register.0, false);
+        self.code.push(0x58 | register.0 & 7);
+    }
+    /// `ret`.
+    pub fn ret(&mut self) {
+        self.code.push(0xc3);
+    }
+
+    /// `jmp [mem]`.
+    pub fn jump_mem(&mut self, mem: Mem) {
+        self.op_mem(Width::W32, &[0xff], Reg(4), mem);
+    }
+    /// `jmp rel32` to a target set later.
+    pub fn jump(&mut self) -> Fixup {
+        self.code.extend([0xe9, 0, 0, 0, 0]);
+        Fixup { at: self.code.len() - 4, short: false }
+    }
+    /// `call rel32` to a target set later.
+    pub fn call(&mut self) -> Fixup {
+        self.code.extend([0xe8, 0, 0, 0, 0]);
+        Fixup { at: self.code.len() - 4, short: false }
+    }
+    /// `jcc rel32` to a target set later.
+    pub fn jump_if(&mut self, condition: u8) -> Fixup {
+        self.code.extend([0x0f, 0x80 | condition, 0, 0, 0, 0]);
+        Fixup { at: self.code.len() - 4, short: false }
+    }
+    /// `jrcxz rel8` (or with `short32`, `jecxz`) to a target set later, at most 127 bytes ahead.
+    pub fn jump_if_rcx_zero(&mut self, short32: bool) -> Fixup {
+        if short32 {
+            self.code.push(0x67);
+        }
+        self.code.extend([0xe3, 0]);
+        Fixup { at: self.code.len() - 1, short: true }
+    }
+
+    /// Makes a jump go to the current position.
+    pub fn bind(&mut self, fixup: Fixup) {
+        let target = self.position();
+        self.bind_to(fixup, target);
+    }
+    /// Makes a jump go to a position in this code.
+    pub fn bind_to(&mut self, fixup: Fixup, target: usize) {
+        if fixup.short {
+            // The translator's own sequences: their lengths are known to fit.
+            self.code[fixup.at] = (target - fixup.at - 1) as u8;
+        } else {
+            let relative = (target as i64 - fixup.at as i64 - 4) as i32;
+            self.code[fixup.at..fixup.at + 4].copy_from_slice(&relative.to_le_bytes());
+        }
+    }
+    /// Makes a jump go to an offset in the code memory, when this code will stand at `start` there.
+    pub fn bind_outside(&mut self, fixup: Fixup, start: usize, target: usize) {
+        let relative = (target as i64 - (start + fixup.at) as i64 - 4) as i32;
+        self.code[fixup.at..fixup.at + 4].copy_from_slice(&relative.to_le_bytes());
+    }
+    /// Where the jump's 32-bit displacement stands in this code.
+    pub fn displacement_position(fixup: Fixup) -> usize {
+        fixup.at
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::reg::*;
+    use super::*;
+    use iced_x86::{Code, Decoder, DecoderOptions, MemorySize, Register};
+
+    fn decode(fill: impl FnOnce(&mut Emitter)) -> iced_x86::Instruction {
+        let mut emitter = Emitter::default();
+        fill(&mut emitter);
+        let mut decoder = Decoder::with_ip(64, &emitter.code, 0x1000, DecoderOptions::NONE);
+        let instruction = decoder.decode();
+        assert_eq!(instruction.len(), emitter.code.len(), "{instruction:?}");
+        instruction
+    }
+
+    #[test]
+    fn memory_operands_of_every_base_and_index() {
+        for base in (0..16).map(Reg) {
+            for index in (0..16).filter(|&i| i != 4).map(Reg) {
+                for displacement in [0, 8, -128, 128, 0x1234_5678] {
+                    let i = decode(|e| e.load(Width::W64, Reg(9), indexed(base, index, 3, displacement)));
+                    assert_eq!(i.code(), Code::Mov_r64_rm64);
+                    assert_eq!(i.memory_base() as u32 - Register::RAX as u32, base.0.into());
+                    assert_eq!(i.memory_index() as u32 - Register::RAX as u32, index.0.into());
+                    assert_eq!(
+                        (i.memory_index_scale(), i.memory_displacement64()),
+                        (8, displacement as i64 as u64)
+                    );
+                }
+            }
+            let i = decode(|e| e.store(Width::W32, at(base, 0), R15));
+            assert_eq!(i.code(), Code::Mov_rm32_r32);
+            assert_eq!(i.memory_base() as u32 - Register::RAX as u32, base.0.into());
+        }
+    }
+
+    #[test]
+    fn immediates_and_index_only() {
+        for value in [0, 0x1234, 0xffff_ffff, 0xffff_ffff_8000_0000, 0x1234_5678_9abc] {
+            let i = decode(|e| e.load_immediate(R14, value));
+            assert_eq!(i.immediate(1), value);
+        }
+        let i = decode(|e| e.lea_index(Width::W64, R14, R15, 3, -8));
+        assert_eq!(
+            (i.memory_base(), i.memory_index(), i.memory_index_scale()),
+            (Register::None, Register::R15, 8)
+        );
+        let i = decode(|e| e.store_imm32_as_64(at(R12, -8), -5));
+        assert_eq!((i.code(), i.immediate(1) as i64), (Code::Mov_rm64_imm32, -5));
+        assert_eq!(decode(|e| e.copy16(RAX, R14)).code(), Code::Mov_r16_rm16);
+    }
+
+    #[test]
+    fn single_instructions_are_what_they_say() {
+        let i = decode(|e| e.pext(R13, R14, indexed(RSP, R15, 3, 0x200)));
+        assert_eq!(i.code(), Code::VEX_Pext_r64_r64_rm64);
+        assert_eq!((i.op0_register(), i.op1_register()), (Register::R13, Register::R14));
+        assert_eq!((i.memory_base(), i.memory_index()), (Register::RSP, Register::R15));
+        let i = decode(|e| e.store_ymm_high(R15, 576, 9));
+        assert_eq!((i.code(), i.op1_register()), (Code::VEX_Vextractf128_xmmm128_ymm_imm8, Register::YMM9));
+        let i = decode(|e| e.load_ymm_high(9, R15, 576));
+        assert_eq!(
+            (i.code(), i.op1_register()),
+            (Code::VEX_Vinsertf128_ymm_ymm_xmmm128_imm8, Register::YMM9)
+        );
+        let i = decode(|e| e.load_xmm(12, R15, 160));
+        assert_eq!(
+            (i.code(), i.memory_size()),
+            (Code::VEX_Vmovups_xmm_xmmm128, MemorySize::Packed128_Float32)
+        );
+        assert_eq!(decode(|e| e.fxsave(at(R15, 0))).code(), Code::Fxsave64_m512byte);
+        assert_eq!(decode(|e| e.fxrstor(at(R15, 0))).code(), Code::Fxrstor64_m512byte);
+        assert_eq!(decode(|e| e.store_mxcsr(at(R15, 24))).code(), Code::Stmxcsr_m32);
+        assert_eq!(decode(|e| e.load_mxcsr(at(RSP, 24))).code(), Code::Ldmxcsr_m32);
+        let i = decode(|e| e.zero_extend8(R13, RSI));
+        assert_eq!((i.code(), i.op1_register()), (Code::Movzx_r32_rm8, Register::SIL));
+        assert_eq!(decode(|e| e.shr(Width::W64, R15, 12)).code(), Code::Shr_rm64_imm8);
+        assert_eq!(decode(|e| e.compare(Width::W64, R15, at(RSP, 8))).code(), Code::Cmp_r64_rm64);
+        assert_eq!(decode(|e| e.compare_zero8(at(RSP, 8))).code(), Code::Cmp_rm8_imm8);
+        assert_eq!(decode(|e| e.jump_mem(at(RSP, 8))).code(), Code::Jmp_rm64);
+        assert_eq!(decode(|e| e.load_zx16(RAX, at(RSP, 8))).code(), Code::Movzx_r32_rm16);
+        assert_eq!(decode(|e| e.store16(at(RSP, 8), RAX)).code(), Code::Mov_rm16_r16);
+        assert_eq!(decode(|e| e.push(R15)).op0_register(), Register::R15);
+    }
+}

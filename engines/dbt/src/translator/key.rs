@@ -1,0 +1,98 @@
+//! What, besides its bytes, decides how a block is translated.
+
+use bivisor_x86::cpu::Cpu;
+use bivisor_x86::registers::{Cr0, Cr4, Rflags};
+use bivisor_x86::state::{XCR0_AVX, XCR0_SSE};
+
+/// The mode of a block: part of its identity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Key(u8);
+
+/// Class of user mode, see [`Key::class`].
+pub const USER: u8 = 0;
+/// Class of supervisor mode with RFLAGS.AC clear.
+pub const SUPERVISOR: u8 = 1;
+/// Class of supervisor mode with RFLAGS.AC set.
+pub const SUPERVISOR_AC: u8 = 2;
+
+const SSE: u8 = 1 << 2;
+const AVX: u8 = 1 << 3;
+const X87: u8 = 1 << 4;
+const NATIVE_TSC: u8 = 1 << 5;
+const NO_STACK: u8 = 1 << 6;
+
+/// Exception masks of MXCSR.
+const MXCSR_MASKS: u32 = 0x1f80;
+/// Exception masks of the x87 control word.
+const FCW_MASKS: u16 = 0x3f;
+
+impl Key {
+    /// The key of 64-bit code in the processor's current mode. `native_tsc`: the guest's time-stamp counter is the
+    /// host's.
+    pub fn of(cpu: &Cpu, native_tsc: bool) -> Self {
+        let state = &cpu.state;
+        let mut bits = match (state.cpl, state.has_flags(Rflags::AC)) {
+            (3, _) => USER,
+            (_, false) => SUPERVISOR,
+            (_, true) => SUPERVISOR_AC,
+        };
+        let area = &state.xsave.bytes;
+        if !state.cr0_has(Cr0::TS) && !state.cr0_has(Cr0::EM) {
+            let fcw = u16::from_le_bytes([area[0], area[1]]);
+            let fsw_error = area[2] & 0x80 != 0;
+            if fcw & FCW_MASKS == FCW_MASKS && !fsw_error {
+                bits |= X87;
+            }
+            let mxcsr = u32::from_le_bytes([area[24], area[25], area[26], area[27]]);
+            if mxcsr & MXCSR_MASKS == MXCSR_MASKS {
+                if state.cr4_has(Cr4::OSFXSR) {
+                    bits |= SSE;
+                }
+                if state.cr4_has(Cr4::OSXSAVE) && state.xcr0 & (XCR0_SSE | XCR0_AVX) == XCR0_SSE | XCR0_AVX {
+                    bits |= AVX;
+                }
+            }
+        }
+        if native_tsc && !(state.cpl == 3 && state.cr4_has(Cr4::TSD)) {
+            bits |= NATIVE_TSC;
+        }
+        Self(bits)
+    }
+
+    /// Privilege class: number of the TLB.
+    pub fn class(self) -> u8 {
+        self.0 & 3
+    }
+    /// Legacy SSE instructions execute without a fault of the mode, and without unmasked exceptions.
+    pub fn sse(self) -> bool {
+        self.0 & SSE != 0
+    }
+    /// The same for VEX-encoded vector instructions.
+    pub fn avx(self) -> bool {
+        self.0 & AVX != 0
+    }
+    /// The same for x87.
+    pub fn x87(self) -> bool {
+        self.0 & X87 != 0
+    }
+    /// RDTSC may be executed as it is.
+    pub fn native_tsc(self) -> bool {
+        self.0 & NATIVE_TSC != 0
+    }
+    /// Whether stack accesses are each checked by themselves.
+    pub fn no_stack(self) -> bool {
+        self.0 & NO_STACK != 0
+    }
+    /// The same mode, with every stack access checked by itself: for a block whose stack range crosses a page.
+    pub fn with_no_stack(self) -> Self {
+        Self(self.0 | NO_STACK)
+    }
+    /// The mode alone.
+    pub fn without_no_stack(self) -> Self {
+        Self(self.0 & !NO_STACK)
+    }
+    /// The bits.
+    pub fn bits(self) -> u8 {
+        self.0
+    }
+}

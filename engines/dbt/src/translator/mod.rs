@@ -1,0 +1,18 @@
+//! The translator: the engine `dbt`, x86-64 to x86-64.
+//!
+//! A block of guest code becomes host code that is the guest's own instructions, with memory operands that go through
+//! an inline TLB and registers that are mostly where the guest has them ([`context`]). [`block`] translates,
+//! [`cache`] keeps, [`vcpu`] executes and does what translated code leaves undone; whatever is rare is left to the
+//! interpreter of the x86 crate, one instruction at a time.
+
+pub mod analysis;
+pub mod block;
+pub mod cache;
+pub mod context;
+pub mod context_memory;
+pub mod emit;
+pub mod fault;
+pub mod key;
+pub mod shared_code;
+pub mod site;
+pub mod vcpu;

@@ -1,0 +1,157 @@
+//! The code that all blocks share: the ways in and out of translated code.
+
+use std::mem::offset_of;
+
+use bivisor_x86::state::CpuState;
+
+use super::block::SharedCode;
+use super::context::{self, CONTEXT, Context, GUEST_RSP, TEMPORARY};
+use super::emit::{Emitter, Reg, Width, at, condition, reg};
+
+/// Host registers that the guest's registers of the same number live in.
+const SAME: [u8; 11] = [0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11];
+/// Registers that a function must preserve (System V ABI for x86-64).
+const PRESERVED: [Reg; 6] = [reg::RBX, reg::RBP, reg::R12, reg::R13, reg::R14, reg::R15];
+/// The first two arguments of a function.
+const FIRST: Reg = reg::RDI;
+const SECOND: Reg = reg::RSI;
+
+/// Where the parts of the shared code stand, as offsets in it.
+pub struct Parts {
+    /// For blocks.
+    pub blocks: SharedCode,
+    /// `fn(*mut Context, target)`: enters at a host address; returns when the code leaves.
+    pub enter: usize,
+    /// The same, with the guest's SSE and AVX registers loaded before.
+    pub enter_with_vectors: usize,
+    /// The same, with x87, SSE and AVX registers loaded before.
+    pub enter_with_x87: usize,
+}
+
+fn gpr(number: u8) -> i32 {
+    (offset_of!(CpuState, gpr) + usize::from(number) * 8) as i32
+}
+/// Offset of the legacy area's XMM registers, and of the upper halves, in the state.
+fn xmm(number: u8) -> i32 {
+    (offset_of!(CpuState, xsave) + 160 + usize::from(number) * 16) as i32
+}
+fn ymm_high(number: u8) -> i32 {
+    (offset_of!(CpuState, xsave) + 576 + usize::from(number) * 16) as i32
+}
+fn area(offset: usize) -> i32 {
+    (offset_of!(CpuState, xsave) + offset) as i32
+}
+
+/// Emits the shared code.
+pub fn emit() -> (Vec<u8>, Parts) {
+    let mut e = Emitter::default();
+    let load_vectors = e.position();
+    // Called: the return address stands between RSP and the context.
+    load_vectors_body(&mut e, 8);
+    e.ret();
+    let exit = e.position();
+    emit_exit(&mut e);
+    let enter = emit_enter(&mut e, |_| ());
+    let enter_with_vectors = emit_enter(&mut e, |e| load_vectors_body(e, 0));
+    let enter_with_x87 = emit_enter(&mut e, load_x87_body);
+    let blocks = SharedCode { exit, load_vectors };
+    (e.code, Parts { blocks, enter, enter_with_vectors, enter_with_x87 })
+}
+
+/// Loads SSE and AVX registers from the state. Changes TEMPORARY only. `pushed`: bytes on the stack above the context.
+fn load_vectors_body(e: &mut Emitter, pushed: i32) {
+    e.load(Width::W64, TEMPORARY, context::state().plus(pushed));
+    e.load_mxcsr(at(TEMPORARY, area(24)));
+    for number in 0..16 {
+        e.load_xmm(number, TEMPORARY, xmm(number));
+        e.load_ymm_high(number, TEMPORARY, ymm_high(number));
+    }
+    e.store_imm8(context::vectors_in_memory().plus(pushed), 0);
+}
+
+fn load_x87_body(e: &mut Emitter) {
+    e.load(Width::W64, TEMPORARY, context::state());
+    e.fxrstor(at(TEMPORARY, area(0)));
+    for number in 0..16 {
+        e.load_ymm_high(number, TEMPORARY, ymm_high(number));
+    }
+    e.store_imm8(context::vectors_in_memory(), 0);
+    e.store_imm8(context::x87_in_memory(), 0);
+}
+
+fn emit_exit(e: &mut Emitter) {
+    e.store(Width::W64, context::address(), context::ADDRESS);
+    e.store(Width::W64, context::saved(), reg::RAX);
+    e.flags_to_ax();
+    e.store16(context::flags(), reg::RAX);
+    e.load(Width::W64, reg::RAX, context::saved());
+    e.load(Width::W64, TEMPORARY, context::state());
+    for number in SAME {
+        e.store(Width::W64, at(TEMPORARY, gpr(number)), Reg(number));
+    }
+    e.store(Width::W64, at(TEMPORARY, gpr(4)), GUEST_RSP);
+    for number in 12..16 {
+        e.load(Width::W64, reg::RAX, context::spilled(number));
+        e.store(Width::W64, at(TEMPORARY, gpr(number)), reg::RAX);
+    }
+    save_vectors(e);
+    e.load(Width::W64, CONTEXT, context::host_rsp());
+    for register in PRESERVED.iter().rev() {
+        e.pop(*register);
+    }
+    e.ret();
+}
+
+/// Stores what is loaded of vector and x87 registers to the state, and makes the host's own settings be in force.
+fn save_vectors(e: &mut Emitter) {
+    e.compare_zero8(context::vectors_in_memory());
+    let nothing = e.jump_if(condition::NE);
+    e.compare_zero8(context::x87_in_memory());
+    let no_x87 = e.jump_if(condition::NE);
+    // x87 registers are only ever loaded together with the others.
+    e.fxsave(at(TEMPORARY, area(0)));
+    // Instruction and operand pointer are ours, not the guest's.
+    e.store_imm32_as_64(at(TEMPORARY, area(8)), 0);
+    e.store_imm32_as_64(at(TEMPORARY, area(16)), 0);
+    e.fninit();
+    e.store_imm8(context::x87_in_memory(), 1);
+    let halves = e.jump();
+    e.bind(no_x87);
+    e.store_mxcsr(at(TEMPORARY, area(24)));
+    for number in 0..16 {
+        e.store_xmm(TEMPORARY, xmm(number), number);
+    }
+    e.bind(halves);
+    for number in 0..16 {
+        e.store_ymm_high(TEMPORARY, ymm_high(number), number);
+    }
+    e.load_mxcsr(context::host_mxcsr());
+    e.vzeroupper();
+    e.store_imm8(context::vectors_in_memory(), 1);
+    e.bind(nothing);
+}
+
+fn emit_enter(e: &mut Emitter, load: impl FnOnce(&mut Emitter)) -> usize {
+    let start = e.position();
+    for register in PRESERVED {
+        e.push(register);
+    }
+    e.store(Width::W64, at(FIRST, offset_of!(Context, host_rsp) as i32), reg::RSP);
+    e.copy(Width::W64, CONTEXT, FIRST);
+    e.store(Width::W64, context::target(), SECOND);
+    load(e);
+    e.load(Width::W64, TEMPORARY, context::state());
+    for number in 12..16 {
+        e.load(Width::W64, reg::RAX, at(TEMPORARY, gpr(number)));
+        e.store(Width::W64, context::spilled(number), reg::RAX);
+    }
+    e.load(Width::W64, GUEST_RSP, at(TEMPORARY, gpr(4)));
+    e.load_zx16(reg::RAX, context::flags());
+    e.flags_from_ax();
+    for number in SAME {
+        e.load(Width::W64, Reg(number), at(TEMPORARY, gpr(number)));
+    }
+    e.load(Width::W64, context::ADDRESS, context::address());
+    e.jump_mem(context::target());
+    start
+}

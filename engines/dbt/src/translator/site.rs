@@ -1,0 +1,85 @@
+//! The places where translated code may leave, and what is to be done there.
+
+/// A place where a block may leave translated code.
+#[derive(Clone, Copy, Debug)]
+pub struct Site {
+    /// The block's number.
+    pub block: u32,
+    /// Offset in its page of the instruction.
+    pub guest: u16,
+    /// What to do.
+    pub kind: SiteKind,
+}
+
+/// What is to be done at a [`Site`]. Host places are offsets in the code memory.
+#[derive(Clone, Copy, Debug)]
+pub enum SiteKind {
+    /// A memory access that the inline TLB doesn't allow.
+    Access {
+        /// It writes.
+        write: bool,
+        /// Bytes.
+        size: u8,
+        /// The guest's flags are in the context's `block_flags`.
+        flags_aside: bool,
+        /// Code of the instruction from its start.
+        retry: u32,
+        /// Offset in the page of the next instruction.
+        next: u16,
+        /// Its code.
+        next_host: u32,
+    },
+    /// The block's stack accesses don't all lie in one page of the inline TLB.
+    Stack {
+        /// First byte, from RSP.
+        low: i32,
+        /// Behind the last byte, from RSP.
+        high: i32,
+        /// Some are writes.
+        write: bool,
+        /// Displacement of the jump that led here.
+        patch: u32,
+        /// The code that leaves.
+        stub: u32,
+        /// The guest's flags are in the context's `block_flags`.
+        flags_aside: bool,
+    },
+    /// The interpreter executes the instruction, and the block goes on.
+    Interpret {
+        /// Offset in the page of the next instruction.
+        next: u16,
+        /// Its code.
+        next_host: u32,
+    },
+    /// The interpreter executes the instruction.
+    InterpretLast,
+    /// A jump within the page whose target was not translated yet.
+    Jump {
+        /// Offset in the page of the target.
+        target: u16,
+        /// Displacement of the jump.
+        patch: u32,
+        /// The code that leaves, which the jump goes to as long as it isn't linked.
+        stub: u32,
+    },
+    /// A jump to a linear address that the jump cache doesn't know.
+    Lookup,
+    /// An event waits; the guest goes on at this offset in the page.
+    Event {
+        /// Offset in the page.
+        target: u16,
+    },
+    /// The block needs the x87 registers loaded.
+    LoadX87,
+}
+
+/// An instruction of the guest's that stands in the code as it is, and may fault there.
+#[derive(Clone, Copy, Debug)]
+pub struct FaultPoint {
+    /// Offset in the block's code.
+    pub host: u32,
+    /// Offset in its page of the guest's instruction.
+    pub guest: u16,
+    /// The guest's flags are in the context's `block_flags`.
+    pub flags_aside: bool,
+}
