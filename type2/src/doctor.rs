@@ -38,7 +38,7 @@ impl Finding {
 pub fn run() -> u8 {
     let findings = [
         interpreter(),
-        Finding::new(Verdict::Lacking, "engine dbt", "not usable: the translator is not built yet"),
+        translator(),
         kvm(Path::new("/dev/kvm"), host_cpuid),
         cpu(&host_flags()),
         tsc(),
@@ -58,8 +58,16 @@ pub fn run() -> u8 {
         println!("\nMachines can't run on this host.");
         return status::HOST;
     }
-    println!("\n`bivisor run` works here; --engine auto takes interp.");
+    println!("\n`bivisor run` works here; --engine auto takes dbt for one CPU if it is usable, else interp.");
     status::SUCCESS
+}
+
+fn translator() -> Finding {
+    if bivisor_dbt::host_can_translate() {
+        let text = "usable for machines of one CPU: translates 64-bit code; needs no virtualization hardware, no privilege";
+        return Finding::new(Verdict::Good, "engine dbt", text);
+    }
+    Finding::new(Verdict::Lacking, "engine dbt", "not usable: it needs a CPU with BMI2 and AVX")
 }
 
 /// The interpreter executes vector instructions from generated code: the host must allow such memory.

@@ -49,14 +49,16 @@ impl CodeTracker {
         self.pages.get((offset >> PAGE_SHIFT) as usize)
     }
 
-    /// Notes that instructions of the page at this offset are about to be read and cached. Returns the generation.
-    pub fn mark(&self, offset: u64) -> u32 {
-        let Some(page) = self.page(offset) else { return 0 };
+    /// Notes that instructions of the page at this offset are about to be read and cached. Returns the generation,
+    /// and whether nothing of the page was cached before.
+    pub fn mark(&self, offset: u64) -> (u32, bool) {
+        let Some(page) = self.page(offset) else { return (0, false) };
         let before = page.fetch_or(CACHED, Ordering::SeqCst);
-        if before & CACHED == 0 && self.has_barrier {
+        let is_new = before & CACHED == 0;
+        if is_new && self.has_barrier {
             membarrier(MEMBARRIER_PRIVATE_EXPEDITED);
         }
-        before >> 1
+        (before >> 1, is_new)
     }
 
     /// Whether instructions of the page at this offset are cached.
@@ -117,7 +119,8 @@ mod tests {
     #[test]
     fn a_store_to_cached_code_starts_a_new_generation() {
         let tracker = CodeTracker::new(0x3000);
-        let first = tracker.mark(0x1234);
+        let (first, is_new) = tracker.mark(0x1234);
+        assert!(is_new && !tracker.mark(0x1000).1);
         let epoch = tracker.epoch();
         tracker.written(0x2000);
         assert_eq!((tracker.generation(0x1000), tracker.epoch()), (first, epoch));
@@ -132,7 +135,7 @@ mod tests {
     #[test]
     fn offsets_outside_of_ram_are_ignored() {
         let tracker = CodeTracker::new(0x1000);
-        assert_eq!(tracker.mark(u64::MAX), 0);
+        assert_eq!(tracker.mark(u64::MAX), (0, false));
         tracker.written(0x1000);
         assert_eq!(tracker.epoch(), 0);
     }

@@ -1,5 +1,6 @@
 //! What lies around a virtual processor: guest memory, the machine's bus, and the host's vector units.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use bivisor_machine::engine::VcpuBus;
@@ -18,6 +19,8 @@ pub struct VcpuEnv {
     bus: Arc<dyn VcpuBus>,
     code: Arc<CodeTracker>,
     host_unit: HostUnit,
+    /// Pages that this processor was the first to cache instructions of, until somebody asks.
+    newly_marked: Cell<Vec<u64>>,
 }
 
 impl VcpuEnv {
@@ -30,7 +33,7 @@ impl VcpuEnv {
         bus: Arc<dyn VcpuBus>,
         code: Arc<CodeTracker>,
     ) -> std::io::Result<Self> {
-        Ok(Self { memory, bus, code, host_unit: HostUnit::new()? })
+        Ok(Self { memory, bus, code, host_unit: HostUnit::new()?, newly_marked: Cell::default() })
     }
 
     /// What to add to the host's time-stamp counter to get the guest's.
@@ -41,6 +44,12 @@ impl VcpuEnv {
     /// Has `observer` called when another thread raises an event.
     pub fn set_observer(&self, observer: Arc<dyn Waker>) {
         self.bus.set_observer(observer);
+    }
+
+    /// Pages that came to hold cached code since the last call: an engine whose stores don't pass here must see
+    /// that those to these pages do.
+    pub fn take_newly_marked(&self) -> Vec<u64> {
+        self.newly_marked.take()
     }
 
     /// Pages with cached code that were written after an epoch, see [`CodeTracker::written_since`].
@@ -106,7 +115,13 @@ impl Env for VcpuEnv {
     }
 
     fn mark_code(&self, offset: u64) -> u32 {
-        self.code.mark(offset)
+        let (generation, is_new) = self.code.mark(offset);
+        if is_new {
+            let mut marked = self.newly_marked.take();
+            marked.push(offset & !0xfff);
+            self.newly_marked.set(marked);
+        }
+        generation
     }
     fn code_generation(&self, offset: u64) -> u32 {
         self.code.generation(offset)

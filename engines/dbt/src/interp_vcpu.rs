@@ -27,7 +27,10 @@ impl InterpVcpu {
 pub(crate) fn run(cpu: &mut Cpu, env: &mut VcpuEnv, single_step: bool) -> Exit {
     let budget = if single_step { 1 } else { BUDGET };
     loop {
-        if let Some(exit) = ended(cpu.run(env, budget)) {
+        let exit = cpu.run(env, budget);
+        // All stores pass by the record here.
+        env.take_newly_marked();
+        if let Some(exit) = ended(exit) {
             return exit;
         }
         // The interpreter does not look at the first instruction of its next run.

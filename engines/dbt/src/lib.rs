@@ -13,3 +13,4 @@ pub mod interp_vcpu;
 pub mod translator;
 
 pub use engine::SoftwareEngine;
+pub use translator::analysis::host_can_translate;

@@ -169,6 +169,9 @@ impl DbtVcpu {
                 self.forget_biases();
             }
         }
+        for page in self.env.take_newly_marked() {
+            self.protect(page);
+        }
         if self.env.code_epoch() != self.epoch {
             self.drop_written_pages();
         }
@@ -249,7 +252,7 @@ impl DbtVcpu {
         }
         // Marked before the bytes are read: a later write is noticed.
         self.env.mark_code(page);
-        self.protect(page);
+        self.follow_changes();
         let mut bytes = [0; 4096];
         self.env.load_bytes(page, &mut bytes);
         let request = Request {
