@@ -187,7 +187,7 @@ impl Cpu {
 
     /// #AC(0) if an access of this size must be aligned and is not.
     #[inline(always)]
-    fn check_alignment(&self, linear: u64, size: usize) -> Result<(), Exception> {
+    pub(crate) fn check_alignment(&self, linear: u64, size: usize) -> Result<(), Exception> {
         if linear & (size as u64 - 1) != 0 && self.alignment_checked() {
             return Err(Exception::AC0);
         }

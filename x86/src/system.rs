@@ -8,7 +8,7 @@ use crate::cpuid::{Vendor, Word};
 use crate::env::Env;
 use crate::exception::Exception;
 use crate::interp::op::Op;
-use crate::interp::operand::segment_register;
+use crate::interp::operand::memory_segment;
 use crate::memory::is_canonical;
 use crate::registers::gpr::{RAX, RBX, RCX, RDX};
 use crate::registers::{Cr0, Cr4, Rflags};
@@ -287,12 +287,8 @@ impl Cpu {
             Code::Clzerod => Register::EAX,
             _ => Register::RAX,
         };
-        let segment = match op.instruction.segment_prefix() {
-            Register::None => Register::DS,
-            prefix => prefix,
-        };
         let line = self.register(register) & !(CACHE_LINE - 1);
-        self.write_bytes(env, segment_register(segment), line, &[0; CACHE_LINE as usize])
+        self.write_bytes(env, memory_segment(&op.instruction), line, &[0; CACHE_LINE as usize])
     }
 }
 

@@ -3,6 +3,11 @@
 use bivisor_x86::cpuid::CpuModel;
 use iced_x86::{Instruction, Mnemonic, OpCodeOperandKind, OpCodeTableKind};
 
+/// Reasons that are given more than once.
+const SEGMENT_LOAD: &str = "loads segment registers, whose descriptors are the host's";
+const LOOP_PREFIX: &str = "Zen lets the prefix choose the condition";
+const HIDDEN: &str = "hidden by the guest's CPU model";
+
 /// Instructions by mnemonic that are not tried.
 const EXCLUDED: &[(&[Mnemonic], &str)] = &[
     (
@@ -71,7 +76,7 @@ const EXCLUDED: &[(&[Mnemonic], &str)] = &[
             Mnemonic::Lds,
             Mnemonic::Les,
         ],
-        "loads segment registers, whose descriptors are the host's",
+        SEGMENT_LOAD,
     ),
     (
         &[Mnemonic::Wrfsbase, Mnemonic::Wrgsbase],
@@ -95,25 +100,68 @@ pub fn exclusion(instruction: &Instruction, model: &CpuModel) -> Option<&'static
         _ => false,
     };
     if loads_segment || instruction.is_call_far() || instruction.is_jmp_far() {
-        return Some("loads segment registers, whose descriptors are the host's");
+        return Some(SEGMENT_LOAD);
     }
     if instruction.is_call_far_indirect() || instruction.is_jmp_far_indirect() {
-        return Some("loads segment registers, whose descriptors are the host's");
+        return Some(SEGMENT_LOAD);
     }
     let repeated = instruction.has_rep_prefix() || instruction.has_repne_prefix();
     if repeated && matches!(mnemonic, Mnemonic::Loope | Mnemonic::Loopne) {
-        return Some("LOOPE and LOOPNE with a repetition prefix: Zen lets the prefix choose the condition");
+        return Some(LOOP_PREFIX);
     }
     if !model.offers_instruction(instruction) {
-        return Some("hidden by the guest's CPU model");
+        return Some(HIDDEN);
     }
     None
 }
 
-/// The list for users: mnemonics and reason.
-pub fn list() -> Vec<(String, &'static str)> {
-    let names = |mnemonics: &[Mnemonic]| {
-        mnemonics.iter().map(|mnemonic| format!("{mnemonic:?}").to_uppercase()).collect::<Vec<_>>().join(" ")
-    };
-    EXCLUDED.iter().map(|(mnemonics, why)| (names(mnemonics), *why)).collect()
+/// Further things that are not tried or not compared, and why; beside [`EXCLUDED`] for users.
+const RULES: &[(&str, &str)] = &[
+    ("MOV and POP to segment registers, far CALL and JMP", SEGMENT_LOAD),
+    ("LOOPE and LOOPNE with a repetition prefix", LOOP_PREFIX),
+    ("instructions listed in instructions.md", HIDDEN),
+    (
+        "undefined opcodes beginning with 0F 00 to 0F 03",
+        "the host takes some of them for system instructions",
+    ),
+    ("VEX encodings that only the W bit makes undefined", "Zen does not look at the bit everywhere"),
+    ("modes other than 64-bit, privilege levels other than 3", "the host's programs run in no other"),
+    (
+        "flags that iced-x86 files as undefined, and those of SHLD and SHRD by more than 16 bits of 16",
+        "undefined",
+    ),
+    ("x87 instruction and operand pointers", "AMD processors tell them only with an exception pending"),
+    (
+        "MXCSR.PE after an unmasked overflow or underflow",
+        "taken from the masked operation, whose rounding may differ",
+    ),
+    ("MXCSR's flags after an unmasked exception of DPPS or DPPD", "as if both of its steps were masked"),
+    ("bit 17 of a stored MXCSR_MASK", "the guest has no misaligned SSE mode"),
+    (
+        "where in FXSAVE's, XSAVE's or FNSAVE's operand a page fault is reported",
+        "the order of its accesses is not told",
+    ),
+    ("a gather that is stepped and faults", "it may trap in between instead"),
+    ("#UD or #GP for undefined opcodes of about 15 bytes", "how long they would be is not told"),
+];
+
+/// The list for users, a Markdown table.
+pub fn table() -> String {
+    let named = EXCLUDED.iter().map(|(mnemonics, why)| {
+        let names = mnemonics.iter().map(|mnemonic| format!("{mnemonic:?}").to_uppercase());
+        (names.collect::<Vec<_>>().join(" "), *why)
+    });
+    let rules = RULES.iter().map(|(what, why)| (what.to_string(), *why));
+    let lines = named.chain(rules).map(|(what, why)| format!("| {what} | {why} |\n"));
+    format!("| not tried or not compared | why |\n|---|---|\n{}", lines.collect::<String>())
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_documentation_has_the_list() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/oracle.md");
+        let page = std::fs::read_to_string(path).expect("docs/oracle.md");
+        assert!(page.contains(&super::table()), "renew it with `cargo xtask oracle --exclusions`");
+    }
 }

@@ -141,7 +141,9 @@ impl Generator {
             let mut decoder = Decoder::with_ip(64, &code, rip, self.decoder_options);
             let instruction = decoder.decode();
             let offsets = decoder.get_constant_offsets(&instruction);
-            if instruction.is_invalid() && (is_system_group(&code) || !self.random.once_in(16)) {
+            if instruction.is_invalid()
+                && (!self.random.once_in(16) || is_system_group(&code) || self.is_valid_with_other_w(&code))
+            {
                 continue;
             }
             if exclusion(&instruction, model).is_some() {
@@ -177,8 +179,20 @@ impl Generator {
         }
     }
 
+    /// Whether only the W bit of a VEX prefix makes the instruction undefined: Zen does not look at it everywhere.
+    fn is_valid_with_other_w(&self, code: &[u8; 16]) -> bool {
+        (0..code.len() - 2).filter(|&at| code[at] == 0xc4).any(|at| {
+            let mut other = *code;
+            other[at + 2] ^= 0x80;
+            !Decoder::with_ip(64, &other, CODE, self.decoder_options).decode().is_invalid()
+        })
+    }
+
     fn flags(&mut self) -> u64 {
-        let writable = Rflags::ARITHMETIC | Rflags::DF;
+        let mut writable = Rflags::ARITHMETIC | Rflags::DF;
+        if self.random.once_in(16) {
+            writable |= Rflags::AC;
+        }
         self.random.bits() & writable.bits() | Rflags::IF.bits() | Rflags::FIXED.bits()
     }
 

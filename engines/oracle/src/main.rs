@@ -31,9 +31,7 @@ struct Arguments {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     if arguments.exclusions {
-        for (mnemonics, why) in exclude::list() {
-            println!("{mnemonics}\n    {why}");
-        }
+        print!("{}", exclude::table());
         return ExitCode::SUCCESS;
     }
     match run(&arguments) {

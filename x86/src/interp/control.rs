@@ -73,6 +73,7 @@ impl Cpu {
             Err(exception) => {
                 // Zen reports a fault of the stack first.
                 let top = self.state.gpr[RSP].wrapping_sub(op.size.into()) & self.stack_mask();
+                self.check_alignment(self.address_of(SegReg::Ss, top), op.size.into())?;
                 self.check_write(env, SegReg::Ss, top, op.size.into())?;
                 Err(exception)
             }

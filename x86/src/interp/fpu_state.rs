@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Mnemonic};
 
-use crate::cpu::Cpu;
+use crate::cpu::{Access, Cpu};
 use crate::env::Env;
 use crate::exception::Exception;
 use crate::interp::op::Op;
@@ -248,6 +248,8 @@ impl Cpu {
             }
         }
         let (segment, offset) = self.effective_address(op);
+        let linear = self.checked_address(segment, offset, size, Access::Write)?;
+        self.check_alignment(linear, format.size() / 7)?;
         self.write_bytes(env, segment, offset, &image[..size])
     }
 
@@ -256,6 +258,8 @@ impl Cpu {
         let size = format.size() + if registers { 80 } else { 0 };
         let mut image = [0; 108];
         let (segment, offset) = self.effective_address(op);
+        let linear = self.checked_address(segment, offset, size, Access::Read)?;
+        self.check_alignment(linear, format.size() / 7)?;
         self.read_bytes(env, segment, offset, &mut image[..size])?;
         let environment = format.decode(&image);
         self.set_control_word(environment.control);
@@ -282,10 +286,9 @@ impl Cpu {
     fn area_address(&self, op: &Op, alignment: u64) -> Result<(SegReg, u64), Exception> {
         let (segment, offset) = self.effective_address(op);
         if self.address_of(segment, offset) & (alignment - 1) != 0 {
-            Err(Exception::GP0)
-        } else {
-            Ok((segment, offset))
+            return Err(Exception::GP0);
         }
+        Ok((segment, offset))
     }
 
     /// Outside 64-bit mode only eight vector registers are moved.
@@ -338,6 +341,9 @@ impl Cpu {
 
     fn fxsave<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<(), Exception> {
         self.check_fxsave()?;
+        // Of its kin only FXSAVE gives #AC precedence over #GP, on Zen.
+        let (segment, offset) = self.effective_address(op);
+        self.check_alignment(self.address_of(segment, offset), 16)?;
         let (segment, offset) = self.area_address(op, 16)?;
         let mut image = [0; XMM_END];
         image.copy_from_slice(&self.state.xsave.bytes[..XMM_END]);

@@ -152,7 +152,9 @@ impl Cpu {
         }
         self.set_stack_pointer(self.state.gpr[RSP].wrapping_sub(allocated));
         // The new top of the stack must be writable (SDM Vol. 2A, ENTER).
-        self.check_write(env, SegReg::Ss, self.state.gpr[RSP] & self.stack_mask(), size)?;
+        let top = self.state.gpr[RSP] & self.stack_mask();
+        self.check_alignment(self.address_of(SegReg::Ss, top), size)?;
+        self.check_write(env, SegReg::Ss, top, size)?;
         self.set_gpr(RBP as u8, size, frame);
         Ok(())
     }

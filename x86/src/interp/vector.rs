@@ -4,7 +4,7 @@
 
 use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, Mnemonic, OpCodeTableKind, OpKind};
 
-use crate::cpu::Cpu;
+use crate::cpu::{Access, Cpu};
 use crate::cpuid::Vendor;
 use crate::env::{Env, HostExecution, HostInstruction};
 use crate::exception::Exception;
@@ -306,13 +306,16 @@ impl Cpu {
         allows_unaligned(instruction.mnemonic()) || sha && self.model.vendor == Vendor::Amd
     }
 
-    /// #GP(0) if the operand must be aligned and is not.
+    /// #GP(0) if the operand must be aligned and is not, #AC(0) if alignment is checked (SDM Vol. 3A, table 6-7).
     fn check_vector_alignment(&self, memory: &MemoryOperand) -> Result<(), Exception> {
         let linear = self.address_of(memory.segment, memory.offset);
         if memory.is_aligned && linear & (memory.size as u64).wrapping_sub(1) != 0 {
             return Err(Exception::GP0);
         }
-        Ok(())
+        let access = if memory.is_store { Access::Write } else { Access::Read };
+        self.checked_address(memory.segment, memory.offset, memory.size, access)?;
+        // 80-bit operands must be aligned to 8 bytes; Zen is content with 16 for those of 32.
+        self.check_alignment(linear, if memory.size == 10 { 8 } else { memory.size.clamp(1, 16) })
     }
 
     /// The instruction's memory operand.

@@ -79,6 +79,7 @@ impl Cpu {
         let address = |i: usize| truncate(base.wrapping_add(i as u64), pointer.size());
         let selected = |i: &usize| mask[*i] & 0x80 != 0;
         // Zen checks all bytes, whatever the mask.
+        self.check_alignment(self.address_of(segment, base), size)?;
         self.check_write(env, segment, base, size)?;
         for i in (0..size).filter(selected) {
             self.write(env, segment, address(i), 1, source[i].into())?;
@@ -86,7 +87,8 @@ impl Cpu {
         Ok(())
     }
 
-    /// VMASKMOV and VPMASKMOV: elements whose mask has its top bit clear are not accessed, and load as zero.
+    /// VMASKMOV and VPMASKMOV: elements whose mask has its top bit clear are not accessed, and load as zero. Alignment
+    /// is not checked.
     fn masked_move<E: Env>(&mut self, env: &mut E, op: &Op, element: usize) -> Result<(), Exception> {
         let instruction = &op.instruction;
         let (segment, offset) = self.effective_address(op);
@@ -130,7 +132,7 @@ impl Cpu {
     }
 
     /// VGATHER and VPGATHER: loads the elements whose mask has its top bit set. An element that is done has
-    /// its mask cleared, so that the instruction goes on after a fault where it was (SDM Vol. 2C).
+    /// its mask cleared (and so has one passed over), so that the instruction goes on after a fault where it was (SDM Vol. 2C).
     fn gather<E: Env>(
         &mut self,
         env: &mut E,
