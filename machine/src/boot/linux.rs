@@ -77,7 +77,7 @@ impl<'a> Bzimage<'a> {
         let setup = (sectors + 1) * 512;
         // Counted in units of 16 bytes; the signature of a signed kernel may follow.
         let paragraphs = head.u32_at(0x1f4).unwrap_or(0);
-        let kernel = file_range(file, setup, u64::from(paragraphs) * 16, "kernel proper")?;
+        let kernel = file_range(file, setup, u64::from(paragraphs) * 16, "compressed kernel")?;
         if head.u8_at(LOAD_FLAGS).unwrap_or(0) & LOADED_HIGH == 0 {
             return Err(BootError::Damaged("it is a zImage, which loads below 1 MiB"));
         }
