@@ -67,6 +67,15 @@ pub enum MachineError {
     Map(#[from] MapError),
 }
 
+/// What a local APIC holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SavedApic {
+    /// Its registers.
+    pub registers: Saved<Lapic>,
+    /// Waiting events that no register holds, see [`crate::devices::local_apic::LocalApic::save_events`].
+    pub events: u32,
+}
+
 /// Everything that a machine's devices hold, as of one moment. The processors' states and RAM are the host's to
 /// keep.
 #[derive(Clone, Debug, PartialEq)]
@@ -74,7 +83,7 @@ pub struct SavedMachine {
     /// Version of this layout, see [`SavedMachine::VERSION`].
     pub version: u32,
     /// Local APICs by processor.
-    pub apics: Vec<Saved<Lapic>>,
+    pub apics: Vec<SavedApic>,
     /// The guest's time-stamp counter.
     pub tsc: u64,
     /// All other devices.
@@ -299,15 +308,19 @@ impl Machine {
         let offset = saved.tsc.wrapping_sub(self.clock.tsc());
         for (apic, saved) in self.interrupts.apics().iter().zip(&saved.apics) {
             apic.set_tsc_offset(offset);
-            apic.forget_events();
-            apic.restore(saved)?;
+            apic.restore_events(saved.events);
+            apic.restore(&saved.registers)?;
         }
         self.pc.restore(&saved.pc)
     }
 }
 
 fn save(interrupts: &Interrupts, pc: &Pc, tsc: u64) -> SavedMachine {
-    let apics = interrupts.apics().iter().map(|apic| apic.save()).collect();
+    let apics = interrupts
+        .apics()
+        .iter()
+        .map(|apic| SavedApic { registers: apic.save(), events: apic.save_events() })
+        .collect();
     SavedMachine { version: SavedMachine::VERSION, apics, tsc, pc: pc.save() }
 }
 

@@ -162,6 +162,11 @@ fn what_is_saved_is_what_another_machine_goes_on_with() {
     a.out(0x21, 0x12);
     a.buses[1].set_cr8(9);
     a.buses[0].port_out(0xcf8, 4, 0x8000_0008);
+    a.machine.nmi();
+    a.buses[0].mmio_write(0xfee0_0310, 4, 1 << 24);
+    a.buses[0].mmio_write(0xfee0_0300, 4, 0x4500);
+    a.machine.start().unwrap();
+    a.machine.pause().unwrap();
     a.time.advance(1_000_000);
     let saved = a.machine.save();
 
@@ -172,6 +177,9 @@ fn what_is_saved_is_what_another_machine_goes_on_with() {
     assert_eq!(b.buses[0].port_in(0xcf8, 4), 0x8000_0008);
     assert_eq!(b.time.tsc().wrapping_add(b.buses[1].tsc_offset()), 2_000_000);
     assert_eq!(b.machine.save(), saved);
+    assert_eq!(b.buses[0].take_event(false, true), Some(Event::Nmi));
+    assert_eq!(b.buses[1].take_event(false, true), Some(Event::Init));
+    assert!(!b.buses[0].has_event() && !b.buses[1].has_event());
 }
 
 #[test]

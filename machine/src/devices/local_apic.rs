@@ -25,6 +25,8 @@ mod event {
     pub const KICK: u32 = 1 << 5;
     /// The vector of the start-up IPI.
     pub const SIPI_VECTOR_SHIFT: u32 = 8;
+    /// What is saved: all but what follows from the registers or is the host's.
+    pub const SAVED: u32 = NMI | NMI_SECOND | INIT | SIPI | 0xff << SIPI_VECTOR_SHIFT;
 }
 
 /// What [`LocalApic::take_event`] found.
@@ -256,9 +258,14 @@ impl LocalApic {
     pub fn set_tsc_offset(&self, offset: u64) {
         self.tsc_offset.store(offset, Ordering::Relaxed);
     }
-    /// Drops the events that no register holds: NMI, INIT, start-up and kick. Not for a machine that runs.
-    pub fn forget_events(&self) {
+    /// The waiting events that no register holds (NMI, INIT, start-up), to be saved.
+    pub fn save_events(&self) -> u32 {
+        self.events.load(Ordering::SeqCst) & event::SAVED
+    }
+    /// Takes over saved events; those that waited are dropped. Not for a machine that runs.
+    pub fn restore_events(&self, saved: u32) {
         self.events.fetch_and(event::INTERRUPT, Ordering::SeqCst);
+        self.events.fetch_or(saved & event::SAVED, Ordering::SeqCst);
     }
 
     // ---- for everybody ----
