@@ -375,3 +375,75 @@ fn parse_cpus(number: &i64) -> Result<u32, String> {
 fn one_line(message: &str) -> String {
     message.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(", ")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    fn parse(text: &str, line: &str) -> Result<VmConfig, ConfigError> {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("vm.toml");
+        fs::write(&file, text).unwrap();
+        let words = ["bivisor", "run", file.to_str().unwrap()];
+        let cli = crate::cli::Cli::try_parse_from(words.into_iter().chain(line.split_whitespace())).unwrap();
+        let crate::cli::Command::Run(args) = cli.command else { panic!("not run") };
+        VmConfig::new(&args).map(|mut config| {
+            // Paths relative to the file, for comparison.
+            if let Boot::Kernel { kernel, initrd } = &mut config.boot {
+                for path in [Some(kernel), initrd.as_mut()].into_iter().flatten() {
+                    *path = path.strip_prefix(folder.path()).map_or(path.clone(), Path::to_owned);
+                }
+            }
+            config
+        })
+    }
+
+    #[test]
+    fn sizes() {
+        for (text, bytes) in [("2M", 2 << 20), ("512MiB", 512 << 20), ("3G", 3 << 30), ("4096K", 4 << 20)] {
+            assert_eq!(text.parse(), Ok(MemorySize(bytes)), "{text}");
+        }
+        assert_eq!(MemorySize(512 << 20).to_string(), "512M");
+        assert_eq!(MemorySize(2 << 30).to_string(), "2G");
+        for text in ["", "M", "1.5G", "-1M", "5X", "512MB", "1K", "999999999999999999999M"] {
+            assert!(text.parse::<MemorySize>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_default_machine() {
+        let config = VmConfig::new(&RunArgs::default()).unwrap();
+        assert_eq!((config.boot, config.cpus, config.memory.0), (Boot::Default, 1, 512 << 20));
+        assert_eq!((config.engine, config.console), (EngineChoice::Auto, ConsoleSpec::Stdio));
+        assert!(!config.no_reboot && !config.testdev && config.gdb.is_none());
+    }
+
+    #[test]
+    fn a_file_says_what_options_say() {
+        let config = parse(
+            "kernel = \"k\"\ninitrd = \"i\"\nappend = \"quiet\"\nmemory = \"1G\"\ncpus = 4\nengine = \"interp\"\n\
+             console = \"pty\"\nno-reboot = true\ntestdev = true\ngdb = \":1234\"\n",
+            "",
+        )
+        .unwrap();
+        assert_eq!(config.boot, Boot::Kernel { kernel: "k".into(), initrd: Some("i".into()) });
+        assert_eq!((config.append.as_deref(), config.memory.0, config.cpus), (Some("quiet"), 1 << 30, 4));
+        assert_eq!((config.engine, config.console), (EngineChoice::Interp, ConsoleSpec::Pty));
+        assert!(config.no_reboot && config.testdev);
+        assert_eq!(config.gdb, Some(GdbSpec::Port(1234)));
+    }
+
+    #[test]
+    fn options_win() {
+        let text = "kernel = \"k\"\ninitrd = \"i\"\nmemory = \"1G\"\ncpus = 4\nconsole = \"pty\"\n";
+        let config = parse(text, "--memory 64M --console stdio").unwrap();
+        assert_eq!((config.memory.0, config.cpus, config.console), (64 << 20, 4, ConsoleSpec::Stdio));
+        let config = parse(text, "--kernel other").unwrap();
+        assert_eq!(config.boot, Boot::Kernel { kernel: "other".into(), initrd: None });
+        let config = parse("image = \"debian\"", "--kernel other").unwrap();
+        assert_eq!(config.boot, Boot::Kernel { kernel: "other".into(), initrd: None });
+        assert_eq!(parse("image = \"debian\"", "").unwrap().boot, Boot::Image("debian".into()));
+        assert!(matches!(parse("image = \"x\"\nkernel = \"k\"", ""), Err(ConfigError::KernelAndImage(_))));
+    }
+}

@@ -34,8 +34,8 @@ impl Finding {
     }
 }
 
-/// Looks at everything, prints what was found, and returns 0 if machines can run.
-pub fn run() -> u8 {
+/// Looks at everything; gives the report, and as status 0 if machines can run.
+pub fn run() -> (String, u8) {
     let findings = [
         interpreter(),
         translator(),
@@ -46,20 +46,23 @@ pub fn run() -> u8 {
         packages(),
         cache_folder(),
     ];
+    let mut report = String::new();
     for Finding { verdict, what, text } in &findings {
         let mark = match verdict {
             Verdict::Good => "ok",
             Verdict::Lacking => "--",
             Verdict::Fatal => "NO",
         };
-        println!("{mark}  {what:<16} {text}");
+        report.push_str(&format!("{mark}  {what:<18} {text}\n"));
     }
     if findings.iter().any(|finding| finding.verdict == Verdict::Fatal) {
-        println!("\nMachines can't run on this host.");
-        return status::HOST;
+        report.push_str("\nMachines can't run on this host.\n");
+        return (report, status::HOST);
     }
-    println!("\n`bivisor run` works here; --engine auto takes dbt for one CPU if it is usable, else interp.");
-    status::SUCCESS
+    report.push_str(
+        "\n`bivisor run` works here; --engine auto takes dbt for one CPU if it is usable, else interp.\n",
+    );
+    (report, status::SUCCESS)
 }
 
 fn translator() -> Finding {

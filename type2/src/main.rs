@@ -13,6 +13,7 @@ mod run;
 mod status;
 mod vm;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use bivisor_backends::terminal;
@@ -36,7 +37,11 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(args, cli.verbose),
         Command::Image(ImageCommand::Build(Recipe::Debian)) => build_image(),
         Command::Image(ImageCommand::Ls) => list_images(),
-        Command::Doctor => Ok(doctor::run()),
+        Command::Doctor => {
+            let (report, status) = doctor::run();
+            say(&report);
+            Ok(status)
+        }
     };
     match result {
         Ok(status) => ExitCode::from(status),
@@ -60,12 +65,17 @@ fn usage(error: &clap::Error) -> ExitCode {
     ExitCode::from(status::USAGE)
 }
 
+/// Prints to standard output. Who closes it, as `head` does, wants no more.
+fn say(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
 fn build_image() -> Result<u8, Failure> {
     let image = image::build_debian().map_err(Failure::configuration)?;
-    println!(
-        "image {} ({}): start it with `bivisor run {}`",
+    say(&format!(
+        "image {} ({}): start it with `bivisor run {}`\n",
         image.name, image.manifest.description, image.name
-    );
+    ));
     Ok(status::SUCCESS)
 }
 
@@ -76,7 +86,7 @@ fn list_images() -> Result<u8, Failure> {
         match image {
             Ok(image) => {
                 let size = image.size().div_ceil(1 << 20);
-                println!("{:<16} {size:>5} MiB  {}", image.name, image.manifest.description);
+                say(&format!("{:<16} {size:>5} MiB  {}\n", image.name, image.manifest.description));
             }
             Err(error) => {
                 terminal::message(&format!("bivisor: {error}\n"));

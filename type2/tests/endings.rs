@@ -196,3 +196,13 @@ fn doctor_and_image_list_need_nothing() {
     let output = folder.bivisor(&["image", "ls"]).output().unwrap();
     assert_eq!((output.status.code(), output.stdout.len()), (Some(0), 0));
 }
+
+#[test]
+fn a_reader_that_wants_no_more_is_no_bug() {
+    let folder = Folder::new();
+    let mut child =
+        folder.bivisor(&["doctor"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), stderr(&output)), (Some(0), String::new()));
+}
