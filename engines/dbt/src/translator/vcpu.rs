@@ -580,6 +580,8 @@ impl Vcpu for DbtVcpu {
         self.cpu.state = state.clone();
         self.cpu.state_changed();
         self.follow_changes();
+        // RAM may have been loaded anew, past the record of cached code.
+        self.cache.clear();
         Ok(())
     }
 
