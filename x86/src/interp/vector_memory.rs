@@ -3,7 +3,7 @@
 
 use iced_x86::{Mnemonic, OpKind, Register};
 
-use crate::cpu::Cpu;
+use crate::cpu::{Access, Cpu};
 use crate::env::Env;
 use crate::exception::Exception;
 use crate::interp::op::Op;
@@ -79,7 +79,8 @@ impl Cpu {
         let address = |i: usize| truncate(base.wrapping_add(i as u64), pointer.size());
         let selected = |i: &usize| mask[*i] & 0x80 != 0;
         // Zen checks all bytes, whatever the mask.
-        self.check_alignment(self.address_of(segment, base), size)?;
+        let linear = self.checked_address(segment, base, size, Access::Write)?;
+        self.check_alignment(linear, size)?;
         self.check_write(env, segment, base, size)?;
         for i in (0..size).filter(selected) {
             self.write(env, segment, address(i), 1, source[i].into())?;
