@@ -1,4 +1,5 @@
 //! The project's own tasks: `cargo xtask help` lists them.
+mod linux;
 mod setup;
 mod steps;
 mod test;

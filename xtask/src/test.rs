@@ -1,5 +1,5 @@
 //! `cargo xtask test`: everything that has to hold.
-use crate::{setup, steps::Tally};
+use crate::{linux, setup, steps::Tally};
 use anyhow::Result;
 use std::{
     env,
@@ -23,7 +23,7 @@ pub fn cargo(folder: &str) -> Command {
 ///
 /// # Errors
 /// If something that the checks need is missing.
-pub fn all(_quick: bool) -> Result<bool> {
+pub fn all(quick: bool) -> Result<bool> {
     setup::prepare()?;
     let mut tally = Tally::default();
     tally.step("formatting", cargo(".").args(["fmt", "--all", "--check"]))?;
@@ -33,5 +33,8 @@ pub fn all(_quick: bool) -> Result<bool> {
     let bare = ["clippy", "--release", "--", "-D", "warnings"];
     tally.step("lints of the guests", cargo("guests/bare").args(bare))?;
     tally.cargo_test("tests", cargo(".").args(["test", "--workspace", "--no-fail-fast"]))?;
+    if !quick {
+        linux::boots(&mut tally)?;
+    }
     Ok(tally.close())
 }

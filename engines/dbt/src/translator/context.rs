@@ -10,7 +10,7 @@
 //! them until translated code is left ([`Context::vectors_in_memory`]).
 
 use std::mem::offset_of;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU8, AtomicU64};
 
 use bivisor_x86::state::CpuState;
 
@@ -78,7 +78,7 @@ pub struct Context {
     /// Nonzero: the guest's x87 registers are in the state, not in the host's.
     pub x87_in_memory: u8,
     /// Nonzero: an event waits; set together with [`EVENT_BIT`].
-    pub event: u8,
+    pub event: AtomicU8,
     padding: [u8; 5],
     /// Base of FS.
     pub fs_base: u64,

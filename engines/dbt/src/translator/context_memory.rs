@@ -73,7 +73,7 @@ impl ContextMemory {
     /// The context.
     pub fn get(&mut self) -> &mut Context {
         // SAFETY: all zeroes are a valid context (numbers and a raw pointer); it lives as long as the mapping. Others
-        // access only its atomics and `event`, a byte written by single stores.
+        // access only its atomics.
         unsafe { self.context.as_mut() }
     }
 

@@ -72,11 +72,13 @@ extern "C" fn handle(signal: c_int, _: *mut libc::siginfo_t, context: *mut c_voi
     give_back(signal);
 }
 
-/// Not ours: the earlier handler is put back, and the instruction raises the signal again.
+/// Not ours: the earlier handler is put back and gets the signal, which may have been sent by another process.
 fn give_back(signal: c_int) {
     let Some(index) = SIGNALS.iter().position(|&s| s == signal) else { return };
     if let Some(previous) = PREVIOUS.get() {
         // SAFETY: a structure that sigaction filled in itself.
         unsafe { libc::sigaction(signal, &raw const previous[index], std::ptr::null_mut()) };
+        // SAFETY: allowed in a handler; the signal is blocked until this one returns.
+        unsafe { libc::raise(signal) };
     }
 }

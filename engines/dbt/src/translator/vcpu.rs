@@ -83,7 +83,7 @@ unsafe impl Sync for Observer {}
 
 impl Waker for Observer {
     fn wake(&self) {
-        // SAFETY: the memory is kept alive; both are only accessed atomically, or by single machine instructions.
+        // SAFETY: the memory is kept alive; both are atomics, which everybody may access.
         unsafe {
             (*self.event).store(1, Ordering::SeqCst);
             (*self.bias).fetch_or(EVENT_BIT, Ordering::SeqCst);
@@ -117,12 +117,8 @@ impl DbtVcpu {
         let native_tsc = env.tsc_offset() == 0;
         let memory = context.keep_alive();
         let place = context.get();
-        let observer = Observer {
-            bias: &raw const place.jump_bias,
-            // SAFETY: AtomicU8 has the size and alignment of u8.
-            event: (&raw const place.event).cast::<AtomicU8>(),
-            _memory: memory,
-        };
+        let observer =
+            Observer { bias: &raw const place.jump_bias, event: &raw const place.event, _memory: memory };
         env.set_observer(Arc::new(observer));
         Ok(Self {
             cpu,
@@ -517,9 +513,9 @@ impl DbtVcpu {
 
     /// One round: an event, the interpreter, or translated code.
     fn turn(&mut self) -> Result<Option<Exit>, EngineError> {
-        if self.context().event != 0 {
+        if self.context().event.load(Ordering::SeqCst) != 0 {
             // Cleared first: what comes later is noticed again. The interpreter takes what may be taken.
-            self.context().event = 0;
+            self.context().event.store(0, Ordering::SeqCst);
             if let Some(exit) = self.interpret(1) {
                 return Ok(Some(exit));
             }
@@ -552,7 +548,7 @@ impl DbtVcpu {
         context.jumps.host[index] = host;
         // An event that comes from here on makes the first lookup miss.
         context.jump_bias.store(bias, Ordering::SeqCst);
-        if context.event != 0 {
+        if context.event.load(Ordering::SeqCst) != 0 {
             context.jump_bias.fetch_or(EVENT_BIT, Ordering::SeqCst);
         }
         let mut site = self.enter(entry, number, true);

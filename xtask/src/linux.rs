@@ -1,0 +1,148 @@
+//! Stock Linux as a test: the default guest boots to a shell, does what a user would try first, and powers off.
+use crate::{
+    steps::{Tally, progress},
+    test::{cargo, root},
+};
+use anyhow::{Context, Result, bail, ensure};
+use std::{
+    env,
+    io::{Read, Write},
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    sync::mpsc::{Receiver, RecvTimeoutError, channel},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// What the guest's shell asks with.
+const PROMPT: &str = "root@debian:/root# ";
+/// The guest's time from power-up to power-off on the slower engine, with much to spare on a busy machine.
+const TIME_LIMIT: Duration = Duration::from_secs(400);
+
+/// A line to type, and what must be in the answer.
+const DIALOGUE: &[(&str, &[&str])] = &[
+    ("uname -a", &["Linux debian", "-cloud-amd64", "x86_64"]),
+    ("cat /proc/interrupts", &["IO-APIC", "ttyS0", "acpi", "Local timer interrupts"]),
+    ("cat /proc/cmdline", &["console=ttyS0"]),
+    ("dmesg | grep -c 'ACPI: Interpreter enabled'", &["\n1"]),
+    ("i=0; while [ $i -lt 2000 ]; do i=$((i+1)); done; echo counted $i | sha256sum", &["  -"]),
+];
+
+/// Builds the program as a user does, and boots Linux on each software engine.
+///
+/// # Errors
+/// If cargo cannot be started.
+pub fn boots(tally: &mut Tally) -> Result<()> {
+    tally.step("optimised build", cargo(".").args(["build", "--release", "--package", "bivisor"]))?;
+    let program = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    let program = program.join("release/bivisor");
+    for engine in ["dbt", "interp"] {
+        let name = format!("Linux on {engine}");
+        progress(&name);
+        let start = Instant::now();
+        let result = boot(&program, engine);
+        match &result {
+            Ok(shell) => println!("    {name}: ok in {:.1?}, shell after {shell:.1?}", start.elapsed()),
+            Err(error) => println!("    {name}: FAILED: {error:#}"),
+        }
+        tally.count(&name, result.is_ok());
+    }
+    Ok(())
+}
+
+/// Boots, talks to the shell, powers off. Returns the time to the shell.
+fn boot(program: &PathBuf, engine: &str) -> Result<Duration> {
+    let start = Instant::now();
+    let mut child = Command::new(program)
+        .args(["run", "--no-reboot", "--engine", engine])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("{} could not be started", program.display()))?;
+    let result = talk(&mut child, start);
+    if result.is_err() {
+        // It may have ended by itself.
+        let _ = child.kill();
+    }
+    let status = child.wait()?;
+    let shell = result?;
+    ensure!(status.success(), "the guest powered off, but bivisor ended with {status}");
+    Ok(shell)
+}
+
+fn talk(child: &mut Child, start: Instant) -> Result<Duration> {
+    let mut keyboard = child.stdin.take().context("no standard input")?;
+    let mut screen = Screen::new(child.stdout.take().context("no standard output")?, start + TIME_LIMIT);
+    screen.until(PROMPT)?;
+    let shell = start.elapsed();
+    for (line, expected) in DIALOGUE {
+        writeln!(keyboard, "{line}")?;
+        let answer = screen.until(PROMPT)?;
+        for part in *expected {
+            ensure!(answer.contains(part), "`{line}` answers without {part:?}: {answer:?}");
+        }
+    }
+    writeln!(keyboard, "poweroff")?;
+    let rest = screen.rest()?;
+    ensure!(rest.contains("Power down"), "no power-off: {rest:?}");
+    Ok(shell)
+}
+
+/// What the guest writes.
+struct Screen {
+    bytes: Receiver<Vec<u8>>,
+    text: String,
+    deadline: Instant,
+}
+
+impl Screen {
+    fn new(mut output: impl Read + Send + 'static, deadline: Instant) -> Self {
+        let (send, bytes) = channel();
+        thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(count @ 1..) = output.read(&mut buffer) {
+                if send.send(buffer[..count].to_vec()).is_err() {
+                    break;
+                }
+            }
+        });
+        Self { bytes, text: String::new(), deadline }
+    }
+
+    /// More text, or `false` at the end.
+    fn more(&mut self) -> Result<bool> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        match self.bytes.recv_timeout(left) {
+            Ok(bytes) => {
+                self.text.push_str(&String::from_utf8_lossy(&bytes));
+                Ok(true)
+            }
+            Err(RecvTimeoutError::Disconnected) => Ok(false),
+            Err(RecvTimeoutError::Timeout) => {
+                bail!("nothing more within {TIME_LIMIT:?}: {:?}", tail(&self.text))
+            }
+        }
+    }
+
+    /// The text up to `end`.
+    fn until(&mut self, end: &str) -> Result<String> {
+        loop {
+            if let Some(at) = self.text.find(end) {
+                let rest = self.text.split_off(at + end.len());
+                return Ok(std::mem::replace(&mut self.text, rest));
+            }
+            ensure!(self.more()?, "the machine ended before {end:?}: {:?}", tail(&self.text));
+        }
+    }
+
+    fn rest(&mut self) -> Result<String> {
+        while self.more()? {}
+        Ok(std::mem::take(&mut self.text))
+    }
+}
+
+/// The last lines of a text.
+fn tail(text: &str) -> &str {
+    let start = text.rmatch_indices('\n').nth(12).map_or(0, |(at, _)| at);
+    &text[start..]
+}
