@@ -59,7 +59,7 @@ pub enum Handler {
     MovsxReg,
     MovsxMem,
     Lea,
-    /// Any [`Alu`] operation, in `detail`.
+    /// The operation on two registers, a register and memory, …
     AluRegReg(Alu),
     AluRegMem(Alu),
     AluRegImm(Alu),
@@ -72,16 +72,16 @@ pub enum Handler {
     Shift(Shift),
     Push,
     Pop,
-    /// Jcc; the condition is in `detail`.
+    /// Jcc; the condition is in `condition`.
     JumpIf,
     Jump,
     JumpIndirect,
     Call,
     CallIndirect,
     Return,
-    /// CMOVcc; the condition is in `detail`.
+    /// CMOVcc; the condition is in `condition`.
     MoveIf,
-    /// SETcc; the condition is in `detail`.
+    /// SETcc; the condition is in `condition`.
     SetIf,
     /// MUL, IMUL, DIV, IDIV, MULX, ADCX, ADOX, CRC32.
     Multiply,
@@ -174,7 +174,7 @@ pub struct Op {
     pub(crate) locked: bool,
     /// How execution goes on after it.
     pub(crate) then: Then,
-    /// As iced-x86 decoded it, at the instruction pointer `decode_ip`.
+    /// As iced-x86 decoded it, at any instruction pointer.
     pub instruction: Instruction,
     /// The instruction's bytes; the first `instruction.len()` count.
     pub bytes: [u8; MAX_INSTRUCTION_LENGTH],
