@@ -291,6 +291,13 @@ impl Cpu {
         Ok((segment, offset))
     }
 
+    /// Address of the area of FXSAVE and FXRSTOR. #AC comes before #GP here, but on Zen it asks for four bytes only.
+    fn fxsave_address(&self, op: &Op) -> Result<(SegReg, u64), Exception> {
+        let (segment, offset) = self.effective_address(op);
+        self.check_alignment(self.address_of(segment, offset), 4)?;
+        self.area_address(op, 16)
+    }
+
     /// Outside 64-bit mode only eight vector registers are moved.
     fn vector_registers(&self) -> usize {
         if self.in_64bit_mode() { 16 } else { 8 }
@@ -341,10 +348,7 @@ impl Cpu {
 
     fn fxsave<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<(), Exception> {
         self.check_fxsave()?;
-        // Of its kin only FXSAVE gives #AC precedence over #GP, on Zen.
-        let (segment, offset) = self.effective_address(op);
-        self.check_alignment(self.address_of(segment, offset), 16)?;
-        let (segment, offset) = self.area_address(op, 16)?;
+        let (segment, offset) = self.fxsave_address(op)?;
         let mut image = [0; XMM_END];
         image.copy_from_slice(&self.state.xsave.bytes[..XMM_END]);
         image[..XMM].copy_from_slice(&self.x87_image(op));
@@ -355,7 +359,7 @@ impl Cpu {
 
     fn fxrstor<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<(), Exception> {
         self.check_fxsave()?;
-        let (segment, offset) = self.area_address(op, 16)?;
+        let (segment, offset) = self.fxsave_address(op)?;
         let mut image = [0; LEGACY_SIZE];
         self.read_bytes(env, segment, offset, &mut image)?;
         let mxcsr = checked_mxcsr(&image)?;
