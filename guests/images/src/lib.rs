@@ -38,5 +38,10 @@ macro_rules! guest {
 pub const HELLO: Guest = guest!("hello", input: "help\rinfo\rpoweroff\r");
 
 /// Every guest.
-pub const ALL: &[Guest] =
-    &[HELLO, guest!("exceptions", input: ""), guest!("paging", input: ""), guest!("timers", input: "")];
+pub const ALL: &[Guest] = &[
+    HELLO,
+    guest!("exceptions", input: ""),
+    guest!("paging", input: ""),
+    guest!("smc", input: ""),
+    guest!("timers", input: ""),
+];
