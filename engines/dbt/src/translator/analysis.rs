@@ -64,6 +64,12 @@ pub enum Class {
     Rdtscp,
     /// CPUID.
     Cpuid,
+    /// MOV of a segment register's selector.
+    ReadSelector,
+    /// RDFSBASE and RDGSBASE, of 64 bits.
+    ReadBase,
+    /// WRFSBASE and WRGSBASE, of 64 bits.
+    WriteBase,
     /// Executed by the interpreter, after which the block goes on.
     Interpret,
     /// Executed by the interpreter; ends the block.
@@ -122,6 +128,11 @@ const STACK_RANGE_LIMIT: i32 = 1024;
 
 /// Classifies a 64-bit instruction.
 pub fn classify(instruction: &Instruction, model: &CpuModel, key: Key) -> Class {
+    if !instruction.has_lock_prefix()
+        && let Some(class) = sensitive(instruction, model, key)
+    {
+        return class;
+    }
     if let Some(class) = control_flow(instruction) {
         return class;
     }
@@ -144,11 +155,6 @@ pub fn classify(instruction: &Instruction, model: &CpuModel, key: Key) -> Class 
         | Mnemonic::Prefetch
         | Mnemonic::Reservednop => return Class::Nothing,
         _ => {}
-    }
-    if !instruction.has_lock_prefix()
-        && let Some(class) = sensitive(instruction, model, key)
-    {
-        return class;
     }
     if is_bit_string(instruction)
         && instruction.memory_size().size() > 2
@@ -180,6 +186,9 @@ fn sensitive(instruction: &Instruction, model: &CpuModel, key: Key) -> Option<Cl
         Mnemonic::Clac if key.class() == SUPERVISOR_AC && model.offers_instruction(instruction) => {
             Class::SwitchAc
         }
+        Mnemonic::Mov if reads_selector(instruction) => Class::ReadSelector,
+        Mnemonic::Rdfsbase | Mnemonic::Rdgsbase if instruction.op0_register().is_gpr64() => Class::ReadBase,
+        Mnemonic::Wrfsbase | Mnemonic::Wrgsbase if instruction.op0_register().is_gpr64() => Class::WriteBase,
         Mnemonic::Pushfq if instruction.code() == Code::Pushfq => Class::Pushf,
         Mnemonic::Movsb
         | Mnemonic::Movsw
@@ -195,6 +204,16 @@ fn sensitive(instruction: &Instruction, model: &CpuModel, key: Key) -> Option<Cl
         }
         _ => return None,
     })
+}
+
+fn reads_selector(instruction: &Instruction) -> bool {
+    instruction.op1_kind() == OpKind::Register
+        && instruction.op1_register().is_segment_register()
+        && match instruction.op0_kind() {
+            OpKind::Memory => true,
+            OpKind::Register => instruction.op0_register().size() >= 4,
+            _ => false,
+        }
 }
 
 /// A string instruction with REP, 64-bit addresses, and segments whose base is zero.
@@ -556,6 +575,7 @@ pub fn mark_live_flags(block: &mut [Decoded], live_out: u32) {
             Class::Interpret
             | Class::InterpretLast
             | Class::RepeatString
+            | Class::WriteBase
             | Class::Pushf
             | Class::Cpuid
             | Class::Rdtsc
@@ -564,7 +584,8 @@ pub fn mark_live_flags(block: &mut [Decoded], live_out: u32) {
             | Class::SwitchAc
             | Class::Syscall => (ALL_FLAGS, 0),
             Class::Sysret => (0, ALL_FLAGS),
-            Class::Nothing | Class::Cli | Class::Swapgs => (0, 0),
+            Class::Nothing | Class::Cli | Class::Swapgs | Class::ReadSelector => (0, 0),
+            Class::ReadBase => (ALL_FLAGS, 0),
             Class::JumpIf => {
                 let (read, _) = flag_effects(&decoded.instruction);
                 (read | decoded.live_taken, 0)
@@ -679,12 +700,13 @@ fn after(decoded: &Decoded, delta: i32) -> Option<i32> {
         | Class::BitString
         | Class::RepeatString
         | Class::Swapgs
+        | Class::WriteBase
         | Class::Cli
         | Class::Sti
         | Class::Rdtsc
         | Class::Rdtscp
         | Class::Cpuid => 0,
-        Class::Copy => {
+        Class::Copy | Class::ReadSelector | Class::ReadBase => {
             let writes_rsp = (0..instruction.op_count().min(4)).any(|operand| {
                 instruction.op_kind(operand) == OpKind::Register
                     && instruction.op_register(operand).full_register() == Register::RSP
@@ -710,6 +732,11 @@ fn after(decoded: &Decoded, delta: i32) -> Option<i32> {
     };
     let delta = i64::from(delta).checked_add(moved)?;
     i32::try_from(delta).ok().filter(|delta| delta.abs() < 1 << 20)
+}
+
+/// Whether RSP is somewhere else after the instruction, which isn't the block's last one anyway.
+pub fn changes_stack(decoded: &Decoded) -> bool {
+    matches!(decoded.class, Class::Copy | Class::Pop | Class::Leave) && after(decoded, 0).is_none()
 }
 
 fn is_64bit_immediate(instruction: &Instruction) -> bool {

@@ -204,7 +204,9 @@ fn decode(request: &Request<'_>) -> Vec<Decoded> {
         block.push(Decoded { instruction, class, live_before: 0, live_taken, stack_delta: None, access });
         branches += usize::from(class == Class::JumpIf);
         // An instruction that crosses into the next page stands alone.
-        if class.is_last() || branches == MAX_BRANCHES || request.page.len() > PAGE {
+        // Where RSP gets another value, the next block begins with a check of the stack there.
+        let other_stack = block.last().is_some_and(analysis::changes_stack);
+        if class.is_last() || other_stack || branches == MAX_BRANCHES || request.page.len() > PAGE {
             break;
         }
     }
@@ -286,7 +288,8 @@ impl Builder<'_> {
         self.e.compare_imm(Width::W64, ADDRESS, PAGE as i32 - size);
         let fixup = self.e.jump_if(condition::A);
         let retry = (self.request.start + self.e.position()) as u32;
-        let site = self.new_site(SiteKind::Stack { low: range.low, size: size as u16, retry });
+        let site =
+            self.new_site(SiteKind::Stack { low: range.low, size: size as u16, retry, patch: 0, stub: 0 });
         self.stack_stub = Some((fixup, site));
     }
 
@@ -358,8 +361,9 @@ impl Builder<'_> {
         let next_host = (self.request.start + self.e.position()) as u32;
         let mut comes_back = false;
         for site in &mut self.sites[sites..] {
-            if let SiteKind::Access { next_host: place, .. } | SiteKind::Interpret { next_host: place, .. } =
-                &mut site.kind
+            if let SiteKind::Access { next_host: place, .. }
+            | SiteKind::String { next_host: place, .. }
+            | SiteKind::Interpret { next_host: place, .. } = &mut site.kind
             {
                 *place = next_host;
                 comes_back = true;
@@ -401,6 +405,8 @@ impl Builder<'_> {
             Class::Rdtsc => self.rdtsc(false),
             Class::Rdtscp => self.rdtsc(true),
             Class::Cpuid => self.cpuid(decoded),
+            Class::ReadSelector => self.read_selector(decoded)?,
+            Class::ReadBase | Class::WriteBase => self.segment_base(decoded)?,
             Class::Interpret => self.interpret(false),
             Class::InterpretLast => self.interpret(true),
         }
@@ -462,7 +468,7 @@ impl Builder<'_> {
     }
 
     fn finish_stack_stub(&mut self, from: Fixup, site: u32) {
-        let SiteKind::Stack { low, size, retry } = *self.kind_of(site) else { return };
+        let SiteKind::Stack { low, size, retry, .. } = *self.kind_of(site) else { return };
         self.e.bind(from);
         self.e.lea(Width::W64, ADDRESS, at(GUEST_RSP, low));
         self.e.load_immediate(TEMPORARY, u64::from(size) - 1);
@@ -470,6 +476,14 @@ impl Builder<'_> {
         self.bind_shared(call, self.request.shared.stack_window[usize::from(self.class())]);
         let found = self.e.jump_if(condition::E);
         self.e.bind_to(found, retry as usize - self.request.start);
+        // Across two pages: to the variant of the block that checks each access, once there is one.
+        let crosses = self.e.jump_if(condition::B);
+        self.e.bind(crosses);
+        let here = (self.request.start + self.e.position()) as u32;
+        if let SiteKind::Stack { patch, stub, .. } = self.kind_of(site) {
+            *stub = here;
+            *patch = here - 4;
+        }
         self.leave_code(site);
     }
 }

@@ -176,7 +176,7 @@ impl Cache {
         let Some(block) = self.blocks.get_mut(target as usize) else { return };
         block.incoming.push(site);
         match kind {
-            SiteKind::Jump { patch, .. } => {
+            SiteKind::Jump { patch, .. } | SiteKind::Stack { patch, .. } => {
                 let entry = block.entry;
                 self.patch(patch, entry);
             }
@@ -190,7 +190,9 @@ impl Cache {
     /// Makes the jump at a site leave again.
     pub fn unlink(&mut self, site: u32, context: &mut Context) {
         match self.sites.get(site as usize).map(|site| site.kind) {
-            Some(SiteKind::Jump { patch, stub, .. }) => self.patch(patch, stub),
+            Some(SiteKind::Jump { patch, stub, .. } | SiteKind::Stack { patch, stub, .. }) => {
+                self.patch(patch, stub)
+            }
             Some(SiteKind::Link { link, stub, .. }) => {
                 context.links[link as usize % LINKS] = self.code.address(stub as usize);
             }

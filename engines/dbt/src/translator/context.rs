@@ -172,7 +172,9 @@ pub struct Context {
     pub fast_system_calls: u8,
     /// Nonzero while the processor's thread executes translated code.
     pub inside: AtomicU8,
-    padding: [u8; 2],
+    /// Nonzero: RDFSBASE and its like are enabled.
+    pub base_instructions: u8,
+    padding: [u8; 1],
     /// Base of FS.
     pub fs_base: u64,
     /// Base of GS.
@@ -231,7 +233,7 @@ macro_rules! field {
     };
 }
 field!(page_base stack_page stack_addend jump_bias saved state block_flags vectors x87_in_memory event pending);
-field!(fast_system_calls fs_base gs_base site host_mxcsr flags address temporary host_rsp target tsc_offset);
+field!(fast_system_calls base_instructions fs_base gs_base site host_mxcsr flags address temporary host_rsp target tsc_offset);
 field!(arithmetic_mask pushed_mask bit_mask syscall sysret mxcsr);
 
 /// Guest register 12 to 15 in [`Context::spilled`].

@@ -64,6 +64,7 @@ pub enum Width {
 /// Conditions of Jcc and SETcc, by their encoding.
 #[allow(missing_docs)]
 pub mod condition {
+    pub const B: u8 = 2;
     pub const E: u8 = 4;
     pub const NE: u8 = 5;
     pub const A: u8 = 7;
@@ -357,6 +358,14 @@ impl Emitter {
     pub fn push_imm(&mut self, value: u32) {
         self.code.push(0x68);
         self.code.extend(value.to_le_bytes());
+    }
+    /// `stc` or `clc`.
+    pub fn set_carry(&mut self, set: bool) {
+        self.code.push(if set { 0xf9 } else { 0xf8 });
+    }
+    /// `xor register, other`.
+    pub fn xor(&mut self, wide: Width, register: Reg, other: Reg) {
+        self.op_reg(wide, &[0x33], register, other);
     }
     /// `pushfq`.
     pub fn pushfq(&mut self) {

@@ -4,7 +4,7 @@ use bivisor_machine::engine::{EngineError, Exit};
 use bivisor_x86::cpu::Access;
 use bivisor_x86::env::Env;
 use bivisor_x86::paging::Place;
-use iced_x86::{Decoder, DecoderOptions, Mnemonic};
+use iced_x86::{Code, Decoder, DecoderOptions};
 
 use super::block::PAGE;
 use super::context::{CPUID_ENTRIES, CpuidEntry};
@@ -26,7 +26,11 @@ pub(super) enum Next {
 impl DbtVcpu {
     /// Where translated code left. `entered`: the block where it was entered.
     pub(super) fn left(&mut self, site: Option<Site>, entered: u32) -> Next {
-        let Some(site) = site else { return self.host_fault() };
+        let Some(site) = site else {
+            self.statistics.host_fault += 1;
+            return self.host_fault();
+        };
+        self.statistics.left(site.kind);
         let number = self.context().site;
         let base = self.context().page_base;
         let rip = base.wrapping_add(site.guest.into());
@@ -38,9 +42,16 @@ impl DbtVcpu {
                 if self.fill(linear, size, write) {
                     return Next::Resume(retry, site.block, self.loaded_within(site.block));
                 }
+                self.statistics.access_slow += 1;
                 self.step(base.wrapping_add(next.into()), Some(next_host), &site)
             }
-            SiteKind::Stack { low, size, retry } => self.stack_miss(low, size, retry, &site),
+            SiteKind::String { is_move, next, retry, next_host } => {
+                if self.fill_for_string(is_move) {
+                    return Next::Resume(retry, site.block, self.loaded_within(site.block));
+                }
+                self.step(base.wrapping_add(next.into()), Some(next_host), &site)
+            }
+            SiteKind::Stack { low, size, retry, .. } => self.stack_miss(low, size, retry, &site),
             SiteKind::Interpret { next, next_host } => {
                 self.step(base.wrapping_add(next.into()), Some(next_host), &site)
             }
@@ -87,7 +98,9 @@ impl DbtVcpu {
         let space = self.cpu.address_space();
         let (epoch, flushes) = (self.epoch, self.flushes);
         let asked = (self.cpu.state.gpr[0] as u32, self.cpu.state.gpr[1] as u32);
-        let cpuid = next_host.is_some() && next == self.cpu.state.rip + 2 && self.is_cpuid();
+        let code = self.code();
+        self.statistics.interpreted(code);
+        let cpuid = code == Code::Cpuid;
         let exit = self.interpret(1, site.vector);
         if let Some(exit) = exit {
             return Next::Leave(Ok(exit));
@@ -110,17 +123,16 @@ impl DbtVcpu {
         }
     }
 
-    fn is_cpuid(&mut self) -> bool {
+    /// What stands at the instruction pointer, as far as it lies in one page.
+    fn code(&mut self) -> Code {
         let rip = self.cpu.state.rip;
         let Ok(Place::Ram(offset)) = self.cpu.probe(&mut self.env, rip, Access::Execute) else {
-            return false;
+            return Code::INVALID;
         };
-        let mut bytes = [0; 2];
-        if offset as usize % PAGE + bytes.len() > PAGE {
-            return false;
-        }
-        self.env.load_bytes(offset, &mut bytes);
-        Decoder::new(64, &bytes, DecoderOptions::NONE).decode().mnemonic() == Mnemonic::Cpuid
+        let mut bytes = [0; 15];
+        let length = bytes.len().min(PAGE - offset as usize % PAGE);
+        self.env.load_bytes(offset, &mut bytes[..length]);
+        Decoder::new(64, &bytes[..length], DecoderOptions::NONE).decode().code()
     }
 
     fn remember_cpuid(&mut self, (leaf, subleaf): (u32, u32)) {
@@ -176,12 +188,33 @@ impl DbtVcpu {
             None => self.translate(offset, key),
         };
         match variant.and_then(|number| Some((number, self.cache.block(number)?.entry))) {
-            Some((number, entry)) => Next::Resume(entry, number, Load::Mode),
+            Some((number, entry)) => {
+                let kept = self.cache.block(site.block).is_some_and(|block| block.offset == offset);
+                if kept && first & PAGE_MASK != last & PAGE_MASK {
+                    let own = self.context().site;
+                    self.cache.link(own, number, self.windows.context());
+                }
+                Next::Resume(entry, number, Load::Mode)
+            }
             None => match self.interpret(1, true) {
                 Some(exit) => Next::Leave(Ok(exit)),
                 None => Next::Dispatch,
             },
         }
+    }
+
+    /// Enters the pages of a string instruction into the inline TLB. False if that was just done and didn't help, or
+    /// can't be done.
+    fn fill_for_string(&mut self, is_move: bool) -> bool {
+        let gpr = &self.cpu.state.gpr;
+        let here = (self.cpu.state.rip, gpr[1]);
+        let (source, destination) = (gpr[6], gpr[7]);
+        if here.1 == 0 || self.last_string == here {
+            self.last_string = (0, 0);
+            return false;
+        }
+        self.last_string = here;
+        (!is_move || self.fill(source, 1, false)) && self.fill(destination, 1, true)
     }
 
     /// What the inline TLB adds to addresses in the page.

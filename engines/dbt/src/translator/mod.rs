@@ -20,5 +20,6 @@ mod sensitive;
 pub mod shared_code;
 pub mod site;
 pub mod spaces;
+pub mod statistics;
 pub mod vcpu;
 pub mod windows;

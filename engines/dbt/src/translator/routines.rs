@@ -25,11 +25,15 @@ fn field(mem: Mem) -> Mem {
     mem.plus(PUSHED)
 }
 
-/// Makes the page of the bytes from ADDRESS to ADDRESS + TEMPORARY the stack window. ZF: it is now.
+/// Makes the page of the bytes from ADDRESS to ADDRESS + TEMPORARY the stack window. ZF: it is now; CF: they
+/// lie in two pages.
 pub fn stack_window(e: &mut Emitter, class: u8) -> usize {
     let start = e.position();
     index(e, ADDEND, ADDRESS);
     e.add(Width::W64, TEMPORARY, ADDRESS);
+    e.xor(Width::W64, ADDRESS, TEMPORARY);
+    e.shr(Width::W64, ADDRESS, 12);
+    let crosses = e.jump_if(condition::NE);
     e.shr(Width::W64, TEMPORARY, 12);
     e.compare(Width::W64, TEMPORARY, field(tlb_tag(class, true, ADDEND)));
     let other = e.jump_if(condition::NE);
@@ -38,7 +42,12 @@ pub fn stack_window(e: &mut Emitter, class: u8) -> usize {
     e.shl(Width::W64, TEMPORARY, 12);
     e.store(Width::W64, field(stack_page()), TEMPORARY);
     e.compare_reg(Width::W32, ADDEND, ADDEND);
+    e.ret();
     e.bind(other);
+    e.set_carry(false);
+    e.ret();
+    e.bind(crosses);
+    e.set_carry(true);
     e.ret();
     start
 }

@@ -93,12 +93,6 @@ impl Builder<'_> {
     /// PUSHFQ.
     pub fn pushf(&mut self, decoded: &Decoded) {
         self.bring_flags_back();
-        if decoded.stack_delta.is_none() {
-            // The check would change the flags.
-            let site = self.new_site(SiteKind::Interpret { next: self.next_guest as u16, next_host: 0 });
-            self.leave_code(site);
-            return;
-        }
         self.e.pushfq();
         self.e.pop(ADDRESS);
         self.e.pext(ADDRESS, ADDRESS, context::arithmetic_mask());
@@ -108,8 +102,10 @@ impl Builder<'_> {
         self.e.pext(TEMPORARY, TEMPORARY, context::pushed_mask());
         self.e.pdep(TEMPORARY, TEMPORARY, context::pushed_mask());
         self.e.lea(Width::W64, ADDRESS, indexed(ADDRESS, TEMPORARY, 0, 0));
+        self.e.store(Width::W64, context::target(), ADDRESS);
         let place = self.stack_operand(decoded, -8, true);
-        self.e.store(Width::W64, place, ADDRESS);
+        self.e.load(Width::W64, TEMPORARY, context::target());
+        self.e.store(Width::W64, place, TEMPORARY);
         self.e.lea(Width::W64, context::GUEST_RSP, at(context::GUEST_RSP, -8));
     }
 
@@ -123,6 +119,77 @@ impl Builder<'_> {
         self.e.store(Width::W64, state(KERNEL), ADDRESS);
         self.e.store(Width::W64, context::gs_base(), ADDEND);
         self.e.store(Width::W64, state(segment(SegReg::Gs) + offset_of!(Segment, base)), ADDEND);
+    }
+
+    /// Stores a general register of the guest's from TEMPORARY.
+    fn write_register(&mut self, guest: u8) {
+        if guest >= 12 {
+            self.e.store(Width::W64, context::spilled(guest), TEMPORARY);
+        } else {
+            self.e.copy(Width::W64, host_register(guest), TEMPORARY);
+        }
+    }
+
+    /// MOV of a selector to a general register of 32 or 64 bits, or to memory.
+    pub fn read_selector(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
+        let register = match decoded.instruction.op1_register() {
+            Register::ES => SegReg::Es,
+            Register::CS => SegReg::Cs,
+            Register::SS => SegReg::Ss,
+            Register::DS => SegReg::Ds,
+            Register::FS => SegReg::Fs,
+            _ => SegReg::Gs,
+        };
+        if decoded.instruction.op0_kind() == OpKind::Memory {
+            self.address(&decoded.instruction)?;
+            self.check(2, true, decoded.live_before);
+            self.load_state();
+            self.e.load_zx16(TEMPORARY, state(segment(register) + offset_of!(Segment, selector)));
+            self.e.store16(indexed(ADDRESS, ADDEND, 0, 0), TEMPORARY);
+            return Ok(());
+        }
+        let guest = number(decoded.instruction.op0_register()).ok_or(NotRenamed)?;
+        self.load_state();
+        self.e.load_zx16(TEMPORARY, state(segment(register) + offset_of!(Segment, selector)));
+        self.write_register(guest);
+        Ok(())
+    }
+
+    /// RDFSBASE, RDGSBASE, WRFSBASE, WRGSBASE.
+    pub fn segment_base(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
+        let instruction = &decoded.instruction;
+        let guest = number(instruction.op0_register()).ok_or(NotRenamed)?;
+        self.put_flags_aside();
+        self.e.compare_zero8(context::base_instructions());
+        let disabled = self.e.jump_if(condition::E);
+        let interpret = SiteKind::Interpret { next: self.next_guest as u16, next_host: 0 };
+        self.leave_from(disabled, interpret);
+        let (place, register) = match instruction.mnemonic() {
+            Mnemonic::Rdfsbase | Mnemonic::Wrfsbase => (context::fs_base(), SegReg::Fs),
+            _ => (context::gs_base(), SegReg::Gs),
+        };
+        if matches!(instruction.mnemonic(), Mnemonic::Rdfsbase | Mnemonic::Rdgsbase) {
+            self.e.load(Width::W64, TEMPORARY, place);
+            self.write_register(guest);
+            return Ok(());
+        }
+        let from = if guest >= 12 {
+            self.e.load(Width::W64, ADDRESS, context::spilled(guest));
+            ADDRESS
+        } else {
+            host_register(guest)
+        };
+        // #GP(0) for an address that isn't canonical.
+        self.e.copy(Width::W64, TEMPORARY, from);
+        self.e.shl(Width::W64, TEMPORARY, 16);
+        self.e.sar(Width::W64, TEMPORARY, 16);
+        self.e.compare_reg(Width::W64, TEMPORARY, from);
+        let outside = self.e.jump_if(condition::NE);
+        self.leave_from(outside, interpret);
+        self.e.store(Width::W64, place, from);
+        self.load_state();
+        self.e.store(Width::W64, state(segment(register) + offset_of!(Segment, base)), from);
+        Ok(())
     }
 
     /// RDTSC and RDTSCP.
@@ -281,7 +348,12 @@ impl Builder<'_> {
         let call = self.e.call();
         self.bind_shared(call, routine);
         let rest = self.e.jump_if(condition::NE);
-        self.leave_from(rest, SiteKind::Interpret { next: self.next_guest as u16, next_host: 0 });
+        let retry = (self.request.start + self.instruction_start) as u32;
+        self.leave_from(
+            rest,
+            SiteKind::String { is_move, next: self.next_guest as u16, retry, next_host: 0 },
+        );
+        self.addend_is_stack = false;
     }
 
     /// BT, BTS, BTR, BTC with the bit's number in a register, which may lead outside of the operand.

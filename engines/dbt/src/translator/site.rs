@@ -39,6 +39,21 @@ pub enum SiteKind {
         size: u16,
         /// Behind the check.
         retry: u32,
+        /// Displacement of the jump that is taken where they lie in two pages.
+        patch: u32,
+        /// The code that leaves, which that jump goes to as long as it isn't linked.
+        stub: u32,
+    },
+    /// A repeated string instruction that needs a page, or is too odd, for the shared code.
+    String {
+        /// It is MOVS, not STOS.
+        is_move: bool,
+        /// Offset in the page of the next instruction.
+        next: u16,
+        /// Code of the instruction from its start.
+        retry: u32,
+        /// Code of the next instruction.
+        next_host: u32,
     },
     /// The interpreter executes the instruction, and the block goes on.
     Interpret {

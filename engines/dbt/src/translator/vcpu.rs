@@ -11,12 +11,12 @@ use bivisor_machine::host::Waker;
 use bivisor_x86::cpu::{Access, Cpu};
 use bivisor_x86::env::Env;
 use bivisor_x86::paging::Place;
-use bivisor_x86::registers::Rflags;
+use bivisor_x86::registers::{Cr4, Rflags};
 use bivisor_x86::state::{CpuState, Mode};
 use rustc_hash::FxHashMap;
 
 use super::analysis;
-use super::block::{self, OVERHANG, PAGE, Request};
+use super::block::{self, OVERHANG, PAGE, Request, Translation};
 use super::cache::Cache;
 use super::context::{
     Context, EVENT_BIT, JumpEntry, NO_STACK_PAGE, VECTORS_IN_CONTEXT, VECTORS_IN_STATE, jump_index,
@@ -26,6 +26,7 @@ use super::fault::{self, FAULT_SITE, Running};
 use super::key::{Key, USER};
 use super::site::{Site, SiteKind};
 use super::spaces::Spaces;
+use super::statistics::Statistics;
 use super::windows::{Mapping, Windows};
 use crate::env::VcpuEnv;
 use crate::interp_vcpu::{self, ended};
@@ -41,6 +42,10 @@ const INTERPRETED: u64 = 64;
 const VOLATILE_WRITES: u32 = 16;
 /// So many times code of such a page is entered before translating it is tried again.
 const VOLATILE_ENTRIES: u32 = 20_000;
+/// Number of the address space of all global pages; the processor's own numbers are smaller.
+const GLOBAL_SPACE: u16 = u16::MAX;
+/// So often supervisor code is found to be global, or not, until all of it is taken to be.
+const OTHERWISE: u32 = 200;
 /// Words of the filter of pages with code: linear page numbers are reduced to its bits.
 const FILTER_WORDS: usize = 1024;
 
@@ -79,6 +84,13 @@ pub struct DbtVcpu {
     fault_address: Box<u64>,
     /// How often the inline TLB was emptied or switched.
     pub(super) flushes: u64,
+    /// Instruction pointer and count of the last string instruction whose pages were entered into the inline TLB.
+    pub(super) last_string: (u64, u64),
+    pub(super) statistics: Statistics,
+    /// Supervisor code is taken to lie in global pages.
+    global_kernel: bool,
+    /// How often it didn't, or did where it is taken not to.
+    otherwise: u32,
     /// CR4 and XCR0 that the remembered results of CPUID are for.
     cpuid_for: (u64, u64),
 }
@@ -158,6 +170,10 @@ impl DbtVcpu {
             volatile: FxHashMap::default(),
             fault_address: Box::new(0),
             flushes: 0,
+            last_string: (0, 0),
+            global_kernel: false,
+            otherwise: 0,
+            statistics: Statistics::default(),
             cpuid_for: (0, 0),
         })
     }
@@ -214,11 +230,13 @@ impl DbtVcpu {
         let changes = self.cpu.take_tlb_changes();
         if changes.flushed {
             self.flushes += 1;
+            self.statistics.tlb_flushes += 1;
             self.spaces.flush_all(self.cpu.address_space());
             self.windows.context().stack_page = NO_STACK_PAGE;
             self.forget_jumps();
         } else {
             if let Some(linear) = changes.page {
+                self.statistics.page_flushes += 1;
                 self.spaces.flush_page(linear);
                 self.windows.context().stack_page = NO_STACK_PAGE;
                 if self.may_hold_code(linear) {
@@ -227,6 +245,7 @@ impl DbtVcpu {
             }
             if changes.switched {
                 self.flushes += 1;
+                self.statistics.switches += 1;
                 self.spaces.select(self.cpu.address_space());
                 self.windows.context().stack_page = NO_STACK_PAGE;
                 self.unlink(false);
@@ -268,6 +287,7 @@ impl DbtVcpu {
 
     /// No jump leads anywhere any more without a look at the page tables.
     fn forget_jumps(&mut self) {
+        self.statistics.jumps_forgotten += 1;
         self.biases.clear();
         self.forgotten += 1;
         self.unlink(true);
@@ -289,6 +309,7 @@ impl DbtVcpu {
 
     /// All translations go.
     fn clear_cache(&mut self) {
+        self.statistics.cleared += 1;
         self.cache.clear();
         self.linked.clear();
         self.linked_globally.clear();
@@ -305,6 +326,7 @@ impl DbtVcpu {
         };
         for page in pages {
             if self.cache.has_page(page) {
+                self.statistics.dropped += 1;
                 self.cache.drop_page(page, self.windows.context());
                 let volatility = self.volatile.entry(page).or_default();
                 volatility.writes += 1;
@@ -363,7 +385,7 @@ impl DbtVcpu {
         let mut bytes = [0; PAGE + OVERHANG];
         self.env.load_bytes(page, &mut bytes[..PAGE]);
         if let Some(translation) = block::translate(&self.request(&bytes[..PAGE], offset, key)) {
-            return self.cache.insert(offset, key, None, translation, self.windows.context());
+            return self.insert(offset, key, None, translation);
         }
         // The first instruction may cross into the next page.
         if (offset as usize & 0xfff) + OVERHANG <= PAGE {
@@ -374,7 +396,20 @@ impl DbtVcpu {
         self.follow_changes();
         self.env.load_bytes(second, &mut bytes[PAGE..]);
         let translation = block::translate(&self.request(&bytes, offset, key))?;
-        self.cache.insert(offset, key, Some(second), translation, self.windows.context())
+        self.insert(offset, key, Some(second), translation)
+    }
+
+    fn insert(
+        &mut self,
+        offset: u64,
+        key: Key,
+        second: Option<u64>,
+        translation: Translation,
+    ) -> Option<u32> {
+        self.statistics.translated += 1;
+        self.statistics.guest_bytes += translation.length as u64;
+        self.statistics.host_bytes += translation.code.len() as u64;
+        self.cache.insert(offset, key, second, translation, self.windows.context())
     }
 
     fn request<'a>(&'a self, page: &'a [u8], offset: u64, key: Key) -> Request<'a> {
@@ -411,11 +446,12 @@ impl DbtVcpu {
     /// Works out the biases of all classes of the current mode, unless the context has them.
     fn update_biases(&mut self, key: Key) {
         let space = self.cpu.address_space();
+        let kernel = if self.global_kernel { GLOBAL_SPACE } else { space };
         let mode = key.with_class(0);
         while self.biases_for != (space, mode.bits(), self.forgotten) {
             let forgotten = self.forgotten;
             for class in 0..3 {
-                let bias = self.bias(space, mode.with_class(class));
+                let bias = self.bias(if class == USER { space } else { kernel }, mode.with_class(class));
                 self.context().class_bias[usize::from(class)] = bias;
             }
             // Running out of biases makes those before invalid.
@@ -430,6 +466,7 @@ impl DbtVcpu {
         let pending = self.env.has_event();
         let tsc_offset = self.env.tsc_offset();
         let fast = self.cpu.fast_system_calls();
+        let bases = self.cpu.state.cr4_has(Cr4::FSGSBASE);
         let (fs, gs) = (self.cpu.state.seg[4].base, self.cpu.state.seg[5].base);
         let context = self.windows.context();
         context.flags = flags;
@@ -439,6 +476,7 @@ impl DbtVcpu {
         context.pending = pending.into();
         context.tsc_offset = tsc_offset;
         context.fast_system_calls = fast.is_some().into();
+        context.base_instructions = bases.into();
         if let Some([syscall, sysret]) = fast {
             context.syscall.cs = syscall[0];
             context.syscall.ss = syscall[1];
@@ -455,6 +493,7 @@ impl DbtVcpu {
 
     /// Executes translated code from an offset in the code memory on, until it leaves.
     fn enter(&mut self, target: u32, load: Load) -> Option<Site> {
+        self.statistics.entered += 1;
         let key = Key::of(&self.cpu);
         self.prepare(key);
         let with_vectors = load != Load::Mode || key.class() == USER;
@@ -510,6 +549,7 @@ impl DbtVcpu {
         if self.context().event.load(Ordering::SeqCst) != 0 {
             // Cleared first: what comes later is noticed again. The interpreter takes what may be taken.
             self.context().event.store(0, Ordering::SeqCst);
+            self.statistics.events += 1;
             if let Some(exit) = self.interpret(0, false) {
                 return Some(exit);
             }
@@ -526,16 +566,19 @@ impl DbtVcpu {
         if let Some(exit) = self.take_event() {
             return Ok(Some(exit));
         }
+        self.statistics.dispatched += 1;
         let long = self.cpu.state.mode() == Mode::Long64;
         let key = Key::of(&self.cpu);
         let block = if long && self.cpu.runs_plainly() { self.block(key) } else { None };
         let Some((number, block)) = block.and_then(|number| Some((number, self.cache.block(number)?))) else {
+            *(if long { &mut self.statistics.not_translated } else { &mut self.statistics.other_modes }) += 1;
             return Ok(self.interpret(if long { 1 } else { INTERPRETED }, true));
         };
         let (entry, lookup_entry, crosses) = (block.entry, block.lookup_entry, block.second.is_some());
-        self.update_biases(key);
         let rip = self.cpu.state.rip;
         let host = self.cache.address(lookup_entry);
+        let remember = self.may_remember(rip, key);
+        self.update_biases(key);
         self.note_code(rip);
         if crosses {
             self.note_code((rip & PAGE_MASK).wrapping_add(PAGE as u64));
@@ -544,8 +587,10 @@ impl DbtVcpu {
         let bias = context.class_bias[usize::from(key.class())];
         context.page_base = rip & PAGE_MASK;
         context.address = rip;
-        context.jumps[jump_index(rip)] =
-            JumpEntry { complement: rip.wrapping_add(bias).wrapping_neg(), host };
+        if remember {
+            let complement = rip.wrapping_add(bias).wrapping_neg();
+            context.jumps[jump_index(rip)] = JumpEntry { complement, host };
+        }
         let mut place = if crosses { lookup_entry } else { entry };
         let mut load = Load::Mode;
         let mut number = number;
@@ -557,6 +602,26 @@ impl DbtVcpu {
                 Next::Resume(host, block, what) => (place, number, load) = (host, block, what),
             }
         }
+    }
+
+    /// Whether the jump cache may hold this instruction pointer. Supervisor code of guests that map it as global pages
+    /// has one bias for all address spaces; what isn't global can't be remembered then.
+    fn may_remember(&mut self, rip: u64, key: Key) -> bool {
+        if key.class() == USER {
+            return true;
+        }
+        let global = self.cpu.is_global(rip);
+        if global == self.global_kernel {
+            return true;
+        }
+        self.otherwise += 1;
+        if self.otherwise > OTHERWISE {
+            self.otherwise = 0;
+            self.global_kernel = global;
+            self.forget_jumps();
+            return true;
+        }
+        !self.global_kernel
     }
 
     /// What a block that is entered in its middle must find loaded.
@@ -632,6 +697,10 @@ impl Vcpu for DbtVcpu {
         self.single_step = debug.single_step;
         self.cpu.breakpoints.clone_from(&debug.breakpoints);
         Ok(())
+    }
+
+    fn statistics(&self) -> Vec<(String, u64)> {
+        self.statistics.list()
     }
 
     fn translate(&mut self, linear: u64) -> Option<u64> {
