@@ -113,7 +113,7 @@ impl Session {
             )
         })?;
         let memory = Arc::new(memory);
-        let engine = engines::make(config.engine, config.cpus).map_err(Failure::configuration)?;
+        let engine = engines::make(config.engine).map_err(Failure::configuration)?;
         let gate = Arc::new(Gate::new());
         let alarm = HostAlarm::new(parts.clock.clone());
         let machine = Machine::new(

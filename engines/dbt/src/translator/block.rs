@@ -12,6 +12,7 @@ use super::context::{self, ADDRESS, GUEST_RSP, TEMPORARY, block_flags, page_base
 use super::emit::{Emitter, Fixup, Mem, Width, at, condition, reg};
 use super::key::{Key, USER};
 use super::site::{FaultPoint, Site, SiteKind};
+use crate::code_tracker;
 
 /// Instructions of a block at most.
 const MAX_INSTRUCTIONS: usize = 48;
@@ -81,6 +82,9 @@ pub struct Translation {
     pub x87: bool,
     /// Links used.
     pub links: u32,
+    /// Lines of the page, of 64 bytes, that the block depends on: its own, and those at jumps' targets that were looked
+    /// at for flags.
+    pub lines: u64,
 }
 
 /// Code to be put behind the block: reached by a jump from within.
@@ -127,10 +131,12 @@ pub(super) struct NotRenamed;
 
 /// Translates the block at the requested place, or `None` if its first instruction can't be translated.
 pub fn translate(request: &Request<'_>) -> Option<Translation> {
-    let mut block = decode(request);
+    let mut lines = 0;
+    let mut block = decode(request, &mut lines);
     let last = block.last()?;
     let length = last.instruction.next_ip() as usize - request.offset;
-    let live_out = live_out(request, last);
+    lines |= code_tracker::lines(request.offset as u64, length as u64);
+    let live_out = live_out(request, last, &mut lines);
     let uses_vectors = block.iter().any(|d| d.class == Class::Copy && is_vector(d));
     let uses_x87 =
         block.iter().any(|d| d.class == Class::Copy && analysis::unit(&d.instruction) == Unit::X87);
@@ -176,6 +182,7 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
         vectors: uses_vectors,
         x87: uses_x87,
         links: builder.links,
+        lines,
     })
 }
 
@@ -183,7 +190,7 @@ fn is_vector(decoded: &Decoded) -> bool {
     analysis::unit(&decoded.instruction) != Unit::General
 }
 
-fn decode(request: &Request<'_>) -> Vec<Decoded> {
+fn decode(request: &Request<'_>, looked_at: &mut u64) -> Vec<Decoded> {
     let mut decoder =
         Decoder::with_ip(64, &request.page[request.offset..], request.offset as u64, DecoderOptions::NONE);
     let mut factory = InstructionInfoFactory::new();
@@ -198,7 +205,7 @@ fn decode(request: &Request<'_>) -> Vec<Decoded> {
         let class = analysis::classify(&instruction, request.model, request.key);
         let access = analysis::operand_accesses(&mut factory, &instruction);
         let live_taken = match class {
-            Class::JumpIf => live_at(request, instruction.near_branch64() as usize),
+            Class::JumpIf => live_at(request, instruction.near_branch64() as usize, looked_at),
             _ => 0,
         };
         block.push(Decoded { instruction, class, live_before: 0, live_taken, stack_delta: None, access });
@@ -214,24 +221,26 @@ fn decode(request: &Request<'_>) -> Vec<Decoded> {
 }
 
 /// Flags that may be read after the block.
-fn live_out(request: &Request<'_>, last: &Decoded) -> u32 {
+fn live_out(request: &Request<'_>, last: &Decoded, looked_at: &mut u64) -> u32 {
     let next = last.instruction.next_ip() as usize;
     let target = last.instruction.near_branch64() as usize;
     match last.class {
-        Class::JumpIfRcxZero => live_at(request, target) | live_at(request, next),
-        Class::Jump | Class::Call => live_at(request, target),
+        Class::JumpIfRcxZero => live_at(request, target, looked_at) | live_at(request, next, looked_at),
+        Class::Jump | Class::Call => live_at(request, target, looked_at),
         class if class.is_last() => analysis::ALL_FLAGS,
-        _ => live_at(request, next),
+        _ => live_at(request, next, looked_at),
     }
 }
 
 /// Flags live at an offset of the page; all of them where that isn't in this page.
-fn live_at(request: &Request<'_>, offset: usize) -> u32 {
+fn live_at(request: &Request<'_>, offset: usize, looked_at: &mut u64) -> u32 {
     let page = request.page.get(..PAGE).unwrap_or_default();
     let Some(bytes) = page.get(offset..) else { return analysis::ALL_FLAGS };
     let mut decoder = Decoder::with_ip(64, bytes, offset as u64, DecoderOptions::NONE);
     let ahead = std::iter::from_fn(|| decoder.can_decode().then(|| decoder.decode())).take(LOOK_AHEAD);
-    analysis::live_at_start(ahead)
+    let live = analysis::live_at_start(ahead);
+    *looked_at |= code_tracker::lines(offset as u64, decoder.ip() - offset as u64);
+    live
 }
 
 impl Builder<'_> {

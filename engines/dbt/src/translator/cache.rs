@@ -30,6 +30,8 @@ pub struct Block {
     pub x87: bool,
     /// Offset in RAM of the second page, if its one instruction crosses into it.
     pub second: Option<u64>,
+    /// Lines of its page that it depends on.
+    lines: u64,
     start: u32,
     fault_points: Box<[FaultPoint]>,
     /// Sites of jumps that are linked to this block.
@@ -152,6 +154,7 @@ impl Cache {
             vectors: translation.vectors,
             x87: translation.x87,
             second,
+            lines: translation.lines,
             start,
             fault_points: translation.fault_points.into_boxed_slice(),
             incoming: Vec::new(),
@@ -205,23 +208,39 @@ impl Cache {
         self.code.patch(place as usize, relative.to_le_bytes());
     }
 
-    /// Whether blocks of this page are here.
-    pub fn has_page(&self, page: u64) -> bool {
-        self.pages.contains_key(&page)
+    /// Drops the blocks of a page that depend on these lines of it, see [`Translation::lines`]. Whoever is inside of one
+    /// may run to its end. Whether there were any.
+    pub fn drop_lines(&mut self, page: u64, lines: u64, context: &mut Context) -> bool {
+        let Some(entry) = self.pages.get_mut(&page) else { return false };
+        let mut dropped = Vec::new();
+        entry.blocks.retain(|&number| {
+            let touched = self.blocks.get(number as usize).is_none_or(|block| {
+                // In the second page it depends on the first bytes only.
+                let own = if block.offset & !0xfff == page { block.lines } else { 1 };
+                own & lines != 0
+            });
+            if touched {
+                dropped.push(number);
+            }
+            !touched
+        });
+        if entry.blocks.is_empty() {
+            self.pages.remove(&page);
+        }
+        for &number in &dropped {
+            self.drop_block(number, context);
+        }
+        !dropped.is_empty()
     }
 
-    /// Drops the blocks of a page. Whoever is inside of one may run to its end.
-    pub fn drop_page(&mut self, page: u64, context: &mut Context) {
-        let Some(page) = self.pages.remove(&page) else { return };
-        for number in page.blocks {
-            let Some(block) = self.blocks.get_mut(number as usize) else { continue };
-            let key = index_key(block.offset, block.key);
-            for site in std::mem::take(&mut block.incoming) {
-                self.unlink(site, context);
-            }
-            if self.index.get(&key) == Some(&number) {
-                self.index.remove(&key);
-            }
+    fn drop_block(&mut self, number: u32, context: &mut Context) {
+        let Some(block) = self.blocks.get_mut(number as usize) else { return };
+        let key = index_key(block.offset, block.key);
+        for site in std::mem::take(&mut block.incoming) {
+            self.unlink(site, context);
+        }
+        if self.index.get(&key) == Some(&number) {
+            self.index.remove(&key);
         }
     }
 

@@ -170,11 +170,9 @@ pub struct Context {
     pub pending: u8,
     /// Nonzero: SYSCALL and SYSRET work without further checks.
     pub fast_system_calls: u8,
-    /// Nonzero while the processor's thread executes translated code.
-    pub inside: AtomicU8,
     /// Nonzero: RDFSBASE and its like are enabled.
     pub base_instructions: u8,
-    padding: [u8; 1],
+    padding: [u8; 2],
     /// Base of FS.
     pub fs_base: u64,
     /// Base of GS.
@@ -183,6 +181,8 @@ pub struct Context {
     pub site: u32,
     site_upper: u32,
     // ---- from here on, long displacements ----
+    /// Entries into translated code and exits from it: odd while the processor's thread is inside.
+    pub passages: AtomicU64,
     /// Arithmetic flags on entry and exit, in the form of `block_flags`.
     pub flags: u64,
     /// [`ADDRESS`] on exit.

@@ -27,7 +27,7 @@ counters! {
     translated: "blocks translated",
     guest_bytes: "bytes of guest code translated",
     host_bytes: "bytes of host code made",
-    dropped: "pages of translations dropped because they were written",
+    dropped: "writes that translations were dropped for",
     cleared: "times that all translations were dropped",
     entered: "entries into translated code",
     dispatched: "lookups by the dispatcher",

@@ -25,11 +25,13 @@ use super::exits::Next;
 use super::fault::{self, FAULT_SITE, Running};
 use super::key::{Key, USER};
 use super::site::{Site, SiteKind};
-use super::spaces::Spaces;
+use super::spaces::{SharedTlbs, Spaces};
 use super::statistics::Statistics;
-use super::windows::{Mapping, Windows};
+use super::windows::Windows;
+use crate::code_tracker::CodeWrite;
 use crate::env::VcpuEnv;
 use crate::interp_vcpu::{self, ended};
+use crate::peers::Peer;
 
 pub(super) const PAGE_MASK: u64 = !0xfff;
 /// Biases of the jump cache are counted in this.
@@ -41,7 +43,7 @@ const INTERPRETED: u64 = 64;
 /// A page whose code was written this often is interpreted for a while.
 const VOLATILE_WRITES: u32 = 16;
 /// So many times code of such a page is entered before translating it is tried again.
-const VOLATILE_ENTRIES: u32 = 20_000;
+const VOLATILE_ENTRIES: u32 = 500;
 /// Number of the address space of all global pages; the processor's own numbers are smaller.
 const GLOBAL_SPACE: u16 = u16::MAX;
 /// So often supervisor code is found to be global, or not, until all of it is taken to be.
@@ -98,12 +100,15 @@ pub struct DbtVcpu {
 // SAFETY: the raw pointers lead to RAM, which is shared by design, and to memory owned by this value.
 unsafe impl Send for DbtVcpu {}
 
-/// Tells a running processor of an event, from another thread.
+/// Tells a running processor of an event, or takes quick stores from it, from another thread.
 struct Observer {
     bias: *const AtomicU64,
     event: *const AtomicU8,
-    // Keeps the two alive.
-    _memory: Arc<Mapping>,
+    passages: *const AtomicU64,
+    /// Host address of RAM.
+    ram: u64,
+    // Keeps the memory alive that the others lead to.
+    tlbs: Arc<SharedTlbs>,
 }
 
 // SAFETY: the pointers lead to atomics that the kept memory holds.
@@ -113,11 +118,24 @@ unsafe impl Sync for Observer {}
 
 impl Waker for Observer {
     fn wake(&self) {
-        // SAFETY: the memory is kept alive; both are atomics, which everybody may access.
+        // SAFETY: `tlbs` keeps the memory alive; both are atomics, which everybody may access.
         unsafe {
             (*self.event).store(1, Ordering::SeqCst);
             (*self.bias).fetch_or(EVENT_BIT, Ordering::SeqCst);
         }
+    }
+}
+
+impl Peer for Observer {
+    fn forget_writes(&self, page: u64) -> bool {
+        self.tlbs.forget_writes(self.ram + page)
+    }
+    fn passages(&self) -> &AtomicU64 {
+        // SAFETY: `tlbs` keeps the memory alive; an atomic, which everybody may access.
+        unsafe { &*self.passages }
+    }
+    fn waker(&self) -> &dyn Waker {
+        self
     }
 }
 
@@ -146,11 +164,17 @@ impl DbtVcpu {
         let mut windows = Windows::new().map_err(no_memory)?;
         windows.context().reset(&raw mut cpu.state);
         let mapping = Arc::clone(windows.mapping());
-        let spaces = Spaces::new(Arc::clone(&mapping), cpu.address_space());
+        let spaces = Spaces::new(mapping, cpu.address_space());
         let place = windows.context();
-        let observer =
-            Observer { bias: &raw const place.jump_bias, event: &raw const place.event, _memory: mapping };
-        env.set_observer(Arc::new(observer));
+        let observer = Arc::new(Observer {
+            bias: &raw const place.jump_bias,
+            event: &raw const place.event,
+            passages: &raw const place.passages,
+            ram: ram.as_ptr() as u64,
+            tlbs: Arc::clone(spaces.shared()),
+        });
+        env.set_observer(observer.clone());
+        env.add_peer(observer);
         Ok(Self {
             cpu,
             env,
@@ -324,19 +348,19 @@ impl DbtVcpu {
             self.clear_cache();
             return;
         };
-        for page in pages {
-            if self.cache.has_page(page) {
-                self.statistics.dropped += 1;
-                self.cache.drop_page(page, self.windows.context());
-                let volatility = self.volatile.entry(page).or_default();
-                volatility.writes += 1;
-                if volatility.writes >= VOLATILE_WRITES {
-                    *volatility = Volatility { writes: VOLATILE_WRITES / 2, entries_left: VOLATILE_ENTRIES };
-                }
-                // The jump cache may lead into them.
-                self.biases.clear();
-                self.forgotten += 1;
+        for CodeWrite { page, lines } in pages {
+            if !self.cache.drop_lines(page, lines, self.windows.context()) {
+                continue;
             }
+            self.statistics.dropped += 1;
+            let volatility = self.volatile.entry(page).or_default();
+            volatility.writes += 1;
+            if volatility.writes >= VOLATILE_WRITES {
+                *volatility = Volatility { writes: VOLATILE_WRITES / 2, entries_left: VOLATILE_ENTRIES };
+            }
+            // The jump cache may lead into them.
+            self.biases.clear();
+            self.forgotten += 1;
         }
     }
 
@@ -513,7 +537,7 @@ impl DbtVcpu {
         let fault_address = &raw mut *self.fault_address;
         let pointer = self.windows.mapping().context(self.spaces.current());
         let context = self.windows.context();
-        context.inside.store(1, Ordering::SeqCst);
+        context.passages.fetch_add(1, Ordering::SeqCst);
         let site = &raw mut context.site;
         fault::set_running(Some(Running { start, end, exit, site, fault_address }));
         // SAFETY: the shared code has this signature; it was emitted for this context, preserves what a function
@@ -525,7 +549,7 @@ impl DbtVcpu {
         }
         fault::set_running(None);
         let context = self.windows.context();
-        context.inside.store(0, Ordering::SeqCst);
+        context.passages.fetch_add(1, Ordering::SeqCst);
         let number = context.site;
         let flags = context.flags;
         self.set_flags(flags);
