@@ -59,9 +59,7 @@ pub fn run() -> (String, u8) {
         report.push_str("\nMachines can't run on this host.\n");
         return (report, status::HOST);
     }
-    report.push_str(
-        "\n`bivisor run` works here; --engine auto takes dbt if it is usable, else interp.\n",
-    );
+    report.push_str("\n`bivisor run` works here; --engine auto takes dbt if it is usable, else interp.\n");
     (report, status::SUCCESS)
 }
 

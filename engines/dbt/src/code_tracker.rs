@@ -59,6 +59,11 @@ fn membarrier(command: i32) -> bool {
     unsafe { libc::syscall(libc::SYS_membarrier, command, 0) == 0 }
 }
 
+/// A full barrier on every running thread of this process, once a record has been made.
+pub fn barrier() {
+    membarrier(MEMBARRIER_PRIVATE_EXPEDITED);
+}
+
 impl CodeTracker {
     /// A record for RAM of this many bytes.
     pub fn new(ram_size: u64) -> Self {
@@ -85,7 +90,7 @@ impl CodeTracker {
         }
         let is_new = before & CACHED == 0;
         if is_new && self.has_barrier {
-            membarrier(MEMBARRIER_PRIVATE_EXPEDITED);
+            barrier();
         }
         (before >> GENERATION_SHIFT, is_new)
     }

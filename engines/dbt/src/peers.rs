@@ -6,6 +6,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use bivisor_machine::host::Waker;
 
+use crate::code_tracker;
+
 /// What a virtual processor lets others do to it, from their threads.
 pub trait Peer: Send + Sync {
     /// Makes its stores to the page of RAM at this offset go the slow way. Whether any could go the quick way.
@@ -40,6 +42,8 @@ impl Peers {
             if !peer.forget_writes(page) {
                 return;
             }
+            // So that either its entry is seen here, or it sees the TLB as it is now.
+            code_tracker::barrier();
             // It may be between its look at the TLB and its store. Once it has left, it will look again.
             let seen = peer.passages().load(Ordering::SeqCst);
             if seen.is_multiple_of(2) {

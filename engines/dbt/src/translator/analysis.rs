@@ -66,6 +66,12 @@ pub enum Class {
     Cpuid,
     /// MOV of a segment register's selector.
     ReadSelector,
+    /// MOV of CR0, CR2, CR3 or CR4 to a general register, in supervisor mode.
+    ReadControl,
+    /// CLD.
+    Cld,
+    /// STD.
+    Std,
     /// RDFSBASE and RDGSBASE, of 64 bits.
     ReadBase,
     /// WRFSBASE and WRGSBASE, of 64 bits.
@@ -183,6 +189,15 @@ fn sensitive(instruction: &Instruction, model: &CpuModel, key: Key) -> Option<Cl
         Mnemonic::Stac if key.class() == SUPERVISOR && model.offers_instruction(instruction) => {
             Class::SwitchAc
         }
+        Mnemonic::Clac if key.class() == SUPERVISOR && model.offers_instruction(instruction) => {
+            Class::Nothing
+        }
+        Mnemonic::Stac if key.class() == SUPERVISOR_AC && model.offers_instruction(instruction) => {
+            Class::Nothing
+        }
+        Mnemonic::Cld => Class::Cld,
+        Mnemonic::Std => Class::Std,
+        Mnemonic::Mov if supervisor && reads_control(instruction) => Class::ReadControl,
         Mnemonic::Clac if key.class() == SUPERVISOR_AC && model.offers_instruction(instruction) => {
             Class::SwitchAc
         }
@@ -204,6 +219,11 @@ fn sensitive(instruction: &Instruction, model: &CpuModel, key: Key) -> Option<Cl
         }
         _ => return None,
     })
+}
+
+fn reads_control(instruction: &Instruction) -> bool {
+    instruction.code() == Code::Mov_r64_cr
+        && matches!(instruction.op1_register(), Register::CR0 | Register::CR2 | Register::CR3 | Register::CR4)
 }
 
 fn reads_selector(instruction: &Instruction) -> bool {
@@ -584,7 +604,13 @@ pub fn mark_live_flags(block: &mut [Decoded], live_out: u32) {
             | Class::SwitchAc
             | Class::Syscall => (ALL_FLAGS, 0),
             Class::Sysret => (0, ALL_FLAGS),
-            Class::Nothing | Class::Cli | Class::Swapgs | Class::ReadSelector => (0, 0),
+            Class::Nothing
+            | Class::Cli
+            | Class::Cld
+            | Class::Std
+            | Class::Swapgs
+            | Class::ReadControl
+            | Class::ReadSelector => (0, 0),
             Class::ReadBase => (ALL_FLAGS, 0),
             Class::JumpIf => {
                 let (read, _) = flag_effects(&decoded.instruction);
@@ -702,11 +728,13 @@ fn after(decoded: &Decoded, delta: i32) -> Option<i32> {
         | Class::Swapgs
         | Class::WriteBase
         | Class::Cli
+        | Class::Cld
+        | Class::Std
         | Class::Sti
         | Class::Rdtsc
         | Class::Rdtscp
         | Class::Cpuid => 0,
-        Class::Copy | Class::ReadSelector | Class::ReadBase => {
+        Class::Copy | Class::ReadControl | Class::ReadSelector | Class::ReadBase => {
             let writes_rsp = (0..instruction.op_count().min(4)).any(|operand| {
                 instruction.op_kind(operand) == OpKind::Register
                     && instruction.op_register(operand).full_register() == Register::RSP

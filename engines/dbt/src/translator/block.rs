@@ -371,6 +371,7 @@ impl Builder<'_> {
         let mut comes_back = false;
         for site in &mut self.sites[sites..] {
             if let SiteKind::Access { next_host: place, .. }
+            | SiteKind::Cpuid { next_host: place, .. }
             | SiteKind::String { next_host: place, .. }
             | SiteKind::Interpret { next_host: place, .. } = &mut site.kind
             {
@@ -408,6 +409,9 @@ impl Builder<'_> {
             Class::Sysret => self.sysret(),
             Class::Swapgs => self.swapgs(),
             Class::Cli => self.change_flag(9, false),
+            Class::Cld => self.change_flag(10, false),
+            Class::Std => self.change_flag(10, true),
+            Class::ReadControl => self.read_control(decoded)?,
             Class::Sti => self.sti(),
             Class::SwitchAc => self.switch_ac(),
             Class::Pushf => self.pushf(decoded),

@@ -55,6 +55,15 @@ impl DbtVcpu {
             SiteKind::Interpret { next, next_host } => {
                 self.step(base.wrapping_add(next.into()), Some(next_host), &site)
             }
+            SiteKind::Cpuid { next, next_host } => {
+                let next = base.wrapping_add(next.into());
+                let asked = (self.cpu.state.gpr[0] as u32, self.cpu.state.gpr[1] as u32);
+                let then = self.step(next, Some(next_host), &site);
+                if self.cpu.state.rip == next {
+                    self.remember_cpuid(asked);
+                }
+                then
+            }
             SiteKind::InterpretLast => self.step(rip, None, &site),
             SiteKind::Jump { target, .. } => {
                 self.cpu.state.rip = base.wrapping_add(target.into());
@@ -97,16 +106,13 @@ impl DbtVcpu {
         let key = Key::of(&self.cpu);
         let space = self.cpu.address_space();
         let (epoch, flushes) = (self.epoch, self.flushes);
-        let asked = (self.cpu.state.gpr[0] as u32, self.cpu.state.gpr[1] as u32);
-        let code = self.code();
-        self.statistics.interpreted(code);
-        let cpuid = code == Code::Cpuid;
+        if self.statistics.by_kind {
+            let code = self.code();
+            self.statistics.interpreted(code);
+        }
         let exit = self.interpret(1, site.vector);
         if let Some(exit) = exit {
             return Next::Leave(Ok(exit));
-        }
-        if cpuid && self.cpu.state.rip == next {
-            self.remember_cpuid(asked);
         }
         let Some(next_host) = next_host else { return Next::Dispatch };
         let same = self.cpu.state.rip == next

@@ -155,6 +155,21 @@ impl Builder<'_> {
         Ok(())
     }
 
+    /// MOV of a control register to a general register.
+    pub fn read_control(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
+        let offset = match decoded.instruction.op1_register() {
+            Register::CR0 => offset_of!(CpuState, cr0),
+            Register::CR2 => offset_of!(CpuState, cr2),
+            Register::CR3 => offset_of!(CpuState, cr3),
+            _ => offset_of!(CpuState, cr4),
+        };
+        let guest = number(decoded.instruction.op0_register()).ok_or(NotRenamed)?;
+        self.load_state();
+        self.e.load(Width::W64, TEMPORARY, state(offset));
+        self.write_register(guest);
+        Ok(())
+    }
+
     /// RDFSBASE, RDGSBASE, WRFSBASE, WRGSBASE.
     pub fn segment_base(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
         let instruction = &decoded.instruction;
@@ -226,7 +241,7 @@ impl Builder<'_> {
         self.e.or(Width::W64, ADDRESS, TEMPORARY);
         self.e.compare(Width::W64, ADDRESS, cpuid_key(ADDEND));
         let fixup = self.e.jump_if(condition::NE);
-        self.leave_from(fixup, SiteKind::Interpret { next: self.next_guest as u16, next_host: 0 });
+        self.leave_from(fixup, SiteKind::Cpuid { next: self.next_guest as u16, next_host: 0 });
         for (word, register) in [reg::RAX, reg::RBX, reg::RCX, reg::RDX].into_iter().enumerate() {
             self.e.load(Width::W32, register, cpuid_result(ADDEND, word));
         }

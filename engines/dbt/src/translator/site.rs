@@ -62,6 +62,13 @@ pub enum SiteKind {
         /// Its code.
         next_host: u32,
     },
+    /// CPUID whose result isn't remembered yet.
+    Cpuid {
+        /// Offset in the page of the next instruction.
+        next: u16,
+        /// Its code.
+        next_host: u32,
+    },
     /// The interpreter executes the instruction.
     InterpretLast,
     /// A jump within the page whose target was not translated yet.

@@ -14,6 +14,8 @@ macro_rules! counters {
             $(#[doc = $words] pub $name: u64,)*
             /// Instructions that translated code left to the interpreter.
             interpreted: FxHashMap<Code, u64>,
+            /// Instructions that the interpreter executes are counted by their kind, too.
+            pub by_kind: bool,
         }
 
         impl Statistics {
@@ -58,7 +60,9 @@ impl Statistics {
             SiteKind::Access { .. } => &mut self.access,
             SiteKind::Stack { .. } => &mut self.stack,
             SiteKind::String { .. } => &mut self.string,
-            SiteKind::Interpret { .. } | SiteKind::InterpretLast => &mut self.interpret,
+            SiteKind::Interpret { .. } | SiteKind::Cpuid { .. } | SiteKind::InterpretLast => {
+                &mut self.interpret
+            }
             SiteKind::Jump { .. } => &mut self.jump,
             SiteKind::Link { .. } => &mut self.link,
             SiteKind::Lookup => &mut self.lookup,

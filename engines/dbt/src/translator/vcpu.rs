@@ -93,6 +93,8 @@ pub struct DbtVcpu {
     global_kernel: bool,
     /// How often it didn't, or did where it is taken not to.
     otherwise: u32,
+    /// STAR, EFER and CR0 that the context's system calls are for.
+    system_calls_for: Option<(u64, u64, u64)>,
     /// CR4 and XCR0 that the remembered results of CPUID are for.
     cpuid_for: (u64, u64),
 }
@@ -198,6 +200,7 @@ impl DbtVcpu {
             global_kernel: false,
             otherwise: 0,
             statistics: Statistics::default(),
+            system_calls_for: None,
             cpuid_for: (0, 0),
         })
     }
@@ -483,13 +486,41 @@ impl DbtVcpu {
         }
     }
 
+    /// Works out what SYSCALL and SYSRET do, unless the context has it.
+    fn update_system_calls(&mut self) {
+        let state = &self.cpu.state;
+        let now = (state.msr.star, state.msr.efer, state.cr0);
+        if self.system_calls_for == Some(now) {
+            return;
+        }
+        self.system_calls_for = Some(now);
+        let fast = self.cpu.fast_system_calls();
+        let context = self.windows.context();
+        context.fast_system_calls = fast.is_some().into();
+        if let Some([syscall, sysret]) = fast {
+            context.syscall.cs = syscall[0];
+            context.syscall.ss = syscall[1];
+            context.sysret.cs = sysret[0];
+            context.sysret.ss = sysret[1];
+        }
+    }
+
+    /// What the signal handler must know.
+    fn running(&mut self) -> Running {
+        let (start, end) = self.cache.range();
+        let exit = self.cache.address(self.cache.parts().fault_exit as u32);
+        let fault_address = &raw mut *self.fault_address;
+        let site = &raw mut self.windows.context().site;
+        Running { start, end, exit, site, fault_address }
+    }
+
     /// Sets what translated code needs of the state, and announces that it runs.
     fn prepare(&mut self, key: Key) {
         self.update_biases(key);
         let flags = flags_word(self.cpu.state.rflags);
         let pending = self.env.has_event();
         let tsc_offset = self.env.tsc_offset();
-        let fast = self.cpu.fast_system_calls();
+        self.update_system_calls();
         let bases = self.cpu.state.cr4_has(Cr4::FSGSBASE);
         let (fs, gs) = (self.cpu.state.seg[4].base, self.cpu.state.seg[5].base);
         let context = self.windows.context();
@@ -499,17 +530,12 @@ impl DbtVcpu {
         context.gs_base = gs;
         context.pending = pending.into();
         context.tsc_offset = tsc_offset;
-        context.fast_system_calls = fast.is_some().into();
         context.base_instructions = bases.into();
-        if let Some([syscall, sysret]) = fast {
-            context.syscall.cs = syscall[0];
-            context.syscall.ss = syscall[1];
-            context.sysret.cs = sysret[0];
-            context.sysret.ss = sysret[1];
-        }
         let bias = context.class_bias[usize::from(key.class())];
         // An event that comes from here on makes the first lookup miss.
-        context.jump_bias.store(bias, Ordering::SeqCst);
+        if context.jump_bias.load(Ordering::Relaxed) != bias {
+            context.jump_bias.store(bias, Ordering::SeqCst);
+        }
         if context.event.load(Ordering::SeqCst) != 0 {
             context.jump_bias.fetch_or(EVENT_BIT, Ordering::SeqCst);
         }
@@ -530,16 +556,13 @@ impl DbtVcpu {
             _ if with_vectors => parts.enter_with_vectors,
             _ => parts.enter,
         };
-        let exit = self.cache.address(parts.fault_exit as u32);
         let way = self.cache.address(way as u32);
         let target = self.cache.address(target);
-        let (start, end) = self.cache.range();
-        let fault_address = &raw mut *self.fault_address;
         let pointer = self.windows.mapping().context(self.spaces.current());
         let context = self.windows.context();
-        context.passages.fetch_add(1, Ordering::SeqCst);
-        let site = &raw mut context.site;
-        fault::set_running(Some(Running { start, end, exit, site, fault_address }));
+        // Plain stores: whoever looks at it makes a barrier on this thread first.
+        let passages = context.passages.load(Ordering::Relaxed);
+        context.passages.store(passages.wrapping_add(1), Ordering::Release);
         // SAFETY: the shared code has this signature; it was emitted for this context, preserves what a function
         // must, and executes only code made by the translator, which touches nothing but the context, the state
         // and guest RAM that the inline TLB allows.
@@ -547,9 +570,8 @@ impl DbtVcpu {
             let enter: extern "sysv64" fn(*mut Context, u64) = transmute(way);
             enter(pointer, target);
         }
-        fault::set_running(None);
         let context = self.windows.context();
-        context.passages.fetch_add(1, Ordering::SeqCst);
+        context.passages.store(passages.wrapping_add(2), Ordering::Release);
         let number = context.site;
         let flags = context.flags;
         self.set_flags(flags);
@@ -710,17 +732,26 @@ impl Vcpu for DbtVcpu {
             self.follow_changes();
             return Ok(exit);
         }
-        loop {
-            if let Some(exit) = self.turn()? {
-                return Ok(exit);
+        fault::set_running(Some(self.running()));
+        let exit = loop {
+            match self.turn() {
+                Ok(None) => {}
+                Ok(Some(exit)) => break Ok(exit),
+                Err(error) => break Err(error),
             }
-        }
+        };
+        fault::set_running(None);
+        exit
     }
 
     fn set_debug(&mut self, debug: &DebugControl) -> Result<(), EngineError> {
         self.single_step = debug.single_step;
         self.cpu.breakpoints.clone_from(&debug.breakpoints);
         Ok(())
+    }
+
+    fn count_all(&mut self) {
+        self.statistics.by_kind = true;
     }
 
     fn statistics(&self) -> Vec<(String, u64)> {
