@@ -83,6 +83,20 @@ pub enum Class {
 }
 
 impl Class {
+    /// Whether it is a jump that is translated.
+    pub fn is_jump(self) -> bool {
+        matches!(
+            self,
+            Self::Call
+                | Self::CallIndirect
+                | Self::Return
+                | Self::Jump
+                | Self::JumpIndirect
+                | Self::JumpIf
+                | Self::JumpIfRcxZero
+        )
+    }
+
     /// Whether the block ends here.
     pub fn is_last(self) -> bool {
         matches!(
@@ -229,11 +243,7 @@ fn reads_control(instruction: &Instruction) -> bool {
 fn reads_selector(instruction: &Instruction) -> bool {
     instruction.op1_kind() == OpKind::Register
         && instruction.op1_register().is_segment_register()
-        && match instruction.op0_kind() {
-            OpKind::Memory => true,
-            OpKind::Register => instruction.op0_register().size() >= 4,
-            _ => false,
-        }
+        && matches!(instruction.op0_kind(), OpKind::Memory | OpKind::Register)
 }
 
 /// A string instruction with REP, 64-bit addresses, and segments whose base is zero.

@@ -116,6 +116,8 @@ pub(super) struct Builder<'a> {
     pub flags_aside: bool,
     /// ADDEND holds the stack's addend.
     pub addend_is_stack: bool,
+    /// The last instruction was STI.
+    pub in_shadow: bool,
     stack: Option<StackRange>,
     /// Host code offset of the current instruction, and its offset in the page.
     pub instruction_start: usize,
@@ -156,6 +158,7 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
         fault_points: Vec::new(),
         flags_aside: false,
         addend_is_stack: false,
+        in_shadow: false,
         stack,
         instruction_start: 0,
         guest: request.offset,
@@ -358,6 +361,11 @@ impl Builder<'_> {
             self.flags_aside = false;
         }
         let flags_aside = self.flags_aside;
+        let shadowed = self.in_shadow;
+        if shadowed && decoded.class.is_jump() {
+            self.leave_shadow();
+        }
+        let interpreted = matches!(decoded.class, Class::Interpret | Class::InterpretLast);
         if self.translated(decoded).is_err() {
             // Whatever was emitted for it only touched scratch registers, but it must not run.
             self.e.code.truncate(self.instruction_start);
@@ -367,6 +375,10 @@ impl Builder<'_> {
             self.flags_aside = flags_aside;
             self.interpret(decoded.class.is_last());
         }
+        if shadowed && self.in_shadow && !interpreted && decoded.class != Class::Sti {
+            self.leave_shadow();
+        }
+        self.in_shadow &= decoded.class == Class::Sti;
         let next_host = (self.request.start + self.e.position()) as u32;
         let mut comes_back = false;
         for site in &mut self.sites[sites..] {

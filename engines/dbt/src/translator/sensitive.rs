@@ -62,6 +62,14 @@ impl Builder<'_> {
         self.leave_from(fixup, SiteKind::InterpretLast);
         self.change_flag(9, true);
         self.e.store_imm8(state(offset_of!(CpuState, interrupt_shadow)), 1);
+        self.in_shadow = true;
+    }
+
+    /// The instruction behind STI is done, or is about to jump away.
+    pub fn leave_shadow(&mut self) {
+        self.in_shadow = false;
+        self.load_state();
+        self.e.store_imm8(state(offset_of!(CpuState, interrupt_shadow)), 0);
     }
 
     /// STAC and CLAC: the code behind it is another privilege class's.
@@ -130,7 +138,7 @@ impl Builder<'_> {
         }
     }
 
-    /// MOV of a selector to a general register of 32 or 64 bits, or to memory.
+    /// MOV of a selector to a general register or to memory.
     pub fn read_selector(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
         let register = match decoded.instruction.op1_register() {
             Register::ES => SegReg::Es,
@@ -151,7 +159,11 @@ impl Builder<'_> {
         let guest = number(decoded.instruction.op0_register()).ok_or(NotRenamed)?;
         self.load_state();
         self.e.load_zx16(TEMPORARY, state(segment(register) + offset_of!(Segment, selector)));
-        self.write_register(guest);
+        match decoded.instruction.op0_register().size() {
+            2 if guest >= 12 => self.e.store16(context::spilled(guest), TEMPORARY),
+            2 => self.e.copy16(host_register(guest), TEMPORARY),
+            _ => self.write_register(guest),
+        }
         Ok(())
     }
 
