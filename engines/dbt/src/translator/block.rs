@@ -7,10 +7,13 @@
 use bivisor_x86::cpuid::CpuModel;
 use iced_x86::{Decoder, DecoderOptions, Encoder, InstructionInfoFactory};
 
-use super::analysis::{self, Class, Decoded, StackRange, Unit};
-use super::context::{self, ADDRESS, GUEST_RSP, TEMPORARY, block_flags, page_base, saved, stack_page};
+use super::analysis::{self, Class, Decoded, StackRange, Unit, Window};
+use super::context::{
+    self, ADDEND, ADDRESS, GUEST_RSP, TEMPORARY, block_flags, page_base, saved, stack_page,
+};
 use super::emit::{Emitter, Fixup, Mem, Width, at, condition, reg};
 use super::key::{Key, USER};
+use super::operand::host_register;
 use super::site::{FaultPoint, Site, SiteKind};
 use crate::code_tracker;
 
@@ -34,6 +37,10 @@ pub struct SharedCode {
     pub load_vectors: usize,
     /// Called: looks for another page for the stack window, by privilege class.
     pub stack_window: [usize; 3],
+    /// Called: looks for another page for a window, by privilege class, and whether it is written.
+    pub window: [[usize; 2]; 3],
+    /// Called: the same for a place in the code.
+    pub place: [[usize; 2]; 3],
     /// Called: REP MOVS, by privilege class and log2 of the element's size.
     pub repeat_movs: [[usize; 4]; 3],
     /// Called: REP STOS, likewise.
@@ -60,6 +67,10 @@ pub struct Request<'a> {
     pub first_link: u32,
     /// The shared code.
     pub shared: SharedCode,
+    /// The first free slot, if the code is hot.
+    pub first_slot: Option<u32>,
+    /// Whether the instruction at this offset of the page accesses too many pages for a slot.
+    pub roams: &'a dyn Fn(usize) -> bool,
 }
 
 /// A translated block.
@@ -82,6 +93,8 @@ pub struct Translation {
     pub x87: bool,
     /// Links used.
     pub links: u32,
+    /// Offsets in the page of the instructions that the slots used are for.
+    pub slots: Vec<u16>,
     /// Lines of the page, of 64 bytes, that the block depends on: its own, and those at jumps' targets that were looked
     /// at for flags.
     pub lines: u64,
@@ -91,6 +104,20 @@ pub struct Translation {
 struct Stub {
     from: Fixup,
     site: u32,
+    /// The memory operand whose address is to be worked out first.
+    address: Option<Mem>,
+    /// What the shared code tries first.
+    retry: Option<Retry>,
+}
+
+/// What the shared code tries for a slot before the stub leaves.
+#[derive(Clone, Copy)]
+pub(super) struct Retry {
+    pub routine: usize,
+    pub slot: u32,
+    pub size: i32,
+    /// Position in the block's code to go on at.
+    pub back: usize,
 }
 
 /// The taken side of a conditional jump, to be put behind the block.
@@ -114,8 +141,11 @@ pub(super) struct Builder<'a> {
     pub fault_points: Vec<FaultPoint>,
     /// The guest's flags are in `block_flags`, the host's are anything.
     pub flags_aside: bool,
-    /// ADDEND holds the stack's addend.
-    pub addend_is_stack: bool,
+    /// What ADDEND is known to hold.
+    pub addend: Addend,
+    windows: Vec<Window>,
+    /// Offsets in the page of the instructions that slots were taken for.
+    pub slots: Vec<u16>,
     /// The last instruction was STI.
     pub in_shadow: bool,
     stack: Option<StackRange>,
@@ -128,13 +158,22 @@ pub(super) struct Builder<'a> {
     pub links: u32,
 }
 
+/// What the scratch register for addends holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Addend {
+    Anything,
+    Stack,
+    Slot(u32),
+}
+
 /// The operands of an instruction can't be renamed: it is interpreted.
 pub(super) struct NotRenamed;
 
 /// Translates the block at the requested place, or `None` if its first instruction can't be translated.
 pub fn translate(request: &Request<'_>) -> Option<Translation> {
     let mut lines = 0;
-    let mut block = decode(request, &mut lines);
+    let mut factory = InstructionInfoFactory::new();
+    let mut block = decode(request, &mut factory, &mut lines);
     let last = block.last()?;
     let length = last.instruction.next_ip() as usize - request.offset;
     lines |= code_tracker::lines(request.offset as u64, length as u64);
@@ -147,6 +186,8 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
     if stack.is_none() {
         block.iter_mut().for_each(|decoded| decoded.stack_delta = None);
     }
+    let plain = request.first_slot.is_none() || request.key.no_stack();
+    let windows = if plain { Vec::new() } else { analysis::track_windows(&mut block, &mut factory) };
     let mut builder = Builder {
         request,
         e: Emitter { code: Vec::with_capacity(block.len() * 48) },
@@ -157,7 +198,9 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
         tails: Vec::new(),
         fault_points: Vec::new(),
         flags_aside: false,
-        addend_is_stack: false,
+        addend: Addend::Anything,
+        windows,
+        slots: Vec::new(),
         in_shadow: false,
         stack,
         instruction_start: 0,
@@ -185,6 +228,7 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
         vectors: uses_vectors,
         x87: uses_x87,
         links: builder.links,
+        slots: builder.slots,
         lines,
     })
 }
@@ -193,10 +237,9 @@ fn is_vector(decoded: &Decoded) -> bool {
     analysis::unit(&decoded.instruction) != Unit::General
 }
 
-fn decode(request: &Request<'_>, looked_at: &mut u64) -> Vec<Decoded> {
+fn decode(request: &Request<'_>, factory: &mut InstructionInfoFactory, looked_at: &mut u64) -> Vec<Decoded> {
     let mut decoder =
         Decoder::with_ip(64, &request.page[request.offset..], request.offset as u64, DecoderOptions::NONE);
-    let mut factory = InstructionInfoFactory::new();
     let mut block = Vec::with_capacity(16);
     let mut branches = 0;
     while block.len() < MAX_INSTRUCTIONS && decoder.can_decode() && (decoder.ip() as usize) < PAGE {
@@ -206,12 +249,20 @@ fn decode(request: &Request<'_>, looked_at: &mut u64) -> Vec<Decoded> {
             break;
         }
         let class = analysis::classify(&instruction, request.model, request.key);
-        let access = analysis::operand_accesses(&mut factory, &instruction);
+        let access = analysis::operand_accesses(factory, &instruction);
         let live_taken = match class {
             Class::JumpIf => live_at(request, instruction.near_branch64() as usize, looked_at),
             _ => 0,
         };
-        block.push(Decoded { instruction, class, live_before: 0, live_taken, stack_delta: None, access });
+        block.push(Decoded {
+            instruction,
+            class,
+            live_before: 0,
+            live_taken,
+            stack_delta: None,
+            access,
+            window: None,
+        });
         branches += usize::from(class == Class::JumpIf);
         // An instruction that crosses into the next page stands alone.
         // Where RSP gets another value, the next block begins with a check of the stack there.
@@ -274,6 +325,9 @@ impl Builder<'_> {
         if let Some(range) = self.stack {
             self.check_stack(range, live);
         }
+        for number in 0..self.windows.len() {
+            self.check_window(self.windows[number], live);
+        }
         entry
     }
 
@@ -305,6 +359,49 @@ impl Builder<'_> {
         self.stack_stub = Some((fixup, site));
     }
 
+    /// One check for all accesses of a window: they lie in the page of its slot. The windows' slots are the block's first.
+    fn check_window(&mut self, window: Window, live: u32) {
+        if live != 0 {
+            self.put_flags_aside();
+        }
+        let retry = (self.request.start + self.e.position()) as u32;
+        let size = window.high - window.low;
+        let slot = self.new_slot();
+        let root = if window.root >= 12 {
+            self.e.load(Width::W64, ADDRESS, context::spilled(window.root));
+            ADDRESS
+        } else {
+            host_register(window.root)
+        };
+        self.e.lea(Width::W64, ADDRESS, at(root, window.low));
+        self.e.sub_mem(Width::W64, ADDRESS, context::slot_page(slot));
+        self.e.compare_imm(Width::W64, ADDRESS, PAGE as i32 - size);
+        let from = self.e.jump_if(condition::A);
+        let site = self.new_site(SiteKind::Window {
+            root: window.root,
+            write: window.write,
+            size: size as u16,
+            low: window.low,
+            retry,
+            patch: 0,
+            stub: 0,
+        });
+        let routine = self.request.shared.window[usize::from(self.class())][usize::from(window.write)];
+        let back = self.e.position();
+        self.stubs.push(Stub { from, site, address: None, retry: Some(Retry { routine, slot, size, back }) });
+    }
+
+    /// A free slot, for the current instruction.
+    pub fn new_slot(&mut self) -> u32 {
+        self.slots.push(self.guest as u16);
+        self.request.first_slot.unwrap_or(0) + self.slots.len() as u32 - 1
+    }
+
+    /// The slot of a window.
+    pub fn window_slot(&self, window: u8) -> u32 {
+        self.request.first_slot.unwrap_or(0) + u32::from(window)
+    }
+
     pub fn class(&self) -> u8 {
         self.request.key.class()
     }
@@ -324,7 +421,19 @@ impl Builder<'_> {
     /// Makes a jump lead to code behind the block that leaves by a new site.
     pub fn leave_from(&mut self, from: Fixup, kind: SiteKind) {
         let site = self.new_site(kind);
-        self.stubs.push(Stub { from, site });
+        self.stubs.push(Stub { from, site, address: None, retry: None });
+    }
+
+    /// The same, after the address of a memory operand was worked out, and the shared code has tried.
+    pub fn leave_from_access(
+        &mut self,
+        from: Fixup,
+        kind: SiteKind,
+        address: Option<Mem>,
+        retry: Option<Retry>,
+    ) {
+        let site = self.new_site(kind);
+        self.stubs.push(Stub { from, site, address, retry });
     }
 
     pub fn put_flags_aside(&mut self) {
@@ -355,6 +464,7 @@ impl Builder<'_> {
         self.next_guest = instruction.next_ip() as usize;
         self.instruction_start = self.e.position();
         self.vector = is_vector(decoded) || analysis::is_state_image(instruction.mnemonic());
+        let slots = self.slots.len();
         let (sites, stubs, tails) = (self.sites.len(), self.stubs.len(), self.tails.len());
         if decoded.live_before == 0 {
             // Nobody reads what was put aside.
@@ -370,6 +480,8 @@ impl Builder<'_> {
             // Whatever was emitted for it only touched scratch registers, but it must not run.
             self.e.code.truncate(self.instruction_start);
             self.sites.truncate(sites);
+            self.slots.truncate(slots);
+            self.addend = Addend::Anything;
             self.stubs.truncate(stubs);
             self.tails.truncate(tails);
             self.flags_aside = flags_aside;
@@ -392,7 +504,9 @@ impl Builder<'_> {
             }
         }
         // Whoever comes back has changed the scratch registers.
-        self.addend_is_stack &= !comes_back;
+        if comes_back {
+            self.addend = Addend::Anything;
+        }
     }
 
     fn translated(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
@@ -471,9 +585,15 @@ impl Builder<'_> {
         if let Some((from, site)) = self.stack_stub.take() {
             self.finish_stack_stub(from, site);
         }
-        for Stub { from, site: number } in std::mem::take(&mut self.stubs) {
-            let stub_at = (self.request.start + self.e.position()) as u32;
+        for Stub { from, site: number, address, retry } in std::mem::take(&mut self.stubs) {
             self.e.bind(from);
+            if let Some(address) = address {
+                self.e.lea(Width::W64, ADDRESS, address);
+            }
+            if let Some(retry) = retry {
+                self.try_slot(retry, number);
+            }
+            let stub_at = (self.request.start + self.e.position()) as u32;
             if let SiteKind::Jump { stub: place, .. } = self.kind_of(number) {
                 *place = stub_at;
             }
@@ -484,6 +604,34 @@ impl Builder<'_> {
             if let SiteKind::Link { stub: place, .. } = &mut self.sites[number].kind {
                 *place = stub_at;
                 self.leave_code(self.request.first_site + number as u32);
+            }
+        }
+    }
+
+    /// Lets the shared code look for another page for a slot.
+    fn try_slot(&mut self, retry: Retry, site: u32) {
+        if let SiteKind::Window { root, low, .. } = *self.kind_of(site) {
+            let base = if root >= 12 {
+                self.e.load(Width::W64, ADDRESS, context::spilled(root));
+                ADDRESS
+            } else {
+                host_register(root)
+            };
+            self.e.lea(Width::W64, ADDRESS, at(base, low));
+        }
+        self.e.load_immediate(ADDEND, context::slot(retry.slot) as u64);
+        self.e.load_immediate(TEMPORARY, retry.size as u64 - 1);
+        let call = self.e.call();
+        self.bind_shared(call, retry.routine);
+        let found = self.e.jump_if(condition::E);
+        self.e.bind_to(found, retry.back);
+        if let SiteKind::Window { .. } = self.kind_of(site) {
+            let crosses = self.e.jump_if(condition::B);
+            self.e.bind(crosses);
+            let here = (self.request.start + self.e.position()) as u32;
+            if let SiteKind::Window { patch, stub, .. } = self.kind_of(site) {
+                *stub = here;
+                *patch = here - 4;
             }
         }
     }

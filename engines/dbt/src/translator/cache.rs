@@ -55,6 +55,8 @@ pub struct Cache {
     index: FxHashMap<u64, u32>,
     pages: FxHashMap<u64, Page>,
     links: u32,
+    /// Offset in RAM of the instruction that each slot is for.
+    slots: Vec<u64>,
 }
 
 fn index_key(offset: u64, key: Key) -> u64 {
@@ -80,6 +82,7 @@ impl Cache {
             index: FxHashMap::default(),
             pages: FxHashMap::default(),
             links: 0,
+            slots: Vec::new(),
         })
     }
 
@@ -114,6 +117,10 @@ impl Cache {
     /// Number of the next link.
     pub fn next_link(&self) -> u32 {
         self.links
+    }
+    /// Offsets in RAM of the instructions that slots are for.
+    pub fn slots(&self) -> &[u64] {
+        &self.slots
     }
     /// A site by its number.
     pub fn site(&self, number: u32) -> Option<Site> {
@@ -165,6 +172,7 @@ impl Cache {
             }
         }
         self.links += translation.links;
+        self.slots.extend(translation.slots.iter().map(|&place| (offset & !0xfff) + u64::from(place)));
         self.sites.extend(translation.sites);
         self.index.insert(index_key(offset, key), number);
         for page in std::iter::once(offset & !0xfff).chain(second) {
@@ -179,7 +187,7 @@ impl Cache {
         let Some(block) = self.blocks.get_mut(target as usize) else { return };
         block.incoming.push(site);
         match kind {
-            SiteKind::Jump { patch, .. } | SiteKind::Stack { patch, .. } => {
+            SiteKind::Jump { patch, .. } | SiteKind::Stack { patch, .. } | SiteKind::Window { patch, .. } => {
                 let entry = block.entry;
                 self.patch(patch, entry);
             }
@@ -193,9 +201,11 @@ impl Cache {
     /// Makes the jump at a site leave again.
     pub fn unlink(&mut self, site: u32, context: &mut Context) {
         match self.sites.get(site as usize).map(|site| site.kind) {
-            Some(SiteKind::Jump { patch, stub, .. } | SiteKind::Stack { patch, stub, .. }) => {
-                self.patch(patch, stub)
-            }
+            Some(
+                SiteKind::Jump { patch, stub, .. }
+                | SiteKind::Stack { patch, stub, .. }
+                | SiteKind::Window { patch, stub, .. },
+            ) => self.patch(patch, stub),
             Some(SiteKind::Link { link, stub, .. }) => {
                 context.links[link as usize % LINKS] = self.code.address(stub as usize);
             }
@@ -252,6 +262,7 @@ impl Cache {
         self.index.clear();
         self.pages.clear();
         self.links = 0;
+        self.slots.clear();
     }
 
     /// The block and the guest's instruction that the host was executing at an address.

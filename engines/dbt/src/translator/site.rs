@@ -44,6 +44,23 @@ pub enum SiteKind {
         /// The code that leaves, which that jump goes to as long as it isn't linked.
         stub: u32,
     },
+    /// A window of the block doesn't lie in one page of the inline TLB.
+    Window {
+        /// Number of the register that it lies near.
+        root: u8,
+        /// It is written.
+        write: bool,
+        /// Bytes.
+        size: u16,
+        /// First byte, from the register's value.
+        low: i32,
+        /// Code of the check.
+        retry: u32,
+        /// Displacement of the jump that is taken where it lies in two pages.
+        patch: u32,
+        /// The code that leaves, which that jump goes to as long as it isn't linked.
+        stub: u32,
+    },
     /// A repeated string instruction that needs a page, or is too odd, for the shared code.
     String {
         /// It is MOVS, not STOS.
