@@ -37,10 +37,8 @@ pub struct SharedCode {
     pub load_vectors: usize,
     /// Called: looks for another page for the stack window, by privilege class.
     pub stack_window: [usize; 3],
-    /// Called: looks for another page for a window, by privilege class, and whether it is written.
-    pub window: [[usize; 2]; 3],
-    /// Called: the same for a place in the code.
-    pub place: [[usize; 2]; 3],
+    /// Called: looks for another page for a slot, by privilege class, and whether it is written.
+    pub slot: [[usize; 2]; 3],
     /// Called: REP MOVS, by privilege class and log2 of the element's size.
     pub repeat_movs: [[usize; 4]; 3],
     /// Called: REP STOS, likewise.
@@ -79,7 +77,9 @@ pub struct Translation {
     pub code: Vec<u8>,
     /// Offset in `code` of the entry for jumps that know the linear address only ([`ADDRESS`] holds it).
     pub lookup_entry: usize,
-    /// Offset in `code` of the entry for direct jumps.
+    /// Offset in `code` of the entry for direct jumps backwards.
+    pub loop_entry: usize,
+    /// Offset in `code` of the entry for direct jumps forwards.
     pub entry: usize,
     /// The places where the code may leave.
     pub sites: Vec<Site>,
@@ -210,7 +210,7 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
         links: 0,
     };
     let crosses = request.offset + length > PAGE;
-    let entry = builder.prologue(&block, uses_vectors, uses_x87, crosses);
+    let (loop_entry, entry) = builder.prologue(&block, uses_vectors, uses_x87, crosses);
     for decoded in &block {
         builder.instruction(decoded);
     }
@@ -221,6 +221,7 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
     Some(Translation {
         code: builder.e.code,
         lookup_entry: 0,
+        loop_entry,
         entry,
         sites: builder.sites,
         fault_points: builder.fault_points,
@@ -299,21 +300,25 @@ fn live_at(request: &Request<'_>, offset: usize, looked_at: &mut u64) -> u32 {
 
 impl Builder<'_> {
     /// Code before the first instruction: what a lookup has to set, the vector registers, the check of the stack.
-    /// Returns the entry for direct jumps.
-    fn prologue(&mut self, block: &[Decoded], vectors: bool, x87: bool, crosses: bool) -> usize {
+    /// Returns the entries for direct jumps backwards, where events are looked for, and forwards.
+    fn prologue(&mut self, block: &[Decoded], vectors: bool, x87: bool, crosses: bool) -> (usize, usize) {
         self.e.lea(Width::W64, TEMPORARY, at(ADDRESS, -(self.request.offset as i32)));
         self.e.store(Width::W64, page_base(), TEMPORARY);
-        let mut entry = self.e.position();
+        let live = block.first().map_or(analysis::ALL_FLAGS, |first| first.live_before);
+        let mut loop_entry = self.e.position();
+        let entry;
         if crosses {
             // Only the jump cache knows whether the next page is still the same one.
             let over = self.e.jump();
-            entry = self.e.position();
+            (loop_entry, entry) = (self.e.position(), self.e.position());
             self.e.load(Width::W64, ADDRESS, page_base());
             self.e.lea(Width::W64, ADDRESS, at(ADDRESS, self.request.offset as i32));
             self.look_up();
             self.e.bind(over);
+        } else {
+            self.check_event(self.request.offset as i32, live);
+            entry = self.e.position();
         }
-        let live = block.first().map_or(analysis::ALL_FLAGS, |first| first.live_before);
         if x87 {
             // Loading x87 takes long and is rare: leave, and come back with everything loaded.
             let fixup = self.unless_zero(context::x87_in_memory());
@@ -328,7 +333,7 @@ impl Builder<'_> {
         for number in 0..self.windows.len() {
             self.check_window(self.windows[number], live);
         }
-        entry
+        (loop_entry, entry)
     }
 
     /// A jump taken if the byte is not zero; flags are left alone.
@@ -386,7 +391,7 @@ impl Builder<'_> {
             patch: 0,
             stub: 0,
         });
-        let routine = self.request.shared.window[usize::from(self.class())][usize::from(window.write)];
+        let routine = self.request.shared.slot[usize::from(self.class())][usize::from(window.write)];
         let back = self.e.position();
         self.stubs.push(Stub { from, site, address: None, retry: Some(Retry { routine, slot, size, back }) });
     }

@@ -20,7 +20,9 @@ pub struct Block {
     pub offset: u64,
     /// Its mode.
     pub key: Key,
-    /// Where direct jumps enter: offset in the code memory.
+    /// Where direct jumps backwards enter: offset in the code memory.
+    pub loop_entry: u32,
+    /// Where direct jumps forwards enter.
     pub entry: u32,
     /// Where lookups enter.
     pub lookup_entry: u32,
@@ -156,6 +158,7 @@ impl Cache {
         self.blocks.push(Block {
             offset,
             key,
+            loop_entry: start + translation.loop_entry as u32,
             entry: start + translation.entry as u32,
             lookup_entry: start + translation.lookup_entry as u32,
             vectors: translation.vectors,
@@ -187,7 +190,11 @@ impl Cache {
         let Some(block) = self.blocks.get_mut(target as usize) else { return };
         block.incoming.push(site);
         match kind {
-            SiteKind::Jump { patch, .. } | SiteKind::Stack { patch, .. } | SiteKind::Window { patch, .. } => {
+            SiteKind::Jump { patch, backwards, .. } => {
+                let entry = if backwards { block.loop_entry } else { block.entry };
+                self.patch(patch, entry);
+            }
+            SiteKind::Stack { patch, .. } | SiteKind::Window { patch, .. } => {
                 let entry = block.entry;
                 self.patch(patch, entry);
             }

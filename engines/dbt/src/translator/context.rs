@@ -134,14 +134,14 @@ pub const CPUID_EMPTY: u64 = u64::MAX;
 /// A page that hot code accesses: the universal TLB's answer, kept for one place in the code or one window of a block.
 #[repr(C)]
 pub struct Slot {
-    /// Number of the page (for a place) or its linear address (for a window), or [`NO_STACK_PAGE`].
+    /// Linear address of the page, or [`NO_STACK_PAGE`].
     pub page: AtomicU64,
     /// Its addend.
     pub addend: AtomicU64,
+    /// Its host address.
+    pub host: AtomicU64,
     /// How often it held another page, until somebody sets it to zero.
     pub misses: AtomicU64,
-    /// Fills up to a power of two.
-    pub padding: u64,
 }
 
 /// Slots at most.
@@ -281,6 +281,10 @@ pub const fn slot_page(number: u32) -> Mem {
 /// A slot's addend.
 pub const fn slot_addend(number: u32) -> Mem {
     at(CONTEXT, (slot(number) + offset_of!(Slot, addend)) as i32)
+}
+/// A slot's host address.
+pub const fn slot_host(number: u32) -> Mem {
+    at(CONTEXT, (slot(number) + offset_of!(Slot, host)) as i32)
 }
 /// Result word of the CPUID entry whose offset in the table `index` holds.
 pub const fn cpuid_result(index: Reg, word: usize) -> Mem {

@@ -3,7 +3,7 @@
 use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
 
 use super::analysis::{self, Decoded};
-use super::block::{Addend, Builder, NotRenamed, Retry};
+use super::block::{Addend, Builder, NotRenamed, PAGE, Retry};
 use super::context::{
     self, ADDEND, ADDRESS, GUEST_RSP, TEMPORARY, TLB_INDEX_MASK, TLB_INDEX_SHIFT, page_base, stack_addend,
 };
@@ -64,16 +64,19 @@ impl Builder<'_> {
         if live != 0 {
             self.put_flags_aside();
         }
+        let (retry, next) = ((self.request.start + self.instruction_start) as u32, self.next_guest as u16);
+        let kind = SiteKind::Access { write, size: size as u8, next, retry, next_host: 0 };
+        if self.takes_slot() {
+            self.e.copy(Width::W64, TEMPORARY, ADDRESS);
+            let slot = self.check_slot(kind, size, write, None);
+            self.addend = Addend::Slot(slot);
+            self.e.load(Width::W64, ADDEND, context::slot_addend(slot));
+            return;
+        }
         if size > 1 {
             self.e.lea(Width::W64, TEMPORARY, at(ADDRESS, size - 1));
         } else {
             self.e.copy(Width::W64, TEMPORARY, ADDRESS);
-        }
-        let (retry, next) = ((self.request.start + self.instruction_start) as u32, self.next_guest as u16);
-        let kind = SiteKind::Access { write, size: size as u8, next, retry, next_host: 0 };
-        if self.takes_slot() {
-            self.check_slot(kind, size, write, None);
-            return;
         }
         let fixup = self.compare_tag(write);
         self.leave_from(fixup, kind);
@@ -89,11 +92,14 @@ impl Builder<'_> {
         }
         let (retry, next) = ((self.request.start + self.instruction_start) as u32, self.next_guest as u16);
         let kind = SiteKind::Access { write, size: size as u8, next, retry, next_host: 0 };
-        self.e.lea(Width::W64, TEMPORARY, place.plus(size - 1));
         if self.takes_slot() {
-            self.check_slot(kind, size, write, Some(place));
+            self.e.lea(Width::W64, TEMPORARY, place);
+            let slot = self.check_slot(kind, size, write, Some(place));
+            self.addend = Addend::Slot(slot);
+            self.e.load(Width::W64, ADDEND, context::slot_addend(slot));
             return;
         }
+        self.e.lea(Width::W64, TEMPORARY, place.plus(size - 1));
         self.e.lea(Width::W32, ADDEND, place);
         let fixup = self.compare_tag_indexed(write);
         self.leave_from_access(fixup, kind, Some(place), None);
@@ -105,18 +111,17 @@ impl Builder<'_> {
         self.request.first_slot.is_some() && !(self.request.roams)(self.guest)
     }
 
-    /// With the last byte's address in TEMPORARY, and the first one's in ADDRESS unless it is at `place`: compares with a
-    /// slot, and puts its addend into ADDEND.
-    fn check_slot(&mut self, kind: SiteKind, size: i32, write: bool, place: Option<Mem>) {
+    /// With the first byte's address in TEMPORARY, and in ADDRESS unless it is at `place`: checks that all bytes lie in the
+    /// page of a slot, and leaves the first one's offset in it in TEMPORARY, unless the slot was filled just now.
+    fn check_slot(&mut self, kind: SiteKind, size: i32, write: bool, place: Option<Mem>) -> u32 {
         let slot = self.new_slot();
-        self.e.shr(Width::W64, TEMPORARY, 12);
-        self.e.compare(Width::W64, TEMPORARY, context::slot_page(slot));
-        let fixup = self.e.jump_if(condition::NE);
-        let routine = self.request.shared.place[usize::from(self.class())][usize::from(write)];
+        self.e.sub_mem(Width::W64, TEMPORARY, context::slot_page(slot));
+        self.e.compare_imm(Width::W64, TEMPORARY, PAGE as i32 - size);
+        let fixup = self.e.jump_if(condition::A);
+        let routine = self.request.shared.slot[usize::from(self.class())][usize::from(write)];
         let back = self.e.position();
         self.leave_from_access(fixup, kind, place, Some(Retry { routine, slot, size, back }));
-        self.addend = Addend::Slot(slot);
-        self.e.load(Width::W64, ADDEND, context::slot_addend(slot));
+        slot
     }
 
     /// Puts the stack's addend into ADDEND.

@@ -53,42 +53,34 @@ pub fn stack_window(e: &mut Emitter, class: u8) -> usize {
 }
 
 /// Makes the page of the bytes from ADDRESS to ADDRESS + TEMPORARY that of the slot whose offset ADDEND holds. ZF: it is now;
-/// CF: they lie in two pages. `window`: the slot holds the page's address, else its number.
-pub fn slot(e: &mut Emitter, class: u8, write: bool, window: bool) -> usize {
+/// CF: they lie in two pages. ADDRESS stays.
+pub fn slot(e: &mut Emitter, class: u8, write: bool) -> usize {
     let start = e.position();
     let own = |offset: usize| indexed(CONTEXT, ADDEND, 0, PUSHED + offset as i32);
     e.store(Width::W64, field(context::saved()), reg::RAX);
-    index(e, reg::RAX, ADDRESS);
     e.add(Width::W64, TEMPORARY, ADDRESS);
-    let crosses = window.then(|| {
-        e.xor(Width::W64, ADDRESS, TEMPORARY);
-        e.shr(Width::W64, ADDRESS, 12);
-        let crosses = e.jump_if(condition::NE);
-        // What the exit takes for the address is worked out anew.
-        e.copy(Width::W64, ADDRESS, TEMPORARY);
-        crosses
-    });
+    e.copy(Width::W64, reg::RAX, ADDRESS);
+    e.xor(Width::W64, reg::RAX, TEMPORARY);
+    e.shr(Width::W64, reg::RAX, 12);
+    let crosses = e.jump_if(condition::NE);
+    index(e, reg::RAX, ADDRESS);
     e.shr(Width::W64, TEMPORARY, 12);
     e.compare(Width::W64, TEMPORARY, field(tlb_tag(class, write, reg::RAX)));
     let other = e.jump_if(condition::NE);
+    e.shl(Width::W64, TEMPORARY, 12);
     e.load(Width::W64, reg::RAX, field(tlb_addend(class, reg::RAX)));
     e.store(Width::W64, own(offset_of!(Slot, addend)), reg::RAX);
-    if window {
-        e.shl(Width::W64, TEMPORARY, 12);
-    }
+    e.add(Width::W64, reg::RAX, TEMPORARY);
+    e.store(Width::W64, own(offset_of!(Slot, host)), reg::RAX);
     e.store(Width::W64, own(offset_of!(Slot, page)), TEMPORARY);
     e.increment(own(offset_of!(Slot, misses)));
     e.load(Width::W64, reg::RAX, field(context::saved()));
     e.compare_reg(Width::W32, reg::RAX, reg::RAX);
     e.ret();
-    e.bind(other);
-    e.load(Width::W64, reg::RAX, field(context::saved()));
-    e.set_carry(false);
-    e.ret();
-    if let Some(crosses) = crosses {
-        e.bind(crosses);
+    for (from, carry) in [(other, false), (crosses, true)] {
+        e.bind(from);
         e.load(Width::W64, reg::RAX, field(context::saved()));
-        e.set_carry(true);
+        e.set_carry(carry);
         e.ret();
     }
     start

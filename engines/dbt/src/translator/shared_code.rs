@@ -57,8 +57,7 @@ pub fn emit() -> (Vec<u8>, Parts) {
         blocks.stack_window[usize::from(class)] = routines::stack_window(&mut e, class);
         for write in [false, true] {
             let place = (usize::from(class), usize::from(write));
-            blocks.window[place.0][place.1] = routines::slot(&mut e, class, write, true);
-            blocks.place[place.0][place.1] = routines::slot(&mut e, class, write, false);
+            blocks.slot[place.0][place.1] = routines::slot(&mut e, class, write);
         }
         for scale in 0..4u8 {
             let place = (usize::from(class), usize::from(scale));

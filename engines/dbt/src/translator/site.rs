@@ -92,6 +92,8 @@ pub enum SiteKind {
     Jump {
         /// Offset in the page of the target.
         target: u16,
+        /// It goes backwards, or stays.
+        backwards: bool,
         /// Displacement of the jump.
         patch: u32,
         /// The code that leaves, which the jump goes to as long as it isn't linked.

@@ -76,11 +76,7 @@ impl SharedTlbs {
     fn has_window(&self, host: u64) -> bool {
         let stack = self.mapping.stack_page().load(Ordering::SeqCst);
         let stack_host = self.mapping.stack_addend().load(Ordering::SeqCst).wrapping_add(stack);
-        stack_host == host
-            || self.slots().iter().any(|slot| {
-                let (page, addend) = (slot.page.load(Ordering::SeqCst), slot.addend.load(Ordering::SeqCst));
-                addend.wrapping_add(page) == host || addend.wrapping_add(page << 12) == host
-            })
+        stack_host == host || self.slots().iter().any(|slot| slot.host.load(Ordering::SeqCst) == host)
     }
 
     /// Makes stores to the page of RAM at this host address go the slow way, once [`SharedTlbs::forget_windows`] was
