@@ -106,6 +106,9 @@ fn supervise(
         }
         let ending = wait_for_end(&session, parts, happenings, debugger);
         session.stop();
+        if parts.config.stats {
+            message(&session.statistics());
+        }
         if let Some(ending) = ending {
             return Ok(ending);
         }

@@ -309,6 +309,11 @@ impl Cpu {
         self.tlb.take_changes()
     }
 
+    /// Whether the page of a linear address was last found to be global (SDM Vol. 3A, section 4.10.2.4).
+    pub fn is_global(&self, linear: u64) -> bool {
+        self.tlb.is_global(linear)
+    }
+
     /// A number that stands for the current address space: another one after each change of PCID or root, and after
     /// each flush of all its translations but global ones. Numbers are used again only after [`TlbChanges::flushed`].
     pub fn address_space(&self) -> u16 {

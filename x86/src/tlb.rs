@@ -135,6 +135,12 @@ impl Tlb {
         self.context as u16
     }
 
+    /// Whether the entry for the page, if there is one, is global.
+    pub(crate) fn is_global(&self, linear: u64) -> bool {
+        let entry = &self.entries[(linear >> 12) as usize & (ENTRIES - 1)];
+        entry.tag == (linear & PAGE_MASK | self.context) && entry.data & GLOBAL != 0
+    }
+
     /// What happened since the last call.
     pub(crate) fn take_changes(&mut self) -> TlbChanges {
         core::mem::take(&mut self.changes)

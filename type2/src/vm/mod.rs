@@ -191,6 +191,17 @@ impl Session {
         &self.vcpus
     }
 
+    /// What the engine has counted, a line each. The machine must stand still.
+    pub fn statistics(&self) -> String {
+        let mut text = String::new();
+        for (index, vcpu) in self.vcpus.iter().enumerate() {
+            for (name, count) in lock(vcpu).statistics().into_iter().filter(|(_, count)| *count != 0) {
+                text.push_str(&format!("CPU {index} {count:>14} {name}\n"));
+            }
+        }
+        text
+    }
+
     /// Tells every vCPU, by number, what a debugger wants. The machine must stand still.
     pub fn set_debug(&self, control: impl Fn(u32) -> DebugControl) -> Result<(), EngineError> {
         (0..).zip(&self.vcpus).try_for_each(|(index, vcpu)| lock(vcpu).set_debug(&control(index)))

@@ -3,6 +3,7 @@
 use rustc_hash::FxHashMap;
 
 use super::block::{SharedCode, Translation};
+use super::context::{Context, LINKS};
 use super::key::Key;
 use super::shared_code::{self, Parts};
 use super::site::{FaultPoint, Site, SiteKind};
@@ -27,6 +28,8 @@ pub struct Block {
     pub vectors: bool,
     /// x87 registers are used.
     pub x87: bool,
+    /// Offset in RAM of the second page, if its one instruction crosses into it.
+    pub second: Option<u64>,
     start: u32,
     fault_points: Box<[FaultPoint]>,
     /// Sites of jumps that are linked to this block.
@@ -49,10 +52,11 @@ pub struct Cache {
     sites: Vec<Site>,
     index: FxHashMap<u64, u32>,
     pages: FxHashMap<u64, Page>,
+    links: u32,
 }
 
 fn index_key(offset: u64, key: Key) -> u64 {
-    offset | u64::from(key.bits()) << 56
+    offset | u64::from(key.bits()) << 48
 }
 
 impl Cache {
@@ -73,6 +77,7 @@ impl Cache {
             sites: Vec::new(),
             index: FxHashMap::default(),
             pages: FxHashMap::default(),
+            links: 0,
         })
     }
 
@@ -104,6 +109,10 @@ impl Cache {
     pub fn next_block(&self) -> u32 {
         self.blocks.len() as u32
     }
+    /// Number of the next link.
+    pub fn next_link(&self) -> u32 {
+        self.links
+    }
     /// A site by its number.
     pub fn site(&self, number: u32) -> Option<Site> {
         self.sites.get(number as usize).copied()
@@ -115,15 +124,23 @@ impl Cache {
     /// Whether another block may not fit.
     pub fn is_full(&self) -> bool {
         // The largest block by far is smaller.
-        self.code.free() < 64 << 10 || self.blocks.len() >= MAX_BLOCKS
+        self.code.free() < 64 << 10 || self.blocks.len() >= MAX_BLOCKS || self.links as usize + 64 > LINKS
     }
     /// The block at this place.
     pub fn find(&self, offset: u64, key: Key) -> Option<u32> {
         self.index.get(&index_key(offset, key)).copied()
     }
 
-    /// Takes in a translation made for [`Cache::next_start`], [`Cache::next_site`] and [`Cache::next_block`].
-    pub fn insert(&mut self, offset: u64, key: Key, translation: Translation) -> Option<u32> {
+    /// Takes in a translation made for [`Cache::next_start`], [`Cache::next_site`], [`Cache::next_block`] and
+    /// [`Cache::next_link`].
+    pub fn insert(
+        &mut self,
+        offset: u64,
+        key: Key,
+        second: Option<u64>,
+        translation: Translation,
+        context: &mut Context,
+    ) -> Option<u32> {
         let start = self.code.next_offset() as u32;
         self.code.append(&translation.code)?;
         let number = self.blocks.len() as u32;
@@ -134,27 +151,53 @@ impl Cache {
             lookup_entry: start + translation.lookup_entry as u32,
             vectors: translation.vectors,
             x87: translation.x87,
+            second,
             start,
             fault_points: translation.fault_points.into_boxed_slice(),
             incoming: Vec::new(),
         });
+        for site in &translation.sites {
+            if let SiteKind::Link { link, stub, .. } = site.kind {
+                context.links[link as usize % LINKS] = self.code.address(stub as usize);
+            }
+        }
+        self.links += translation.links;
         self.sites.extend(translation.sites);
         self.index.insert(index_key(offset, key), number);
-        self.pages.entry(offset & !0xfff).or_default().blocks.push(number);
+        for page in std::iter::once(offset & !0xfff).chain(second) {
+            self.pages.entry(page).or_default().blocks.push(number);
+        }
         Some(number)
     }
 
     /// Makes the jump at a site go to a block.
-    pub fn link(&mut self, site: u32, target: u32) {
-        let Some(SiteKind::Jump { patch, .. } | SiteKind::Stack { patch, .. }) =
-            self.sites.get(site as usize).map(|site| site.kind)
-        else {
-            return;
-        };
+    pub fn link(&mut self, site: u32, target: u32, context: &mut Context) {
+        let Some(kind) = self.sites.get(site as usize).map(|site| site.kind) else { return };
         let Some(block) = self.blocks.get_mut(target as usize) else { return };
         block.incoming.push(site);
-        let entry = block.entry;
-        self.patch(patch, entry);
+        match kind {
+            SiteKind::Jump { patch, .. } | SiteKind::Stack { patch, .. } => {
+                let entry = block.entry;
+                self.patch(patch, entry);
+            }
+            SiteKind::Link { link, .. } => {
+                context.links[link as usize % LINKS] = self.code.address(block.lookup_entry as usize);
+            }
+            _ => {}
+        }
+    }
+
+    /// Makes the jump at a site leave again.
+    pub fn unlink(&mut self, site: u32, context: &mut Context) {
+        match self.sites.get(site as usize).map(|site| site.kind) {
+            Some(SiteKind::Jump { patch, stub, .. } | SiteKind::Stack { patch, stub, .. }) => {
+                self.patch(patch, stub)
+            }
+            Some(SiteKind::Link { link, stub, .. }) => {
+                context.links[link as usize % LINKS] = self.code.address(stub as usize);
+            }
+            _ => {}
+        }
     }
 
     fn patch(&mut self, place: u32, target: u32) {
@@ -168,17 +211,13 @@ impl Cache {
     }
 
     /// Drops the blocks of a page. Whoever is inside of one may run to its end.
-    pub fn drop_page(&mut self, page: u64) {
+    pub fn drop_page(&mut self, page: u64, context: &mut Context) {
         let Some(page) = self.pages.remove(&page) else { return };
         for number in page.blocks {
             let Some(block) = self.blocks.get_mut(number as usize) else { continue };
             let key = index_key(block.offset, block.key);
             for site in std::mem::take(&mut block.incoming) {
-                if let Some(SiteKind::Jump { patch, stub, .. } | SiteKind::Stack { patch, stub, .. }) =
-                    self.sites.get(site as usize).map(|site| site.kind)
-                {
-                    self.patch(patch, stub);
-                }
+                self.unlink(site, context);
             }
             if self.index.get(&key) == Some(&number) {
                 self.index.remove(&key);
@@ -193,6 +232,7 @@ impl Cache {
         self.sites.clear();
         self.index.clear();
         self.pages.clear();
+        self.links = 0;
     }
 
     /// The block and the guest's instruction that the host was executing at an address.
