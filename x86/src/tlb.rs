@@ -38,6 +38,13 @@ pub(crate) const fn permission(access: Access, privilege: Privilege) -> u64 {
     1 << (access as u64 * 3 + privilege as u64)
 }
 
+/// Where a page stands in the buffer. Higher bits are mixed in, since two buffers that are copied from one to the
+/// other are likely to lie a power of two apart, give or take a page.
+#[inline(always)]
+const fn index(linear: u64) -> usize {
+    ((linear >> 12 ^ linear >> 18) & (ENTRIES as u64 - 1)) as usize
+}
+
 #[derive(Clone, Copy)]
 struct Entry {
     /// Linear page | context; context 0: empty.
@@ -89,7 +96,7 @@ impl Tlb {
     /// Offset in RAM of the byte at `linear`, if it is cached with one of the wanted permissions.
     #[inline(always)]
     pub(crate) fn lookup(&self, linear: u64, wanted: u64) -> Option<u64> {
-        let entry = &self.entries[(linear >> 12) as usize & (ENTRIES - 1)];
+        let entry = &self.entries[index(linear)];
         if entry.tag == (linear & PAGE_MASK | self.context) && entry.data & wanted != 0 {
             Some(entry.data & PAGE_MASK | linear & !PAGE_MASK)
         } else {
@@ -99,7 +106,7 @@ impl Tlb {
 
     /// The second try: an entry of a global page that another PCID has filled.
     pub(crate) fn lookup_global(&mut self, linear: u64, wanted: u64) -> Option<u64> {
-        let entry = &mut self.entries[(linear >> 12) as usize & (ENTRIES - 1)];
+        let entry = &mut self.entries[index(linear)];
         let same_page = (entry.tag ^ linear) & PAGE_MASK == 0 && entry.tag & !PAGE_MASK != 0;
         if same_page && entry.data & GLOBAL != 0 && entry.data & wanted != 0 {
             entry.tag = linear & PAGE_MASK | self.context;
@@ -112,7 +119,7 @@ impl Tlb {
     pub(crate) fn insert(&mut self, linear: u64, data: u64) {
         self.has_large |= data & LARGE != 0;
         let tag = linear & PAGE_MASK | self.context;
-        self.entries[(linear >> 12) as usize & (ENTRIES - 1)] = Entry { tag, data };
+        self.entries[index(linear)] = Entry { tag, data };
     }
 
     /// Makes `pcid` the current one, keeping what is cached for it.
@@ -173,7 +180,7 @@ impl Tlb {
             Some(page) if page != linear => self.changes.flushed = true,
             _ => self.changes.page = Some(linear),
         }
-        let entry = &mut self.entries[(linear >> 12) as usize & (ENTRIES - 1)];
+        let entry = &mut self.entries[index(linear)];
         if (entry.tag ^ linear) & PAGE_MASK == 0 {
             *entry = EMPTY;
         }
@@ -229,6 +236,20 @@ mod tests {
         assert_eq!(tlb.lookup_global(0x6000, READ), Some(0x8000));
         tlb.flush_all(0);
         assert_eq!(tlb.lookup_global(0x6000, READ), None);
+    }
+
+    #[test]
+    fn neighbours_and_buffers_a_power_of_two_apart_have_places_of_their_own() {
+        let mut tlb = Tlb::new();
+        let pages = (0..ENTRIES as u64).map(|page| 0x7f12_3400_0000 + (page << 12));
+        pages.clone().for_each(|linear| tlb.insert(linear, READ));
+        assert!(pages.into_iter().all(|linear| tlb.lookup(linear, READ).is_some()));
+        for distance in [1 << 24, (1 << 24) + 0x1000, (1 << 26) + 0x1000, (1 << 29) - 0x1000] {
+            for page in 0..32 {
+                let linear = 0x7f00_0000_0000 + (page << 12);
+                assert!((0..32).all(|other| index(linear + distance + (other << 12)) != index(linear)));
+            }
+        }
     }
 
     #[test]

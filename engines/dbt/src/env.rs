@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bivisor_machine::engine::VcpuBus;
 use bivisor_machine::host::Waker;
 use bivisor_machine::memory::GuestMemory;
-use bivisor_x86::env::{Env, Event, HostExecution, HostInstruction};
+use bivisor_x86::env::{Compared, Env, Event, HostExecution, HostInstruction};
 use bivisor_x86::state::CpuState;
 
 use crate::code_tracker::CodeTracker;
@@ -102,6 +102,27 @@ impl Env for VcpuEnv {
     fn store_bytes(&self, offset: u64, from: &[u8]) {
         self.memory.store_bytes(offset, from);
         self.code.written(offset);
+    }
+    fn copy_elements(&self, from: u64, to: u64, count: u64, size: u64, down: bool) {
+        self.memory.copy_elements(from, to, count, size, down);
+        self.code.written(to);
+    }
+    fn fill_elements(&self, to: u64, value: u64, count: u64, size: u64) {
+        self.memory.fill_elements(to, value, count, size);
+        self.code.written(to);
+    }
+    fn compare_elements(
+        &self,
+        left: u64,
+        right: u64,
+        count: u64,
+        size: u64,
+        equal: bool,
+    ) -> Option<Compared> {
+        self.memory.compare_elements(left, right, count, size, equal)
+    }
+    fn scan_elements(&self, value: u64, right: u64, count: u64, size: u64, equal: bool) -> Option<Compared> {
+        self.memory.scan_elements(value, right, count, size, equal)
     }
     fn compare_exchange(&self, offset: u64, size: usize, expected: u64, new: u64) -> u64 {
         let old = self.memory.compare_exchange(offset, size, expected, new);
