@@ -43,17 +43,17 @@ impl DbtVcpu {
                     return Next::Resume(retry, site.block, self.loaded_within(site.block));
                 }
                 self.statistics.access_slow += 1;
-                self.step(base.wrapping_add(next.into()), Some(next_host), &site)
+                self.step(base.wrapping_add(next.into()), next_host, &site)
             }
             SiteKind::String { is_move, next, retry, next_host } => {
                 if self.fill_for_string(is_move) {
                     return Next::Resume(retry, site.block, self.loaded_within(site.block));
                 }
-                self.step(base.wrapping_add(next.into()), Some(next_host), &site)
+                self.step(base.wrapping_add(next.into()), next_host, &site)
             }
             SiteKind::Stack { low, size, retry, .. } => self.stack_miss(low, size, retry, &site),
             SiteKind::Interpret { next, next_host } => {
-                self.step(base.wrapping_add(next.into()), Some(next_host), &site)
+                self.step(base.wrapping_add(next.into()), next_host, &site)
             }
             SiteKind::InterpretLast => self.step(rip, None, &site),
             SiteKind::Jump { target, .. } => {

@@ -67,7 +67,7 @@ impl Builder<'_> {
         let fixup = self.compare_tag(write);
         let retry = (self.request.start + self.instruction_start) as u32;
         let next = self.next_guest as u16;
-        self.leave_from(fixup, SiteKind::Access { write, size: size as u8, next, retry, next_host: 0 });
+        self.leave_from(fixup, SiteKind::Access { write, size: size as u8, next, retry, next_host: None });
         self.e.load(Width::W64, ADDEND, context::tlb_addend(self.class(), ADDEND));
     }
 
