@@ -496,7 +496,9 @@ impl Builder<'_> {
             self.leave_shadow();
         }
         self.in_shadow &= decoded.class == Class::Sti;
-        let next_host = (self.request.start + self.e.position()) as u32;
+        // The block has no code behind its last instruction, even if that goes to the next one.
+        let goes_on = !decoded.class.is_last();
+        let next_host = goes_on.then_some((self.request.start + self.e.position()) as u32);
         let mut comes_back = false;
         for site in &mut self.sites[sites..] {
             if let SiteKind::Access { next_host: place, .. }
@@ -562,7 +564,7 @@ impl Builder<'_> {
         let kind = if last {
             SiteKind::InterpretLast
         } else {
-            SiteKind::Interpret { next: self.next_guest as u16, next_host: 0 }
+            SiteKind::Interpret { next: self.next_guest as u16, next_host: None }
         };
         let site = self.new_site(kind);
         self.leave_code(site);

@@ -45,7 +45,7 @@ impl DbtVcpu {
                     return Next::Resume(retry, site.block, self.loaded_within(site.block));
                 }
                 self.statistics.access_slow += 1;
-                self.step(base.wrapping_add(next.into()), Some(next_host), &site)
+                self.step(base.wrapping_add(next.into()), next_host, &site)
             }
             SiteKind::Window { root, write, size, low, retry, .. } => {
                 let first = self.cpu.state.gpr[usize::from(root & 15)].wrapping_add(low as i64 as u64);
@@ -59,16 +59,16 @@ impl DbtVcpu {
                 if self.fill_for_string(is_move) {
                     return Next::Resume(retry, site.block, self.loaded_within(site.block));
                 }
-                self.step(base.wrapping_add(next.into()), Some(next_host), &site)
+                self.step(base.wrapping_add(next.into()), next_host, &site)
             }
             SiteKind::Stack { low, size, retry, .. } => self.stack_miss(low, size, retry, &site),
             SiteKind::Interpret { next, next_host } => {
-                self.step(base.wrapping_add(next.into()), Some(next_host), &site)
+                self.step(base.wrapping_add(next.into()), next_host, &site)
             }
             SiteKind::Cpuid { next, next_host } => {
                 let next = base.wrapping_add(next.into());
                 let asked = (self.cpu.state.gpr[0] as u32, self.cpu.state.gpr[1] as u32);
-                let then = self.step(next, Some(next_host), &site);
+                let then = self.step(next, next_host, &site);
                 if self.cpu.state.rip == next {
                     self.remember_cpuid(asked);
                 }

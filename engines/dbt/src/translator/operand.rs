@@ -65,7 +65,7 @@ impl Builder<'_> {
             self.put_flags_aside();
         }
         let (retry, next) = ((self.request.start + self.instruction_start) as u32, self.next_guest as u16);
-        let kind = SiteKind::Access { write, size: size as u8, next, retry, next_host: 0 };
+        let kind = SiteKind::Access { write, size: size as u8, next, retry, next_host: None };
         if self.takes_slot() {
             self.e.copy(Width::W64, TEMPORARY, ADDRESS);
             let slot = self.check_slot(kind, size, write, None);
@@ -91,7 +91,7 @@ impl Builder<'_> {
             self.put_flags_aside();
         }
         let (retry, next) = ((self.request.start + self.instruction_start) as u32, self.next_guest as u16);
-        let kind = SiteKind::Access { write, size: size as u8, next, retry, next_host: 0 };
+        let kind = SiteKind::Access { write, size: size as u8, next, retry, next_host: None };
         if self.takes_slot() {
             self.e.lea(Width::W64, TEMPORARY, place);
             let slot = self.check_slot(kind, size, write, Some(place));

@@ -189,7 +189,7 @@ impl Builder<'_> {
         self.put_flags_aside();
         self.e.compare_zero8(context::base_instructions());
         let disabled = self.e.jump_if(condition::E);
-        let interpret = SiteKind::Interpret { next: self.next_guest as u16, next_host: 0 };
+        let interpret = SiteKind::Interpret { next: self.next_guest as u16, next_host: None };
         self.leave_from(disabled, interpret);
         let (place, register) = match instruction.mnemonic() {
             Mnemonic::Rdfsbase | Mnemonic::Wrfsbase => (context::fs_base(), SegReg::Fs),
@@ -253,7 +253,7 @@ impl Builder<'_> {
         self.e.or(Width::W64, ADDRESS, TEMPORARY);
         self.e.compare(Width::W64, ADDRESS, cpuid_key(ADDEND));
         let fixup = self.e.jump_if(condition::NE);
-        self.leave_from(fixup, SiteKind::Cpuid { next: self.next_guest as u16, next_host: 0 });
+        self.leave_from(fixup, SiteKind::Cpuid { next: self.next_guest as u16, next_host: None });
         for (word, register) in [reg::RAX, reg::RBX, reg::RCX, reg::RDX].into_iter().enumerate() {
             self.e.load(Width::W32, register, cpuid_result(ADDEND, word));
         }
@@ -378,7 +378,7 @@ impl Builder<'_> {
         let retry = (self.request.start + self.instruction_start) as u32;
         self.leave_from(
             rest,
-            SiteKind::String { is_move, next: self.next_guest as u16, retry, next_host: 0 },
+            SiteKind::String { is_move, next: self.next_guest as u16, retry, next_host: None },
         );
         self.addend = Addend::Anything;
     }

@@ -28,8 +28,8 @@ pub enum SiteKind {
         next: u16,
         /// Code of the instruction from its start.
         retry: u32,
-        /// Code of the next instruction.
-        next_host: u32,
+        /// Code of the next instruction, if the block goes on there.
+        next_host: Option<u32>,
     },
     /// The block's stack accesses don't all lie in one page of the inline TLB.
     Stack {
@@ -69,22 +69,22 @@ pub enum SiteKind {
         next: u16,
         /// Code of the instruction from its start.
         retry: u32,
-        /// Code of the next instruction.
-        next_host: u32,
+        /// Code of the next instruction, if the block goes on there.
+        next_host: Option<u32>,
     },
     /// The interpreter executes the instruction, and the block goes on.
     Interpret {
         /// Offset in the page of the next instruction.
         next: u16,
-        /// Its code.
-        next_host: u32,
+        /// Its code, if the block goes on there.
+        next_host: Option<u32>,
     },
     /// CPUID whose result isn't remembered yet.
     Cpuid {
         /// Offset in the page of the next instruction.
         next: u16,
         /// Its code.
-        next_host: u32,
+        next_host: Option<u32>,
     },
     /// The interpreter executes the instruction.
     InterpretLast,
