@@ -141,9 +141,7 @@ impl Generator {
             let mut decoder = Decoder::with_ip(64, &code, rip, self.decoder_options);
             let instruction = decoder.decode();
             let offsets = decoder.get_constant_offsets(&instruction);
-            if instruction.is_invalid()
-                && (!self.random.once_in(16) || is_system_group(&code) || self.is_valid_with_other_w(&code))
-            {
+            if instruction.is_invalid() && (!self.random.once_in(16) || self.is_untold(&code)) {
                 continue;
             }
             if exclusion(&instruction, model).is_some() {
@@ -168,7 +166,7 @@ impl Generator {
             let case = Case {
                 xsave: case_xsave,
                 gpr,
-                rflags: self.flags(),
+                rflags: self.flags(&instruction),
                 rip,
                 code,
                 image,
@@ -177,6 +175,11 @@ impl Generator {
             let instruction = Decoder::with_ip(64, &case.code, rip, self.decoder_options).decode();
             return Generated { case, instruction };
         }
+    }
+
+    /// Whether these undefined bytes may be an instruction for some processors.
+    fn is_untold(&self, code: &[u8; 16]) -> bool {
+        is_system_group(code) || is_mask_instruction(code) || self.is_valid_with_other_w(code)
     }
 
     /// Whether only the W bit of a VEX prefix makes the instruction undefined: Zen does not look at it everywhere.
@@ -188,9 +191,11 @@ impl Generator {
         })
     }
 
-    fn flags(&mut self) -> u64 {
+    fn flags(&mut self, instruction: &Instruction) -> u64 {
         let mut writable = Rflags::ARITHMETIC | Rflags::DF;
-        if self.random.once_in(16) {
+        // Processors differ in whether an access with an empty mask must be aligned.
+        let is_masked = matches!(instruction.mnemonic(), Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu);
+        if self.random.once_in(16) && !is_masked {
             writable |= Rflags::AC;
         }
         self.random.bits() & writable.bits() | Rflags::IF.bits() | Rflags::FIXED.bits()
@@ -264,6 +269,21 @@ impl Generator {
 /// decoder does, prefixes included.
 fn is_system_group(code: &[u8; 16]) -> bool {
     code.windows(2).any(|pair| matches!(pair, [0x0f, 0..=3]))
+}
+
+/// Whether these bytes may be of AVX-512's mask instructions (VEX maps 0F and 0F3A): hosts that have them don't look
+/// at all the bits which the decoder wants to see clear.
+fn is_mask_instruction(code: &[u8; 16]) -> bool {
+    let in_map = |map: u8, opcode: u8| match map {
+        1 => matches!(opcode, 0x41..=0x4b | 0x90..=0x93 | 0x98 | 0x99),
+        3 => matches!(opcode, 0x30..=0x33),
+        _ => false,
+    };
+    code.windows(4).any(|bytes| match *bytes {
+        [0xc5, _, opcode, _] => in_map(1, opcode),
+        [0xc4, map, _, opcode] => in_map(map & 0x1f, opcode),
+        _ => false,
+    })
 }
 
 /// Instructions that show the trap flag, or that are repeated: natively they always execute with TF set.

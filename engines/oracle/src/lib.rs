@@ -1,6 +1,7 @@
 //! The oracle: random instructions of user mode are executed natively, in a child process, and by the interpreter,
 //! and every register, flag, exception and byte of memory is compared.
 
+mod child;
 pub mod compare;
 pub mod exclude;
 pub mod generate;
@@ -8,6 +9,7 @@ pub mod interpreted;
 pub mod layout;
 pub mod native;
 pub mod random;
+pub mod system;
 
 use std::arch::x86_64::__cpuid_count;
 use std::collections::HashSet;
