@@ -19,7 +19,7 @@ struct Arguments {
     /// Where the random numbers start.
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Differences to report in full for each mnemonic.
+    /// Differences to report in full: for each mnemonic, or of sequences in all.
     #[arg(long, default_value_t = 1)]
     reports: u64,
     /// Try sequences of instructions instead of single ones.
@@ -122,16 +122,12 @@ fn run_blocks(arguments: &Arguments) -> std::io::Result<bool> {
         seed: arguments.seed,
         first: arguments.first,
         dead_flags_ignored: arguments.dead_flags_ignored,
+        reports: arguments.reports,
     })?;
-    let mut differences = 0;
     let mut shown = 0;
     let totals = blocks.run(
         arguments.count,
-        |difference| {
-            differences += 1;
-            println!("\rtrial {} of seed {}\n{}", difference.trial, arguments.seed, difference.report);
-            differences < arguments.reports
-        },
+        |trial, report| println!("\r--- trial {trial} of seed {}\n{report}", arguments.seed),
         |totals| {
             if totals.instructions >= shown + (1 << 18) {
                 shown = totals.instructions;
@@ -141,7 +137,8 @@ fn run_blocks(arguments: &Arguments) -> std::io::Result<bool> {
         },
     )?;
     let seconds = start.elapsed().as_secs_f64();
-    let bivisor_oracle::blocks::Totals { instructions, runs, trials, by_vector, endless } = totals;
+    let bivisor_oracle::blocks::Totals { instructions, runs, trials, differences, by_vector, endless } =
+        totals;
     eprintln!("\r{instructions} instructions in {seconds:.1} s, {differences} differences");
     eprintln!("{runs} runs in {trials} trials; {endless} runs were left out, because some did not end");
     for (vector, count) in by_vector.iter().enumerate().filter(|(_, count)| **count > 0) {

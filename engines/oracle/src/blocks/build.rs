@@ -66,8 +66,6 @@ pub struct Builder<'a> {
     pub classes: [Class; 16],
     /// x87 instructions that the processor remembers the address of were used.
     pub x87_used: bool,
-    /// XRSTOR was used.
-    pub xrstor_used: bool,
     /// Jumps may lead to what is emitted now.
     pub targetable: bool,
     targets: Vec<bool>,
@@ -126,7 +124,6 @@ impl<'a> Builder<'a> {
             initial,
             classes: initial,
             x87_used: false,
-            xrstor_used: false,
             targetable: true,
             targets: Vec::new(),
             pending: Vec::new(),
@@ -201,6 +198,13 @@ impl<'a> Builder<'a> {
         self.undefined = flags::after(effect, self.undefined);
         self.follow(&instruction);
         self.items.push(Item::Instruction { bytes: bytes.to_vec(), field });
+    }
+
+    /// Sees that no flag is undefined: between what follows nothing may be put.
+    pub fn settle_flags(&mut self) {
+        if self.undefined != 0 {
+            self.define_flags();
+        }
     }
 
     /// A comparison: it changes nothing else.
@@ -281,7 +285,6 @@ impl<'a> Builder<'a> {
 
     fn follow(&mut self, instruction: &Instruction) {
         self.x87_used |= is_x87(instruction.code());
-        self.xrstor_used |= matches!(instruction.mnemonic(), Mnemonic::Xrstor | Mnemonic::Xrstor64);
         let moves_pointers = instruction.is_string_instruction();
         for number in self.written_registers(instruction) {
             let keeps = match number {

@@ -370,8 +370,8 @@ fn initial_state() -> CpuState {
     state.cpl = 0;
     state.rip = monitor::START;
     state.gpr[gpr::RSP] = monitor::STACK_END;
-    let supervisor = |selector, attributes| Segment { base: 0, limit: u32::MAX, selector, attributes };
-    state.seg[SegReg::Cs as usize] = supervisor(KERNEL_CS as u16, 0xa09b);
+    state.seg[SegReg::Cs as usize] =
+        Segment { base: 0, limit: u32::MAX, selector: KERNEL_CS as u16, attributes: 0xa09b };
     state.seg[SegReg::Ss as usize] = Segment { attributes: Segment::UNUSABLE, ..Segment::default() };
     state
 }

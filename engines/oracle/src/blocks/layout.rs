@@ -40,8 +40,10 @@ pub const SMALL_NUMBER_COUNT: u64 = 64;
 pub const INDICES: u64 = READ_ONLY + 0x180;
 /// How many of each.
 pub const INDEX_COUNT: u64 = 4;
-/// Two areas for XRSTOR and FXRSTOR.
-pub const XSAVE_AREAS: [u64; 2] = [READ_ONLY + 0x400, READ_ONLY + 0x780];
+/// Two areas for XRSTOR and FXRSTOR. Some hosts look at as many bytes as their own areas have.
+pub const XSAVE_AREAS: [u64; 2] = [READ_ONLY + 0x280, READ_ONLY + 0x5c0];
+/// Bytes of XSAVE's area on hosts with AVX-512.
+pub const HOST_AREA_SIZE: u64 = 0x980;
 
 /// Number of different contents of the pages.
 pub const IMAGES: usize = 32;

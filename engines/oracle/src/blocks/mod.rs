@@ -1,6 +1,7 @@
 //! Random sequences of instructions, natively and on an engine: what single instructions don't show.
 
 pub mod build;
+pub mod check;
 pub mod code;
 pub mod compare;
 pub mod control;
@@ -11,20 +12,21 @@ pub mod monitor;
 pub mod native;
 pub mod ordinary;
 pub mod report;
+pub mod shrink;
 pub mod special;
 pub mod trial;
 
-use std::io::{Error, Result};
+use std::io::Result;
 use std::sync::Arc;
 
 use bivisor_x86::cpuid::CpuModel;
 
+use self::check::{Checker, Reference, engine_error, first_difference};
 use self::code::Assembled;
-use self::compare::Comparison;
 use self::guest::{EngineKind, Guest};
 use self::layout::{Batch, Image, Outcome, PANIC, SKIPPED, TIMEOUT, images};
-use self::native::{CODES, Native, RUNS};
-use self::trial::{Trial, decoder_options, trial};
+use self::native::{CODES, RUNS};
+use self::trial::{Trial, trial};
 use crate::host_model;
 
 /// What the engine is compared with.
@@ -49,21 +51,16 @@ pub struct Options {
     pub first: u64,
     /// Arithmetic flags that an access which faults leaves are not compared.
     pub dead_flags_ignored: bool,
+    /// So many differences are made small and reported; others are counted.
+    pub reports: u64,
 }
 
-/// A difference between the two sides.
-#[derive(Clone, Debug)]
-pub struct Difference {
-    /// Number of the trial.
-    pub trial: u64,
-    /// Everything to know about it, several lines.
-    pub report: String,
-}
-
-/// Who says what is right.
-enum Reference {
-    Native(Box<Native>),
-    Guest(Box<Guest>, Vec<Outcome>),
+impl Options {
+    /// Names of the two sides.
+    fn names(&self) -> [&'static str; 2] {
+        let reference = if self.against == Against::Native { "native" } else { "interp" };
+        [reference, if self.engine == EngineKind::Dbt { "dbt" } else { "interp" }]
+    }
 }
 
 /// The two sides, and a third that counts.
@@ -71,6 +68,7 @@ pub struct Blocks {
     options: Options,
     model: Arc<CpuModel>,
     reference: Reference,
+    checker: Checker,
     subject: Guest,
     counter: Guest,
     next: u64,
@@ -93,44 +91,12 @@ pub struct Totals {
     pub runs: u64,
     /// Trials.
     pub trials: u64,
+    /// Trials with a difference.
+    pub differences: u64,
     /// Runs that ended by each exception.
     pub by_vector: [u64; 32],
-    /// Trials that were left out because natively some run did not end.
+    /// Runs that were left out because natively some run of the trial did not end.
     pub endless: u64,
-}
-
-fn engine_error(error: impl std::fmt::Display) -> Error {
-    Error::other(error.to_string())
-}
-
-impl Reference {
-    fn new(against: Against, model: &Arc<CpuModel>, images: &Arc<[Image]>) -> Result<Self> {
-        Ok(match against {
-            Against::Native => Self::Native(Box::new(Native::start(images)?)),
-            Against::Interp => {
-                let guest = Guest::new(EngineKind::Interp, Arc::clone(model), Arc::clone(images));
-                Self::Guest(Box::new(guest.map_err(engine_error)?), Vec::new())
-            }
-        })
-    }
-
-    fn submit(&mut self, batch: &Arc<Batch>) -> Result<()> {
-        match self {
-            Self::Native(native) => native.submit(batch),
-            Self::Guest(guest, outcomes) => {
-                let empty = vec![Outcome::empty(); batch.inputs.len()];
-                *outcomes = guest.execute(batch, empty).map_err(engine_error)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn wait(&mut self) -> Result<Vec<Outcome>> {
-        match self {
-            Self::Native(native) => Ok(native.wait()?.to_vec()),
-            Self::Guest(_, outcomes) => Ok(std::mem::take(outcomes)),
-        }
-    }
 }
 
 impl Blocks {
@@ -143,19 +109,15 @@ impl Blocks {
         let images: Arc<[Image]> = images().into();
         let guest = |kind| Guest::new(kind, Arc::clone(&model), Arc::clone(&images)).map_err(engine_error);
         Ok(Self {
-            // First: the child process should not have what the others allocate.
+            // First: the child processes should not have what the others allocate.
             reference: Reference::new(options.against, &model, &images)?,
+            checker: Checker::new(options, &model, &images)?,
             subject: guest(options.engine)?,
             counter: guest(EngineKind::Counter)?,
             options,
             model: Arc::clone(&model),
             next: options.first,
         })
-    }
-
-    fn names(&self) -> [&'static str; 2] {
-        let reference = if self.options.against == Against::Native { "native" } else { "interp" };
-        [reference, if self.options.engine == EngineKind::Dbt { "dbt" } else { "interp" }]
     }
 
     fn prepare(&mut self) -> Prepared {
@@ -176,15 +138,15 @@ impl Blocks {
         Prepared { first, trials, batch: Arc::new(batch) }
     }
 
-    /// Runs trials until `count` instructions were executed. `found` is told of every trial with a difference and
-    /// says whether to go on; `progress` hears how far it is.
+    /// Runs trials until `count` instructions were executed. `found` gets a report of trials with a difference,
+    /// and their number; `progress` hears how far it is.
     ///
     /// # Errors
     /// The native process died, or the engine can't be had any more.
     pub fn run(
         &mut self,
         count: u64,
-        mut found: impl FnMut(Difference) -> bool,
+        mut found: impl FnMut(u64, String),
         mut progress: impl FnMut(&Totals),
     ) -> Result<Totals> {
         let mut totals = Totals::default();
@@ -198,9 +160,10 @@ impl Blocks {
             let counted = self.counter.execute(&current.batch, empty.clone()).map_err(engine_error)?;
             let outcomes = self.subject.execute(&current.batch, empty).map_err(engine_error)?;
             totals.add(&current, &expected, &counted);
-            for difference in self.differences(&current, &expected, &outcomes) {
-                if !found(difference) {
-                    return Ok(totals);
+            for number in self.different(&current, &expected, &outcomes) {
+                totals.differences += 1;
+                if totals.differences <= self.options.reports {
+                    found(number, self.checker.explain(number));
                 }
             }
             progress(&totals);
@@ -209,44 +172,23 @@ impl Blocks {
         Ok(totals)
     }
 
-    /// The first difference of each trial that has one.
-    fn differences(
-        &self,
-        prepared: &Prepared,
-        expected: &[Outcome],
-        outcomes: &[Outcome],
-    ) -> Vec<Difference> {
-        let mut found = Vec::new();
+    /// Numbers of the trials with a difference.
+    fn different(&self, prepared: &Prepared, expected: &[Outcome], outcomes: &[Outcome]) -> Vec<u64> {
         let mut start = 0;
-        for (number, (trial, assembled)) in (prepared.first..).zip(&prepared.trials) {
+        let differs = |trial: &Trial, assembled: &Assembled, start: usize| {
             let runs = start..start + trial.runs.len();
-            start = runs.end;
-            let options = decoder_options(&self.model);
-            let names = self.names();
-            let Some(comparison) =
-                Comparison::new(trial, assembled, options, names, self.options.dead_flags_ignored)
-            else {
-                let report = format!(
-                    "the trial reads undefined flags\n{}",
-                    report::listing(trial, assembled, options)
-                );
-                found.push(Difference { trial: number, report });
-                continue;
-            };
-            for (run, i) in runs.enumerate() {
-                if outcomes[i].state.vector == SKIPPED {
-                    continue;
-                }
-                let lines = comparison.differences(&expected[i], &outcomes[i]);
-                if !lines.is_empty() {
-                    let input = &prepared.batch.inputs[i];
-                    let report = report::report(trial, assembled, options, run, input, &lines);
-                    found.push(Difference { trial: number, report });
-                    break;
-                }
+            // One that reads undefined flags is the generator's fault; that has a test.
+            let comparison = self.checker.comparison(trial, assembled)?;
+            first_difference(&comparison, &expected[runs.clone()], &outcomes[runs])
+        };
+        let mut numbers = Vec::new();
+        for (number, (trial, assembled)) in (prepared.first..).zip(&prepared.trials) {
+            if differs(trial, assembled, start).is_some() {
+                numbers.push(number);
             }
+            start += trial.runs.len();
         }
-        found
+        numbers
     }
 }
 

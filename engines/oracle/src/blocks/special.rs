@@ -4,11 +4,12 @@
 use bivisor_x86::registers::Rflags;
 use iced_x86::{Code, CpuidFeature, Instruction, MemoryOperand, Register};
 
-use super::build::{Builder, Class, RBP, RSP, at, from, made, r32, r64};
+use super::build::{Builder, Class, MARGIN, RBP, RSP, at, from, made, r32, r64};
 use super::code::Item;
 use super::layout::{
-    CONTROL_WORD_COUNT, CONTROL_WORDS, INDEX_COUNT, INDICES, MXCSR_COUNT, MXCSRS, XSAVE_AREAS,
+    CONTROL_WORD_COUNT, CONTROL_WORDS, HOST_AREA_SIZE, INDEX_COUNT, INDICES, MXCSR_COUNT, MXCSRS, XSAVE_AREAS,
 };
+use crate::layout::{DATA, DATA_SIZE};
 
 /// Gathers of four- and eight-byte elements, each with whether its indices have eight bytes.
 const GATHERS: [(Code, bool); 16] = [
@@ -238,32 +239,36 @@ impl Builder<'_> {
         self.assemble(made(instruction));
     }
 
-    /// EDX:EAX for XSAVE and its kin: only components that the guest has, too.
+    /// EDX:EAX for XSAVE and its kin: only components that the guest has, too. Nothing may jump behind this.
     fn components(&mut self) {
-        let components = self.random.below(8) as u32;
-        self.assemble(made(Instruction::with2(Code::Mov_r32_imm32, Register::EAX, components)));
-        self.assemble(made(Instruction::with2(Code::Mov_r32_imm32, Register::EDX, 0)));
+        let components = self.random.below(8) as i32;
+        self.assemble(made(Instruction::with2(Code::Mov_rm32_imm32, Register::EAX, components)));
+        self.targetable = false;
+        self.assemble(made(Instruction::with2(Code::Mov_rm32_imm32, Register::EDX, 0)));
     }
 
     fn save_state(&mut self) {
-        let address = self.data_address() & !63;
-        let code = match self.random.below(4) {
-            0 => Code::Fxsave_m512byte,
-            1 => Code::Fxsave64_m512byte,
-            2 if !self.xrstor_used => Code::Xsaveopt_mem,
-            _ => Code::Xsave64_mem,
-        };
-        if !matches!(code, Code::Fxsave_m512byte | Code::Fxsave64_m512byte) {
+        // Some hosts look at the whole area, as large as they have it.
+        let room = DATA_SIZE as u64 - 2 * MARGIN - HOST_AREA_SIZE;
+        let address = (DATA + MARGIN + self.random.below(room)) & !63;
+        let codes = [Code::Fxsave_m512byte, Code::Fxsave64_m512byte, Code::Xsave_mem, Code::Xsave64_mem];
+        let code = self.random.pick(&codes);
+        let is_extended = matches!(code, Code::Xsave_mem | Code::Xsave64_mem);
+        if is_extended {
             self.components();
+        } else {
+            // If there is a trap after an instruction, it is after this one.
+            self.assemble(Instruction::with(Code::Nopd));
+            self.targetable = false;
         }
-        self.targetable = false;
         self.assemble(made(Instruction::with1(code, at(address))));
         // MXCSR_MASK differs (the guest has no misaligned SSE mode), and the pointers to the last x87 instruction,
         // which AMD processors store only with an exception pending.
         self.assemble(made(Instruction::with2(Code::Mov_rm32_imm32, at(address + 28), 0)));
         self.assemble(made(Instruction::with2(Code::Mov_rm16_imm16, at(address + 6), 0)));
-        for pointer in [8, 16] {
-            self.assemble(made(Instruction::with2(Code::Mov_rm64_imm32, at(address + pointer), 0)));
+        // XSTATE_BV: whether a component counts as used is the processor's own affair.
+        for word in if is_extended { &[8, 16, 512][..] } else { &[8, 16] } {
+            self.assemble(made(Instruction::with2(Code::Mov_rm64_imm32, at(address + word), 0)));
         }
         self.targetable = true;
     }
@@ -279,6 +284,7 @@ impl Builder<'_> {
             self.components();
         }
         self.assemble(made(Instruction::with1(code, area)));
+        self.targetable = true;
     }
 
     /// Overwrites the immediate operand of an instruction of some sequence, in the page that may be written.
