@@ -18,6 +18,10 @@ const EXTENDED_STATE_MAGIC: u32 = 0x4650_5853;
 /// `arch_prctl` codes.
 const ARCH_SET_GS: u64 = 0x1001;
 const ARCH_SET_FS: u64 = 0x1002;
+/// The signal to a child that does not get on.
+pub(crate) const NUDGE: i32 = libc::SIGUSR2;
+/// How often the child may be found where it was before, every tenth of a second.
+const STANDSTILLS: u32 = 3;
 /// Signals that an instruction may raise, and one that starts the child's work.
 const SIGNALS: [i32; 6] =
     [libc::SIGTRAP, libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGUSR1];
@@ -39,6 +43,10 @@ pub(crate) struct Turns {
 pub(crate) unsafe trait Shared: Sized {
     /// The turns.
     fn turns(&self) -> &Turns;
+    /// What changes as long as the child gets on. When it doesn't, the child gets [`NUDGE`].
+    fn progress(&self) -> Option<u32> {
+        None
+    }
 }
 
 /// The parent's end.
@@ -105,6 +113,8 @@ impl<T: Shared> Process<T> {
         let shared = unsafe { self.shared.as_ref() };
         let Turns { asked, answered } = shared.turns();
         let start = Instant::now();
+        let mut progress = None;
+        let mut standstills = 0;
         loop {
             let done = answered.load(Ordering::Acquire);
             if done == asked.load(Ordering::Relaxed) {
@@ -116,6 +126,12 @@ impl<T: Shared> Process<T> {
             let ended = unsafe { libc::waitpid(self.child, &mut status, libc::WNOHANG) } == self.child;
             if ended {
                 return Err(Error::other(format!("the native process died with wait status {status:#x}")));
+            }
+            standstills = if shared.progress() == progress { standstills + 1 } else { 0 };
+            progress = shared.progress();
+            if progress.is_some() && standstills >= STANDSTILLS {
+                // SAFETY: the child is ours, and was not waited for.
+                unsafe { libc::kill(self.child, NUDGE) };
             }
             if start.elapsed() > PATIENCE {
                 return Err(Error::other("the native process does not answer"));

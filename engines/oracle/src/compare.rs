@@ -23,8 +23,8 @@ const FLAGS: u16 = 0x3f;
 pub const MISALIGNED_SSE: u32 = 1 << 17;
 /// Bytes of x87 pointers that are compared: not all processors make them canonical.
 const POINTER_SIZE: usize = 6;
-/// First linear address of the upper half, about whose pages Linux tells nothing.
-const UPPER_HALF: u64 = 1 << 63;
+/// The last page of the lower half, and all of the upper half: Linux does not tell whether they are mapped.
+const UNTOLD_PAGES: u64 = 0x7fff_ffff_f000;
 
 /// Parts of the x87, SSE and AVX state that are compared.
 pub static PARTS: LazyLock<Vec<(String, usize, usize)>> = LazyLock::new(|| parts().collect());
@@ -172,8 +172,7 @@ pub fn state_differences(one: &State, other: &State, rules: &Rules) -> Vec<Strin
     } else if one.vector != other.vector {
         differ("exception", exception(one), exception(other));
     } else if one.vector == 14 {
-        // Linux hides whether addresses in the upper half are mapped.
-        let hidden = rules.hidden_error | if one.cr2 >= UPPER_HALF { 1 } else { 0 };
+        let hidden = rules.hidden_error | if one.cr2 >= UNTOLD_PAGES { 1 } else { 0 };
         if one.cr2.abs_diff(other.cr2) > rules.fault_slack || (one.error ^ other.error) & !hidden != 0 {
             differ("page fault", exception(one), exception(other));
         }

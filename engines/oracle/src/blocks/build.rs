@@ -2,7 +2,6 @@
 //! which flags are undefined, so that none of them is read.
 
 use bivisor_x86::cpuid::CpuModel;
-use bivisor_x86::interp::vector::is_x87;
 use iced_x86::{
     Code, Decoder, Encoder, Instruction, InstructionInfoFactory, MemoryOperand, Mnemonic, OpAccess, Register,
 };
@@ -64,8 +63,8 @@ pub struct Builder<'a> {
     pub initial: [Class; 16],
     /// What registers hold now.
     pub classes: [Class; 16],
-    /// x87 instructions that the processor remembers the address of were used.
-    pub x87_used: bool,
+    /// x87 environments are stored, which tell of the last x87 instruction: so none stands here that they would tell of.
+    pub environments: bool,
     /// Jumps may lead to what is emitted now.
     pub targetable: bool,
     targets: Vec<bool>,
@@ -115,6 +114,7 @@ impl<'a> Builder<'a> {
                 initial[number] = Class::Small;
             }
         }
+        let environments = random.once_in(8);
         Self {
             random,
             model,
@@ -123,7 +123,7 @@ impl<'a> Builder<'a> {
             entries: Vec::new(),
             initial,
             classes: initial,
-            x87_used: false,
+            environments,
             targetable: true,
             targets: Vec::new(),
             pending: Vec::new(),
@@ -284,7 +284,6 @@ impl<'a> Builder<'a> {
     }
 
     fn follow(&mut self, instruction: &Instruction) {
-        self.x87_used |= is_x87(instruction.code());
         let moves_pointers = instruction.is_string_instruction();
         for number in self.written_registers(instruction) {
             let keeps = match number {

@@ -119,6 +119,14 @@ impl Builder<'_> {
         self.jump(Code::Call_rel32_64, way);
     }
 
+    /// Not RDI: how much a string instruction stores that overwrites itself is the processor's own affair.
+    fn target_register(&mut self) -> usize {
+        match self.any_free() {
+            7 => 2,
+            number => number,
+        }
+    }
+
     /// Loads the address of an instruction into a register.
     fn target_in(&mut self, number: usize) {
         // lea r64, [rip + target] or mov r32, target
@@ -139,7 +147,7 @@ impl Builder<'_> {
             self.establish(RSP, Class::Pointer);
         }
         self.guard();
-        let number = self.any_free();
+        let number = self.target_register();
         self.target_in(number);
         let target = r64(number);
         if self.random.once_in(2) {
@@ -168,7 +176,7 @@ impl Builder<'_> {
             // push imm32
             self.refer(&[0x68, 0, 0, 0, 0], 1, Form::Absolute, Way::Anywhere, 4);
         } else {
-            let number = self.any_free();
+            let number = self.target_register();
             self.target_in(number);
             self.assemble(made(Instruction::with1(Code::Push_r64, r64(number))));
         }

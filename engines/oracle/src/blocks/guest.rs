@@ -115,7 +115,7 @@ impl Session {
         memory.load_bytes(DATA_PAGES, &mut outcome.data);
         memory.load_bytes(CONTROL_PAGE, &mut outcome.control);
         memory.load_bytes(code, &mut outcome.code);
-        outcome.count = steps - self.started;
+        outcome.count = (steps - self.started).saturating_sub(monitor::INSTRUCTIONS);
     }
 
     /// Hands the next run over to the monitor; false if there is none.
@@ -431,5 +431,32 @@ impl Guest {
         if session.asked && !session.turn(port.steps.load(Ordering::Relaxed)) {
             port.kick();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::blocks::code::FILLER;
+    use crate::blocks::layout::images;
+    use crate::blocks::trial::trial;
+
+    #[test]
+    fn instructions_are_counted_without_those_of_the_supervisor() {
+        let model = Arc::new(crate::host_model());
+        let (_, inputs) = trial(1, 0, &model).assemble(0);
+        let count = |code: &[u8]| {
+            let mut page = [FILLER; CODE_SIZE];
+            page[..code.len()].copy_from_slice(code);
+            let input = crate::blocks::layout::Input { rip: CODE, rflags: 2, ..inputs[0].clone() };
+            let batch = Arc::new(Batch { codes: vec![page], inputs: vec![input; 3] });
+            let guest = Guest::new(EngineKind::Counter, Arc::clone(&model), images().into());
+            let outcomes = guest.expect("a guest").execute(&batch, vec![Outcome::empty(); 3]);
+            outcomes.expect("outcomes").iter().map(|outcome| outcome.count).collect::<Vec<_>>()
+        };
+        // INT3; the first run of a batch is entered over a loop of more instructions.
+        assert_eq!(count(&[])[1..], [1, 1]);
+        // mov ecx, 3; loop .
+        assert_eq!(count(&[0xb9, 3, 0, 0, 0, 0xe2, 0xfe])[1..], [5, 5]);
     }
 }

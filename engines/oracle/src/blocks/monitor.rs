@@ -35,6 +35,9 @@ pub const VECTORS: u64 = 0x200;
 /// Vector state after.
 pub const VECTORS_AFTER: u64 = 0x580;
 
+/// Instructions that the supervisor executes for each run: what a count of steps has too many.
+pub const INSTRUCTIONS: u64 = 63;
+
 std::arch::global_asm!(
     ".pushsection .rodata.bivisor_oracle_monitor, \"a\", @progbits",
     ".balign 16",

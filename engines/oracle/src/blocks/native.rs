@@ -4,7 +4,7 @@
 
 use std::io::Result;
 use std::ptr::null_mut;
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
 use super::layout::{Batch, CONTROL, CONTROL_SIZE, Code, IMAGES, Image, Input, Outcome, TIMEOUT};
 use crate::child::{self, Frame, Process, Turns, Work, handler_entry};
@@ -14,15 +14,13 @@ use crate::layout::{CODE, CODE_SIZE, DATA, DATA_SIZE, FS_BASE, GS_BASE, IMAGE_SI
 pub const RUNS: usize = 256;
 /// Code pages of one batch at most.
 pub const CODES: usize = 64;
-/// Microseconds of user time between two looks at whether a run does not end.
-const TICK: i64 = 20_000;
-/// So many ticks may a run take.
-const TICKS: u32 = 4;
 
 /// Memory that parent and child share.
 #[repr(C)]
 struct Shared {
     turns: Turns,
+    /// Counts runs.
+    progress: AtomicU32,
     count: u32,
     codes: [Code; CODES],
     inputs: [Input; RUNS],
@@ -34,6 +32,9 @@ struct Shared {
 unsafe impl child::Shared for Shared {
     fn turns(&self) -> &Turns {
         &self.turns
+    }
+    fn progress(&self) -> Option<u32> {
+        Some(self.progress.load(Ordering::Relaxed))
     }
 }
 
@@ -49,8 +50,6 @@ struct ChildState {
     /// Next input, when one is running the one after it.
     next: usize,
     running: bool,
-    /// Ticks since the run began.
-    ticks: u32,
     /// What is in the code pages.
     current: Option<u32>,
 }
@@ -104,17 +103,10 @@ unsafe fn run_child(shared: *mut Shared) -> ! {
             work: Work::new(),
             next: 0,
             running: false,
-            ticks: 0,
             current: None,
         };
         CHILD.store(state, Ordering::Relaxed);
-        let tick = libc::timeval { tv_sec: 0, tv_usec: TICK };
-        let timer = libc::itimerval { it_interval: tick, it_value: tick };
-        libc::signal(libc::SIGVTALRM, libc::SIG_IGN);
-        if libc::setitimer(libc::ITIMER_VIRTUAL, &timer, null_mut()) != 0 {
-            child::give_up(7);
-        }
-        child::live_in_handler(entry, &[libc::SIGVTALRM], FS_BASE, GS_BASE)
+        child::live_in_handler(entry, &[child::NUDGE], FS_BASE, GS_BASE)
     }
 }
 
@@ -124,12 +116,9 @@ unsafe extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: 
     // SAFETY: the kernel passes a frame that is ours until we return; the child's state was made before the
     // first signal and is used by this handler alone, which never interrupts itself.
     let (child, mut frame) = unsafe { (&mut *CHILD.load(Ordering::Relaxed), Frame::new(context)) };
-    let is_tick = signal == libc::SIGVTALRM;
-    if is_tick {
-        child.ticks += 1;
-        if !child.running || child.ticks < TICKS {
-            return;
-        }
+    let is_nudge = signal == child::NUDGE;
+    if is_nudge && !child.running {
+        return;
     }
     // SAFETY: the shared memory is mapped; the parent does not touch inputs and outcomes before it is told.
     let shared = unsafe { &mut *child.shared };
@@ -138,7 +127,7 @@ unsafe extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: 
         let outcome = &mut shared.outcomes[child.next - 1];
         // SAFETY: this handler is the only one that accesses the pages.
         unsafe { save_outcome(child, &frame, outcome) };
-        if is_tick {
+        if is_nudge {
             outcome.state.vector = TIMEOUT;
         }
     }
@@ -151,7 +140,7 @@ unsafe extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: 
     // SAFETY: as above.
     unsafe { load_input(child, &mut frame, input, shared) };
     child.next += 1;
-    child.ticks = 0;
+    shared.progress.fetch_add(1, Ordering::Relaxed);
     child.running = true;
 }
 

@@ -1,5 +1,6 @@
 //! Ordinary instructions: random bytes, as for single instructions, with memory operands that mostly hit the data pages.
 
+use bivisor_x86::interp::vector::is_x87;
 use iced_x86::{ConstantOffsets, Decoder, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
 use super::build::{Builder, Class, RBP, RSP};
@@ -141,14 +142,18 @@ impl Builder<'_> {
             | M::Sti => 100,
             M::Div | M::Idiv => 3,
             M::Popf | M::Popfq | M::Popfd | M::Enter => 20,
+            M::Fldenv | M::Frstor | M::Fxrstor | M::Fxrstor64 if self.environments => return false,
             M::Fldenv | M::Frstor | M::Fldcw | M::Ldmxcsr | M::Vldmxcsr | M::Fxrstor | M::Fxrstor64 => 20,
             M::Fxsave | M::Fxsave64 | M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 => return false,
             M::Xsavec | M::Xsavec64 | M::Xrstor | M::Xrstor64 | M::Xgetbv => return false,
-            // They tell the address of the last x87 instruction.
-            M::Fnstenv | M::Fstenv | M::Fnsave | M::Fsave if self.x87_used => return false,
+            M::Fnstenv | M::Fstenv | M::Fnsave | M::Fsave => return self.environments,
+            M::Fnstcw | M::Fnstsw | M::Fninit | M::Fnclex => 2,
+            _ if self.environments && is_x87(instruction.code()) => return false,
+            // Whether it asks for alignment with an empty mask, processors differ in.
+            M::Maskmovdqu | M::Vmaskmovdqu => return false,
             // Vectors of indices come from templates.
             _ if instruction.is_vsib() => return false,
-            M::Emms | M::Fnclex | M::Fninit | M::Finit => 2,
+            M::Emms => 2,
             _ => 1,
         };
         self.random.once_in(rare)
