@@ -5,6 +5,8 @@
 //! machine instruction in inline assembly, which has the meaning that the host's own memory model gives it.
 #![allow(unsafe_code)]
 
+mod strings;
+
 use alloc::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use alloc::boxed::Box;
 use core::any::Any;

@@ -43,6 +43,15 @@ pub struct HostInstruction<'a> {
     pub bytes: &'a [u8],
 }
 
+/// What a repeated comparison of elements came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Compared {
+    /// Elements compared, the one included that ended it.
+    pub count: u64,
+    /// CF, PF, AF, ZF, SF and OF of the last comparison, where RFLAGS has them.
+    pub flags: u64,
+}
+
 /// The surroundings of one logical processor.
 ///
 /// RAM is addressed by *offset*: [`Env::ram_page`] turns a guest-physical page into the offset of that page in
@@ -71,6 +80,19 @@ pub trait Env {
     fn store64(&self, offset: u64, value: u64);
     /// Stores bytes, not crossing a page.
     fn store_bytes(&self, offset: u64, from: &[u8]);
+    /// Copies `count` elements of `size` (1, 2, 4, 8) bytes one after the other, as MOVS does where the ranges
+    /// overlap. `from` and `to` are the lowest offsets of the two ranges, each within a page; `down` begins with
+    /// the highest elements.
+    fn copy_elements(&self, from: u64, to: u64, count: u64, size: u64, down: bool);
+    /// Stores `value`, cut to `size` (1, 2, 4, 8) bytes, in `count` elements from an offset on, within a page.
+    fn fill_elements(&self, to: u64, value: u64, count: u64, size: u64);
+    /// Compares up to `count` (not 0) pairs of elements upwards, each range within a page, while they are `equal`
+    /// or while they are not, as CMPS with REPE or REPNE does. `None` where that can't be done.
+    fn compare_elements(&self, left: u64, right: u64, count: u64, size: u64, equal: bool)
+    -> Option<Compared>;
+    /// Compares `value` with up to `count` (not 0) elements upwards within a page, while they are `equal` or while
+    /// they are not, as SCAS with REPE or REPNE does. `None` where that can't be done.
+    fn scan_elements(&self, value: u64, right: u64, count: u64, size: u64, equal: bool) -> Option<Compared>;
     /// Atomic compare and exchange of `size` (1, 2, 4, 8) bytes; returns the old value. The exchange has
     /// happened if that equals `expected`. Any alignment.
     fn compare_exchange(&self, offset: u64, size: usize, expected: u64, new: u64) -> u64;

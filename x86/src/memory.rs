@@ -23,7 +23,7 @@ pub const fn is_canonical(linear: u64) -> bool {
 }
 
 #[inline(always)]
-fn load<E: Env>(env: &E, offset: u64, size: usize) -> u64 {
+pub(crate) fn load<E: Env>(env: &E, offset: u64, size: usize) -> u64 {
     match size {
         1 => env.load8(offset).into(),
         2 => env.load16(offset).into(),

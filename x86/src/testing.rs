@@ -8,8 +8,9 @@ use core::cell::{Cell, RefCell};
 
 use crate::cpu::Cpu;
 use crate::cpuid::{CpuModel, Vendor, read_reference};
-use crate::env::{Env, Event, HostExecution, HostInstruction, OPEN_BUS};
+use crate::env::{Compared, Env, Event, HostExecution, HostInstruction, OPEN_BUS};
 use crate::exception::Exception;
+use crate::interp::flags;
 use crate::interp::op::Op;
 use crate::registers::{Cr0, Cr4, Efer, gpr};
 use crate::segment::Descriptor;
@@ -37,6 +38,8 @@ pub struct TestEnv {
     /// Generation of each page, counted from the first write after `mark_code`.
     pub generations: RefCell<BTreeMap<u64, u32>>,
     pub epoch: Cell<u64>,
+    /// Runs of elements handled at once.
+    pub runs: Cell<usize>,
 }
 
 impl TestEnv {
@@ -56,6 +59,7 @@ impl TestEnv {
             host_execution: HostExecution::Undefined,
             generations: RefCell::default(),
             epoch: Cell::new(0),
+            runs: Cell::new(0),
         }
     }
     pub fn put(&self, address: u64, bytes: &[u8]) {
@@ -65,6 +69,24 @@ impl TestEnv {
         let mut bytes = [0; N];
         self.load_bytes(address, &mut bytes);
         bytes
+    }
+    fn element(&self, offset: u64, size: u64) -> u64 {
+        let mut bytes = [0; 8];
+        self.load_bytes(offset, &mut bytes[..size as usize]);
+        u64::from_le_bytes(bytes)
+    }
+    fn compare_pairs(
+        &self,
+        pair: impl Fn(u64) -> (u64, u64),
+        count: u64,
+        size: u64,
+        equal: bool,
+    ) -> Option<Compared> {
+        self.runs.set(self.runs.get() + 1);
+        let stop = (0..count).find(|&index| (pair(index).0 == pair(index).1) != equal);
+        let last = stop.unwrap_or(count - 1);
+        let (left, right) = pair(last);
+        Some(Compared { count: last + 1, flags: flags::subtract(left, right, 0, size as usize).1 })
     }
     fn written(&self, offset: u64) {
         if let Some(generation) = self.generations.borrow_mut().get_mut(&(offset & !0xfff)) {
@@ -265,6 +287,35 @@ impl Env for TestEnv {
         self.written(offset);
         let offset = offset as usize;
         self.ram.borrow_mut()[offset..offset + from.len()].copy_from_slice(from);
+    }
+    fn copy_elements(&self, from: u64, to: u64, count: u64, size: u64, down: bool) {
+        self.runs.set(self.runs.get() + 1);
+        for index in 0..count {
+            let at = size * if down { count - 1 - index } else { index };
+            let value = self.element(from + at, size);
+            self.store_bytes(to + at, &value.to_le_bytes()[..size as usize]);
+        }
+    }
+    fn fill_elements(&self, to: u64, value: u64, count: u64, size: u64) {
+        self.runs.set(self.runs.get() + 1);
+        for index in 0..count {
+            self.store_bytes(to + index * size, &value.to_le_bytes()[..size as usize]);
+        }
+    }
+    fn compare_elements(
+        &self,
+        left: u64,
+        right: u64,
+        count: u64,
+        size: u64,
+        equal: bool,
+    ) -> Option<Compared> {
+        let pair =
+            |index| (self.element(left + index * size, size), self.element(right + index * size, size));
+        self.compare_pairs(pair, count, size, equal)
+    }
+    fn scan_elements(&self, value: u64, right: u64, count: u64, size: u64, equal: bool) -> Option<Compared> {
+        self.compare_pairs(|index| (value, self.element(right + index * size, size)), count, size, equal)
     }
     fn compare_exchange(&self, offset: u64, size: usize, expected: u64, new: u64) -> u64 {
         let mut old = [0; 8];

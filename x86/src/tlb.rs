@@ -18,8 +18,13 @@ const PAGE_MASK: u64 = !0xfff;
 pub(crate) const GLOBAL: u64 = 1 << 9;
 /// Bit of an entry's data: the translation comes from a page larger than 4 KiB.
 pub(crate) const LARGE: u64 = 1 << 10;
-/// Linear addresses that INVLPG of an address in a large page drops: 1 GiB around it.
-const LARGE_MASK: u64 = !0x3fff_ffff;
+pub(crate) const GIANT: u64 = 1 << 11;
+/// Log2 of the bytes around an address that INVLPG drops in a large page: the largest is of 4 MiB.
+const LARGE_SHIFT: u32 = 22;
+/// The same in a page of 1 GiB.
+const GIANT_SHIFT: u32 = 30;
+/// Bits of the filter of regions with large pages.
+const REGIONS: usize = 4096;
 
 /// For whom an access is made, as far as page permissions tell the difference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,11 +43,24 @@ pub(crate) const fn permission(access: Access, privilege: Privilege) -> u64 {
     1 << (access as u64 * 3 + privilege as u64)
 }
 
+/// Where a page stands in the buffer. Higher bits are mixed in, since two buffers that are copied from one to the
+/// other are likely to lie a power of two apart, give or take a page.
+#[inline(always)]
+const fn index(linear: u64) -> usize {
+    ((linear >> 12 ^ linear >> 18) & (ENTRIES as u64 - 1)) as usize
+}
+
+/// Word and bit of the filter of large pages for the region of 1 << `shift` bytes that an address lies in.
+const fn region(linear: u64, shift: u32) -> (usize, u64) {
+    let number = (linear >> shift).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52;
+    (number as usize / 64, 1 << (number % 64))
+}
+
 #[derive(Clone, Copy)]
 struct Entry {
     /// Linear page | context; context 0: empty.
     tag: u64,
-    /// Offset in RAM of the page | permission bits | GLOBAL | LARGE.
+    /// Offset in RAM of the page | permission bits | GLOBAL | LARGE | GIANT.
     data: u64,
 }
 
@@ -67,8 +85,8 @@ pub(crate) struct Tlb {
     /// Context of each PCID; 0: none yet.
     contexts: Box<[u16; 4096]>,
     last_drawn: u16,
-    /// A large page has been cached since the last full flush.
-    has_large: bool,
+    /// Regions in which large pages have been cached since the last full flush: a filter, some regions share a bit.
+    large_regions: Box<[u64; REGIONS / 64]>,
     changes: TlbChanges,
 }
 
@@ -79,7 +97,7 @@ impl Tlb {
             entries: Box::new([EMPTY; ENTRIES]),
             contexts: Box::new([0; 4096]),
             last_drawn: 0,
-            has_large: false,
+            large_regions: Box::new([0; REGIONS / 64]),
             changes: TlbChanges::default(),
         };
         tlb.select(0);
@@ -89,7 +107,7 @@ impl Tlb {
     /// Offset in RAM of the byte at `linear`, if it is cached with one of the wanted permissions.
     #[inline(always)]
     pub(crate) fn lookup(&self, linear: u64, wanted: u64) -> Option<u64> {
-        let entry = &self.entries[(linear >> 12) as usize & (ENTRIES - 1)];
+        let entry = &self.entries[index(linear)];
         if entry.tag == (linear & PAGE_MASK | self.context) && entry.data & wanted != 0 {
             Some(entry.data & PAGE_MASK | linear & !PAGE_MASK)
         } else {
@@ -99,7 +117,7 @@ impl Tlb {
 
     /// The second try: an entry of a global page that another PCID has filled.
     pub(crate) fn lookup_global(&mut self, linear: u64, wanted: u64) -> Option<u64> {
-        let entry = &mut self.entries[(linear >> 12) as usize & (ENTRIES - 1)];
+        let entry = &mut self.entries[index(linear)];
         let same_page = (entry.tag ^ linear) & PAGE_MASK == 0 && entry.tag & !PAGE_MASK != 0;
         if same_page && entry.data & GLOBAL != 0 && entry.data & wanted != 0 {
             entry.tag = linear & PAGE_MASK | self.context;
@@ -108,11 +126,16 @@ impl Tlb {
         None
     }
 
-    /// Enters a translation: offset in RAM of the page, permission bits, GLOBAL, LARGE.
+    /// Enters a translation: offset in RAM of the page, permission bits, GLOBAL, LARGE, GIANT.
     pub(crate) fn insert(&mut self, linear: u64, data: u64) {
-        self.has_large |= data & LARGE != 0;
+        for (flag, shift) in [(LARGE, LARGE_SHIFT), (GIANT, GIANT_SHIFT)] {
+            if data & flag != 0 {
+                let (word, bit) = region(linear, shift);
+                self.large_regions[word] |= bit;
+            }
+        }
         let tag = linear & PAGE_MASK | self.context;
-        self.entries[(linear >> 12) as usize & (ENTRIES - 1)] = Entry { tag, data };
+        self.entries[index(linear)] = Entry { tag, data };
     }
 
     /// Makes `pcid` the current one, keeping what is cached for it.
@@ -133,6 +156,12 @@ impl Tlb {
     /// The number that stands for the current PCID since its last flush.
     pub(crate) fn context(&self) -> u16 {
         self.context as u16
+    }
+
+    /// Whether the entry for the page, if there is one, is global.
+    pub(crate) fn is_global(&self, linear: u64) -> bool {
+        let entry = &self.entries[index(linear)];
+        entry.tag == (linear & PAGE_MASK | self.context) && entry.data & GLOBAL != 0
     }
 
     /// What happened since the last call.
@@ -167,15 +196,19 @@ impl Tlb {
             Some(page) if page != linear => self.changes.flushed = true,
             _ => self.changes.page = Some(linear),
         }
-        let entry = &mut self.entries[(linear >> 12) as usize & (ENTRIES - 1)];
+        let entry = &mut self.entries[index(linear)];
         if (entry.tag ^ linear) & PAGE_MASK == 0 {
             *entry = EMPTY;
         }
-        if self.has_large {
-            // The part of the page that holds `linear` need not be cached while others are.
-            for entry in self.entries.iter_mut() {
-                if entry.data & LARGE != 0 && (entry.tag ^ linear) & LARGE_MASK == 0 {
-                    *entry = EMPTY;
+        for (flag, shift) in [(LARGE, LARGE_SHIFT), (GIANT, GIANT_SHIFT)] {
+            let (word, bit) = region(linear, shift);
+            if self.large_regions[word] & bit != 0 {
+                // The part of the page that holds `linear` need not be cached while others are, here or elsewhere.
+                self.changes.flushed = true;
+                for entry in self.entries.iter_mut() {
+                    if entry.data & flag != 0 && (entry.tag ^ linear) >> shift == 0 {
+                        *entry = EMPTY;
+                    }
                 }
             }
         }
@@ -186,7 +219,7 @@ impl Tlb {
         self.entries.fill(EMPTY);
         self.contexts.fill(0);
         self.last_drawn = 0;
-        self.has_large = false;
+        self.large_regions.fill(0);
     }
 }
 
@@ -223,6 +256,20 @@ mod tests {
         assert_eq!(tlb.lookup_global(0x6000, READ), Some(0x8000));
         tlb.flush_all(0);
         assert_eq!(tlb.lookup_global(0x6000, READ), None);
+    }
+
+    #[test]
+    fn neighbours_and_buffers_a_power_of_two_apart_have_places_of_their_own() {
+        let mut tlb = Tlb::new();
+        let pages = (0..ENTRIES as u64).map(|page| 0x7f12_3400_0000 + (page << 12));
+        pages.clone().for_each(|linear| tlb.insert(linear, READ));
+        assert!(pages.into_iter().all(|linear| tlb.lookup(linear, READ).is_some()));
+        for distance in [1 << 24, (1 << 24) + 0x1000, (1 << 26) + 0x1000, (1 << 29) - 0x1000] {
+            for page in 0..32 {
+                let linear = 0x7f00_0000_0000 + (page << 12);
+                assert!((0..32).all(|other| index(linear + distance + (other << 12)) != index(linear)));
+            }
+        }
     }
 
     #[test]

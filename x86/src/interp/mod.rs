@@ -13,7 +13,7 @@ mod decimal;
 mod decode;
 mod dispatch;
 mod flag_instructions;
-mod flags;
+pub(crate) mod flags;
 mod fpu_state;
 #[cfg(test)]
 mod integer_tests;
@@ -26,6 +26,9 @@ mod run;
 pub mod segment_ops;
 mod stack;
 mod string;
+mod string_runs;
+#[cfg(test)]
+mod string_tests;
 #[cfg(test)]
 mod tests;
 pub mod vector;

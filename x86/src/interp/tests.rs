@@ -78,16 +78,17 @@ fn breakpoints_of_the_debugger_stop_before_but_not_at_the_first_instruction() {
 
 #[test]
 fn a_repeated_string_instruction_goes_on_after_its_interruption() {
-    // mov ecx, 5000; mov edi, 0x4000; rep stosb; hlt
-    let code = [0xb9, 0x88, 0x13, 0, 0, 0xbf, 0, 0x40, 0, 0, 0xf3, 0xaa, 0xf4];
+    // mov ecx, 0x12345; mov edi, 0x4000; rep stosb; hlt
+    let code = [0xb9, 0x45, 0x23, 1, 0, 0xbf, 0, 0x40, 0, 0, 0xf3, 0xaa, 0xf4];
     let (mut cpu, mut env) = machine(&code);
+    env.ram.borrow_mut().resize(0x2_0000, 0);
     cpu.state.gpr[RAX] = 0x77;
     assert_eq!(cpu.run(&mut env, 3), RunExit::Budget);
     assert_eq!(cpu.state.rip, CODE + 10);
-    assert_eq!(cpu.state.gpr[RCX], 5000 - 0x1000);
+    assert_eq!(cpu.state.gpr[RCX], 0x2345);
     assert_eq!(cpu.run(&mut env, 100), RunExit::Halted);
-    assert_eq!((cpu.state.gpr[RCX], cpu.state.gpr[7]), (0, 0x4000 + 5000));
-    assert_eq!(env.get::<2>(0x4000 + 4999), [0x77, 0]);
+    assert_eq!((cpu.state.gpr[RCX], cpu.state.gpr[7]), (0, 0x4000 + 0x1_2345));
+    assert_eq!(env.get::<2>(0x4000 + 0x1_2344), [0x77, 0]);
 }
 
 #[test]

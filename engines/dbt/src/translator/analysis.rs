@@ -7,7 +7,7 @@ use iced_x86::{
     OpAccess, OpKind, Register, RflagsBits,
 };
 
-use super::key::Key;
+use super::key::{Key, SUPERVISOR, SUPERVISOR_AC, USER};
 
 /// The arithmetic flags, as iced-x86 numbers them.
 pub const ALL_FLAGS: u32 =
@@ -40,6 +40,42 @@ pub enum Class {
     JumpIf,
     /// JRCXZ or JECXZ.
     JumpIfRcxZero,
+    /// BT, BTS, BTR or BTC whose bit offset may lead outside of the memory operand.
+    BitString,
+    /// REP MOVS or REP STOS.
+    RepeatString,
+    /// SYSCALL from user mode.
+    Syscall,
+    /// SYSRET to 64-bit code.
+    Sysret,
+    /// SWAPGS.
+    Swapgs,
+    /// CLI.
+    Cli,
+    /// STI.
+    Sti,
+    /// STAC or CLAC in supervisor mode, where it has an effect; ends the block.
+    SwitchAc,
+    /// PUSHFQ.
+    Pushf,
+    /// RDTSC.
+    Rdtsc,
+    /// RDTSCP.
+    Rdtscp,
+    /// CPUID.
+    Cpuid,
+    /// MOV of a segment register's selector.
+    ReadSelector,
+    /// MOV of CR0, CR2, CR3 or CR4 to a general register, in supervisor mode.
+    ReadControl,
+    /// CLD.
+    Cld,
+    /// STD.
+    Std,
+    /// RDFSBASE and RDGSBASE, of 64 bits.
+    ReadBase,
+    /// WRFSBASE and WRGSBASE, of 64 bits.
+    WriteBase,
     /// Executed by the interpreter, after which the block goes on.
     Interpret,
     /// Executed by the interpreter; ends the block.
@@ -47,8 +83,8 @@ pub enum Class {
 }
 
 impl Class {
-    /// Whether the block ends here.
-    pub fn is_last(self) -> bool {
+    /// Whether it is a jump that is translated.
+    pub fn is_jump(self) -> bool {
         matches!(
             self,
             Self::Call
@@ -58,6 +94,22 @@ impl Class {
                 | Self::JumpIndirect
                 | Self::JumpIf
                 | Self::JumpIfRcxZero
+        )
+    }
+
+    /// Whether the block ends here.
+    pub fn is_last(self) -> bool {
+        matches!(
+            self,
+            Self::Call
+                | Self::CallIndirect
+                | Self::Return
+                | Self::Jump
+                | Self::JumpIndirect
+                | Self::JumpIfRcxZero
+                | Self::Syscall
+                | Self::Sysret
+                | Self::SwitchAc
                 | Self::InterpretLast
         )
     }
@@ -72,6 +124,8 @@ pub struct Decoded {
     pub class: Class,
     /// Flags that are live before it.
     pub live_before: u32,
+    /// Flags that are live at the target, if it is a conditional jump.
+    pub live_taken: u32,
     /// Offset from RSP at the block's start of RSP before it, where that is known.
     pub stack_delta: Option<i32>,
     /// Access of each operand.
@@ -94,6 +148,11 @@ const STACK_RANGE_LIMIT: i32 = 1024;
 
 /// Classifies a 64-bit instruction.
 pub fn classify(instruction: &Instruction, model: &CpuModel, key: Key) -> Class {
+    if !instruction.has_lock_prefix()
+        && let Some(class) = sensitive(instruction, model, key)
+    {
+        return class;
+    }
     if let Some(class) = control_flow(instruction) {
         return class;
     }
@@ -115,11 +174,89 @@ pub fn classify(instruction: &Instruction, model: &CpuModel, key: Key) -> Class 
         | Mnemonic::Prefetchw
         | Mnemonic::Prefetch
         | Mnemonic::Reservednop => return Class::Nothing,
-        Mnemonic::Rdtsc if key.native_tsc() && !instruction.has_lock_prefix() => return Class::Copy,
-        mnemonic if ends_block(mnemonic) => return Class::InterpretLast,
         _ => {}
     }
+    if is_bit_string(instruction)
+        && instruction.memory_size().size() > 2
+        && model.offers_instruction(instruction)
+    {
+        return Class::BitString;
+    }
+    if ends_block(instruction.mnemonic()) {
+        return Class::InterpretLast;
+    }
     if copyable(instruction, model, key) { Class::Copy } else { Class::Interpret }
+}
+
+/// Sensitive instructions that have translations of their own.
+fn sensitive(instruction: &Instruction, model: &CpuModel, key: Key) -> Option<Class> {
+    let supervisor = key.class() != USER;
+    Some(match instruction.mnemonic() {
+        Mnemonic::Rdtsc if key.tsc() => Class::Rdtsc,
+        Mnemonic::Rdtscp if key.tsc() && model.offers_instruction(instruction) => Class::Rdtscp,
+        Mnemonic::Cpuid => Class::Cpuid,
+        Mnemonic::Syscall if !supervisor => Class::Syscall,
+        Mnemonic::Sysretq if supervisor => Class::Sysret,
+        Mnemonic::Swapgs if supervisor => Class::Swapgs,
+        Mnemonic::Cli if supervisor => Class::Cli,
+        Mnemonic::Sti if supervisor => Class::Sti,
+        Mnemonic::Stac if key.class() == SUPERVISOR && model.offers_instruction(instruction) => {
+            Class::SwitchAc
+        }
+        Mnemonic::Clac if key.class() == SUPERVISOR && model.offers_instruction(instruction) => {
+            Class::Nothing
+        }
+        Mnemonic::Stac if key.class() == SUPERVISOR_AC && model.offers_instruction(instruction) => {
+            Class::Nothing
+        }
+        Mnemonic::Cld => Class::Cld,
+        Mnemonic::Std => Class::Std,
+        Mnemonic::Mov if supervisor && reads_control(instruction) => Class::ReadControl,
+        Mnemonic::Clac if key.class() == SUPERVISOR_AC && model.offers_instruction(instruction) => {
+            Class::SwitchAc
+        }
+        Mnemonic::Mov if reads_selector(instruction) => Class::ReadSelector,
+        Mnemonic::Rdfsbase | Mnemonic::Rdgsbase if instruction.op0_register().is_gpr64() => Class::ReadBase,
+        Mnemonic::Wrfsbase | Mnemonic::Wrgsbase if instruction.op0_register().is_gpr64() => Class::WriteBase,
+        Mnemonic::Pushfq if instruction.code() == Code::Pushfq => Class::Pushf,
+        Mnemonic::Movsb
+        | Mnemonic::Movsw
+        | Mnemonic::Movsd
+        | Mnemonic::Movsq
+        | Mnemonic::Stosb
+        | Mnemonic::Stosw
+        | Mnemonic::Stosd
+        | Mnemonic::Stosq
+            if is_plain_repetition(instruction) =>
+        {
+            Class::RepeatString
+        }
+        _ => return None,
+    })
+}
+
+fn reads_control(instruction: &Instruction) -> bool {
+    instruction.code() == Code::Mov_r64_cr
+        && matches!(instruction.op1_register(), Register::CR0 | Register::CR2 | Register::CR3 | Register::CR4)
+}
+
+fn reads_selector(instruction: &Instruction) -> bool {
+    instruction.op1_kind() == OpKind::Register
+        && instruction.op1_register().is_segment_register()
+        && matches!(instruction.op0_kind(), OpKind::Memory | OpKind::Register)
+}
+
+/// A string instruction with REP, 64-bit addresses, and segments whose base is zero.
+fn is_plain_repetition(instruction: &Instruction) -> bool {
+    let repeated = instruction.has_rep_prefix() || instruction.has_repne_prefix();
+    let kinds = [instruction.op0_kind(), instruction.op1_kind()];
+    let addresses = kinds
+        .iter()
+        .all(|kind| matches!(kind, OpKind::MemoryESRDI | OpKind::MemorySegRSI | OpKind::Register));
+    instruction.is_string_instruction()
+        && repeated
+        && addresses
+        && !matches!(instruction.segment_prefix(), Register::FS | Register::GS)
 }
 
 fn is_64bit_push(instruction: &Instruction) -> bool {
@@ -465,8 +602,30 @@ pub fn mark_live_flags(block: &mut [Decoded], live_out: u32) {
     for decoded in block.iter_mut().rev() {
         let (read, written) = match decoded.class {
             // The interpreter sees and keeps all flags.
-            Class::Interpret | Class::InterpretLast => (ALL_FLAGS, 0),
-            Class::Nothing => (0, 0),
+            Class::Interpret
+            | Class::InterpretLast
+            | Class::RepeatString
+            | Class::WriteBase
+            | Class::Pushf
+            | Class::Cpuid
+            | Class::Rdtsc
+            | Class::Rdtscp
+            | Class::Sti
+            | Class::SwitchAc
+            | Class::Syscall => (ALL_FLAGS, 0),
+            Class::Sysret => (0, ALL_FLAGS),
+            Class::Nothing
+            | Class::Cli
+            | Class::Cld
+            | Class::Std
+            | Class::Swapgs
+            | Class::ReadControl
+            | Class::ReadSelector => (0, 0),
+            Class::ReadBase => (ALL_FLAGS, 0),
+            Class::JumpIf => {
+                let (read, _) = flag_effects(&decoded.instruction);
+                (read | decoded.live_taken, 0)
+            }
             _ => flag_effects(&decoded.instruction),
         };
         live = live & !written | read;
@@ -526,7 +685,7 @@ pub fn track_stack(block: &mut [Decoded]) -> Option<StackRange> {
 /// CALL through memory may make another one.
 pub fn stack_access(decoded: &Decoded) -> Option<(i32, i32, bool)> {
     match decoded.class {
-        Class::Push | Class::Call | Class::CallIndirect => Some((-8, 8, true)),
+        Class::Push | Class::Pushf | Class::Call | Class::CallIndirect => Some((-8, 8, true)),
         Class::Pop | Class::Return => Some((0, 8, false)),
         Class::Copy => {
             let (offset, size) = rsp_operand(&decoded.instruction)?;
@@ -569,11 +728,23 @@ fn rsp_operand(instruction: &Instruction) -> Option<(i32, i32)> {
 fn after(decoded: &Decoded, delta: i32) -> Option<i32> {
     let instruction = &decoded.instruction;
     let moved = match decoded.class {
-        Class::Push => -8,
+        Class::Push | Class::Pushf => -8,
         Class::Pop if instruction.op0_register() == Register::RSP => return None,
         Class::Pop => 8,
-        Class::Nothing => 0,
-        Class::Copy => {
+        Class::Nothing
+        | Class::JumpIf
+        | Class::BitString
+        | Class::RepeatString
+        | Class::Swapgs
+        | Class::WriteBase
+        | Class::Cli
+        | Class::Cld
+        | Class::Std
+        | Class::Sti
+        | Class::Rdtsc
+        | Class::Rdtscp
+        | Class::Cpuid => 0,
+        Class::Copy | Class::ReadControl | Class::ReadSelector | Class::ReadBase => {
             let writes_rsp = (0..instruction.op_count().min(4)).any(|operand| {
                 instruction.op_kind(operand) == OpKind::Register
                     && instruction.op_register(operand).full_register() == Register::RSP
@@ -601,6 +772,11 @@ fn after(decoded: &Decoded, delta: i32) -> Option<i32> {
     i32::try_from(delta).ok().filter(|delta| delta.abs() < 1 << 20)
 }
 
+/// Whether RSP is somewhere else after the instruction, which isn't the block's last one anyway.
+pub fn changes_stack(decoded: &Decoded) -> bool {
+    matches!(decoded.class, Class::Copy | Class::Pop | Class::Leave) && after(decoded, 0).is_none()
+}
+
 fn is_64bit_immediate(instruction: &Instruction) -> bool {
     instruction.op0_kind() == OpKind::Register
         && instruction.op0_register() == Register::RSP
@@ -619,4 +795,30 @@ pub fn operand_accesses(factory: &mut InstructionInfoFactory, instruction: &Inst
 /// Whether the host has what the translator's own sequences use.
 pub fn host_can_translate() -> bool {
     std::is_x86_feature_detected!("bmi2") && std::is_x86_feature_detected!("avx")
+}
+
+/// Instructions on the memory image of the vector and x87 state, or on its control registers.
+pub fn is_state_image(mnemonic: Mnemonic) -> bool {
+    use Mnemonic::*;
+    matches!(
+        mnemonic,
+        Fxsave
+            | Fxsave64
+            | Fxrstor
+            | Fxrstor64
+            | Xsave
+            | Xsave64
+            | Xsavec
+            | Xsavec64
+            | Xsaveopt
+            | Xsaveopt64
+            | Xrstor
+            | Xrstor64
+            | Ldmxcsr
+            | Vldmxcsr
+            | Stmxcsr
+            | Vstmxcsr
+            | Xsetbv
+            | Wait
+    )
 }
