@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use bivisor_oracle::blocks::guest::EngineKind;
-use bivisor_oracle::blocks::{Against, Blocks, Options};
+use bivisor_oracle::blocks::{Against, Blocks, Difference, Options};
 use bivisor_oracle::{Oracle, exclude};
 use clap::{Parser, ValueEnum};
 
@@ -19,7 +19,7 @@ struct Arguments {
     /// Where the random numbers start.
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Differences to report in full: for each mnemonic, or of sequences in all.
+    /// Differences to report in full for each mnemonic, or for each of the kinds that sequences show.
     #[arg(long, default_value_t = 1)]
     reports: u64,
     /// Try sequences of instructions instead of single ones.
@@ -34,6 +34,9 @@ struct Arguments {
     /// Number of the first trial, for repeating one.
     #[arg(long, default_value_t = 0, requires = "blocks")]
     first: u64,
+    /// Sequences with a difference that are made small; others are only counted.
+    #[arg(long, default_value_t = 100, requires = "blocks")]
+    explained: u64,
     /// Do not compare arithmetic flags after an access that faults.
     #[arg(long, requires = "blocks")]
     dead_flags_ignored: bool,
@@ -122,12 +125,20 @@ fn run_blocks(arguments: &Arguments) -> std::io::Result<bool> {
         seed: arguments.seed,
         first: arguments.first,
         dead_flags_ignored: arguments.dead_flags_ignored,
-        reports: arguments.reports,
+        explained: arguments.explained,
     })?;
+    let mut by_title: BTreeMap<String, u64> = BTreeMap::new();
     let mut shown = 0;
     let totals = blocks.run(
         arguments.count,
-        |trial, report| println!("\r--- trial {trial} of seed {}\n{report}", arguments.seed),
+        |difference| {
+            let Difference { trial, title, report } = difference;
+            let count = by_title.entry(title.clone()).or_default();
+            *count += 1;
+            if *count <= arguments.reports {
+                println!("\r--- {title}; trial {trial} of seed {}\n{report}", arguments.seed);
+            }
+        },
         |totals| {
             if totals.instructions >= shown + (1 << 18) {
                 shown = totals.instructions;
@@ -143,6 +154,9 @@ fn run_blocks(arguments: &Arguments) -> std::io::Result<bool> {
     eprintln!("{runs} runs in {trials} trials; {endless} runs were left out, because some did not end");
     for (vector, count) in by_vector.iter().enumerate().filter(|(_, count)| **count > 0) {
         eprintln!("{count:8} ended by #{vector}");
+    }
+    for (title, count) in &by_title {
+        println!("{count:8} {title}");
     }
     Ok(differences == 0)
 }

@@ -10,10 +10,10 @@ use super::compare::Comparison;
 use super::guest::{EngineKind, Guest};
 use super::layout::{Batch, Image, Outcome, SKIPPED, TIMEOUT};
 use super::native::Native;
-use super::report::{listing, report};
+use super::report::{listing, report, title};
 use super::shrink::shrink;
 use super::trial::{Trial, decoder_options, trial};
-use super::{Against, Options};
+use super::{Against, Difference, Options};
 
 /// Who says what is right.
 pub enum Reference {
@@ -150,13 +150,14 @@ impl Checker {
         Some(Finding { run, lines, expected: expected[run].clone(), outcome: outcomes[run].clone() })
     }
 
-    /// Reports on the trial with this number, made as small as it can be.
-    pub fn explain(&mut self, number: u64) -> String {
+    /// Makes the trial with this number as small as it can be, and reports on it.
+    pub fn explain(&mut self, number: u64) -> Difference {
         let whole = trial(self.options.seed, number, &self.model);
         let Some(first) = self.check(&whole) else {
             let (assembled, _) = Self::batch(&whole);
             let listing = listing(&whole, &assembled, decoder_options(&self.model));
-            return format!("no difference without the trials before it\n{listing}");
+            let title = "no difference without the trials before it".to_string();
+            return Difference { trial: number, title, report: listing };
         };
         // Not just any difference: leaving out what prepares an instruction may make another.
         let mut differs = |trial: &Trial| {
@@ -164,10 +165,12 @@ impl Checker {
             (finding.kind() == first.kind()).then_some(finding.run)
         };
         let small = shrink(&whole, &mut differs);
-        match self.check(&small) {
-            Some(finding) => self.report(&small, &finding),
-            None => "no difference any more once it was made smaller".to_string(),
-        }
+        let Some(finding) = self.check(&small) else {
+            let title = "no difference any more once it was made smaller".to_string();
+            return Difference { trial: number, title, report: String::new() };
+        };
+        let title = title(&small, decoder_options(&self.model), &finding.lines);
+        Difference { trial: number, title, report: self.report(&small, &finding) }
     }
 
     fn report(&self, small: &Trial, finding: &Finding) -> String {

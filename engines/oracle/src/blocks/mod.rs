@@ -51,8 +51,8 @@ pub struct Options {
     pub first: u64,
     /// Arithmetic flags that an access which faults leaves are not compared.
     pub dead_flags_ignored: bool,
-    /// So many differences are made small and reported; others are counted.
-    pub reports: u64,
+    /// So many trials with a difference are made small; others are only counted.
+    pub explained: u64,
 }
 
 impl Options {
@@ -61,6 +61,17 @@ impl Options {
         let reference = if self.against == Against::Native { "native" } else { "interp" };
         [reference, if self.engine == EngineKind::Dbt { "dbt" } else { "interp" }]
     }
+}
+
+/// A difference between the two sides.
+#[derive(Clone, Debug)]
+pub struct Difference {
+    /// Number of the trial.
+    pub trial: u64,
+    /// What it is about, for telling it from others.
+    pub title: String,
+    /// Everything to know about it, several lines.
+    pub report: String,
 }
 
 /// The two sides, and a third that counts.
@@ -138,15 +149,15 @@ impl Blocks {
         Prepared { first, trials, batch: Arc::new(batch) }
     }
 
-    /// Runs trials until `count` instructions were executed. `found` gets a report of trials with a difference,
-    /// and their number; `progress` hears how far it is.
+    /// Runs trials until `count` instructions were executed. `found` gets the differences; `progress` hears how far
+    /// it is.
     ///
     /// # Errors
     /// The native process died, or the engine can't be had any more.
     pub fn run(
         &mut self,
         count: u64,
-        mut found: impl FnMut(u64, String),
+        mut found: impl FnMut(Difference),
         mut progress: impl FnMut(&Totals),
     ) -> Result<Totals> {
         let mut totals = Totals::default();
@@ -162,8 +173,8 @@ impl Blocks {
             totals.add(&current, &expected, &counted);
             for number in self.different(&current, &expected, &outcomes) {
                 totals.differences += 1;
-                if totals.differences <= self.options.reports {
-                    found(number, self.checker.explain(number));
+                if totals.differences <= self.options.explained {
+                    found(self.checker.explain(number));
                 }
             }
             progress(&totals);

@@ -4,10 +4,11 @@ use std::fmt::Write;
 
 use iced_x86::{Decoder, Formatter, IntelFormatter};
 
-use super::code::{Assembled, Item};
-use super::layout::Input;
+use super::code::{Assembled, FILLER, Item};
+use super::layout::{CONTROL, Input};
 use super::trial::Trial;
 use crate::compare::{NAMES, PARTS, flag_names, hex};
+use bivisor_x86::state::XsaveArea;
 
 /// The sequences: addresses, bytes and disassembly, as they stood before the first run.
 pub fn listing(trial: &Trial, assembled: &Assembled, options: u32) -> String {
@@ -31,26 +32,42 @@ pub fn listing(trial: &Trial, assembled: &Assembled, options: u32) -> String {
     text
 }
 
-/// The state before a run; of the vector registers those that `listing` names.
-fn state_before(input: &Input, listing: &str) -> String {
-    let mut text = String::new();
-    for (i, name) in NAMES.iter().enumerate() {
-        let end = if i % 4 == 3 { "\n" } else { " " };
-        let _ = write!(text, "  {name:>3} {:016x}{end}", input.gpr[i]);
-    }
-    let named = |name: &str| {
-        let number = name.split(' ').next().unwrap_or(name);
-        let number = number.trim_start_matches(|c: char| !c.is_ascii_digit());
-        match &name[..1] {
-            "x" | "y" => listing.contains(&format!("mm{number}")),
-            "s" => listing.contains("    f") || listing.contains(" f"),
-            _ => matches!(name, "fcw" | "fsw" | "ftw" | "mxcsr"),
+/// The state before a run: what is not zero, and not as after FNINIT.
+fn state_before(input: &Input) -> String {
+    let mut words: Vec<String> = Vec::new();
+    let registers = NAMES.iter().zip(input.gpr).filter(|(_, value)| *value != 0);
+    words.extend(registers.map(|(name, value)| format!("{name} {value:#x}")));
+    let control = input.control.iter().enumerate().filter(|(_, word)| **word != 0);
+    words.extend(control.map(|(i, word)| format!("[{:#x}] {word:#x}", CONTROL + 8 * i as u64)));
+    let reset = XsaveArea::default().bytes;
+    for (name, at, size) in PARTS.iter() {
+        let bytes = &input.xsave[*at..at + size];
+        if *bytes != reset[*at..at + size] {
+            words.push(format!("{name} {}", hex(bytes)));
         }
-    };
-    for (name, at, size) in PARTS.iter().filter(|(name, ..)| named(name)) {
-        let _ = writeln!(text, "  {name:>10} {}", hex(&input.xsave[*at..at + size]));
     }
-    text
+    let mut text = String::new();
+    let mut width = 0;
+    for word in words {
+        let start = if width == 0 || width + word.len() > 110 { "\n  " } else { ", " };
+        width = if start == ", " { width + word.len() + 2 } else { word.len() };
+        text += start;
+        text += &word;
+    }
+    text + "\n"
+}
+
+/// What a difference is about: the last instruction of the sequences, and what differs.
+pub fn title(trial: &Trial, options: u32, lines: &[String]) -> String {
+    let last = trial.items.iter().rev().find_map(|item| match item {
+        Item::Instruction { bytes, .. } if bytes[..] != [FILLER] => Some(bytes),
+        _ => None,
+    });
+    let mnemonic = last.map(|bytes| Decoder::new(64, bytes, options).decode().mnemonic());
+    let differs = lines.iter().filter_map(|line| line.trim_start().split("  ").next());
+    let differs: Vec<&str> =
+        differs.map(|name| if name.starts_with('[') { "memory" } else { name }).collect();
+    format!("{mnemonic:?}: {}", differs.first().unwrap_or(&""))
 }
 
 /// All about a difference in a run of a trial.
@@ -63,17 +80,11 @@ pub fn report(
     lines: &[String],
 ) -> String {
     let mut text = listing(trial, assembled, options);
-    let entries = trial.runs.iter().take(run + 1).map(|(entry, _)| entry.to_string());
-    let _ = writeln!(
-        text,
-        "  runs of sequences {}; the last of them differs",
-        entries.collect::<Vec<_>>().join(", ")
-    );
-    let _ =
-        writeln!(text, "  from {:#x}, image {}, rflags {}", input.rip, input.image, flag_names(input.rflags));
-    let control = input.control.iter().map(|word| format!("{word:x}")).collect::<Vec<_>>().join(" ");
-    let _ = writeln!(text, "  fuel and pointers {control}");
-    text += &state_before(input, &text);
+    let entries: Vec<String> = trial.runs.iter().take(run + 1).map(|(entry, _)| entry.to_string()).collect();
+    let _ = writeln!(text, "  runs of sequences {}; the last of them differs", entries.join(", "));
+    let flags = flag_names(input.rflags);
+    let _ = write!(text, "  from {:#x}, image {}, rflags {flags}", input.rip, input.image);
+    text += &state_before(input);
     for line in lines {
         let _ = writeln!(text, "{line}");
     }
