@@ -419,10 +419,20 @@ pub fn unit(instruction: &Instruction) -> Unit {
     }
     if registers().any(|register| register.is_vector_register())
         || matches!(instruction.mnemonic(), Mnemonic::Vzeroupper | Mnemonic::Vzeroall)
+        || converts_to_integer(instruction.mnemonic())
     {
         return if instruction.encoding() == iced_x86::EncodingKind::Legacy { Unit::Sse } else { Unit::Avx };
     }
     Unit::General
+}
+
+/// Conversions to a general register: with an operand in memory they name no vector register, but obey MXCSR.
+fn converts_to_integer(mnemonic: Mnemonic) -> bool {
+    use Mnemonic::*;
+    matches!(
+        mnemonic,
+        Cvtss2si | Cvttss2si | Cvtsd2si | Cvttsd2si | Vcvtss2si | Vcvttss2si | Vcvtsd2si | Vcvttsd2si
+    )
 }
 
 fn known_x87(instruction: &Instruction) -> bool {
@@ -821,4 +831,21 @@ pub fn is_state_image(mnemonic: Mnemonic) -> bool {
             | Xsetbv
             | Wait
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iced_x86::{Decoder, DecoderOptions};
+
+    fn decode(bytes: &[u8]) -> Instruction {
+        Decoder::new(64, bytes, DecoderOptions::NONE).decode()
+    }
+
+    #[test]
+    fn a_conversion_from_memory_to_a_general_register_works_on_vectors() {
+        // cvtsd2si eax, [rbp]; vcvttss2si rax, [rbp]
+        assert_eq!(unit(&decode(&[0xf2, 0x0f, 0x2d, 0x45, 0x00])), Unit::Sse);
+        assert_eq!(unit(&decode(&[0xc4, 0xe1, 0xfa, 0x2c, 0x45, 0x00])), Unit::Avx);
+    }
 }
