@@ -603,6 +603,10 @@ fn flag_effects(instruction: &Instruction) -> (u32, u32) {
     if shift_or_rotate && (by_cl || instruction.op_count() > 1 && immediate_count() == 0) {
         return (ALL_FLAGS, 0);
     }
+    // So does a repetition of no times.
+    if instruction.has_rep_prefix() || instruction.has_repne_prefix() {
+        return (ALL_FLAGS, 0);
+    }
     (read, modified)
 }
 
@@ -847,5 +851,14 @@ mod tests {
         // cvtsd2si eax, [rbp]; vcvttss2si rax, [rbp]
         assert_eq!(unit(&decode(&[0xf2, 0x0f, 0x2d, 0x45, 0x00])), Unit::Sse);
         assert_eq!(unit(&decode(&[0xc4, 0xe1, 0xfa, 0x2c, 0x45, 0x00])), Unit::Avx);
+    }
+
+    #[test]
+    fn a_repetition_may_keep_all_flags() {
+        // repe cmpsb; jmp .
+        let code = [decode(&[0xf3, 0xa6]), decode(&[0xeb, 0xfe])];
+        assert_eq!(live_at_start(code.into_iter()), ALL_FLAGS);
+        // cmpsb
+        assert_eq!(live_at_start([decode(&[0xa6])].into_iter()), 0);
     }
 }
