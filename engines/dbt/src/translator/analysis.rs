@@ -440,10 +440,20 @@ pub fn unit(instruction: &Instruction) -> Unit {
     }
     if registers().any(|register| register.is_vector_register())
         || matches!(instruction.mnemonic(), Mnemonic::Vzeroupper | Mnemonic::Vzeroall)
+        || converts_to_integer(instruction.mnemonic())
     {
         return if instruction.encoding() == iced_x86::EncodingKind::Legacy { Unit::Sse } else { Unit::Avx };
     }
     Unit::General
+}
+
+/// Conversions to a general register: with an operand in memory they name no vector register, but obey MXCSR.
+fn converts_to_integer(mnemonic: Mnemonic) -> bool {
+    use Mnemonic::*;
+    matches!(
+        mnemonic,
+        Cvtss2si | Cvttss2si | Cvtsd2si | Cvttsd2si | Vcvtss2si | Vcvttss2si | Vcvtsd2si | Vcvttsd2si
+    )
 }
 
 fn known_x87(instruction: &Instruction) -> bool {
@@ -612,6 +622,10 @@ fn flag_effects(instruction: &Instruction) -> (u32, u32) {
     // A count of zero leaves all flags as they are, an immediate zero always does.
     let immediate_count = || instruction.immediate(instruction.op_count() - 1) & 0x1f;
     if shift_or_rotate && (by_cl || instruction.op_count() > 1 && immediate_count() == 0) {
+        return (ALL_FLAGS, 0);
+    }
+    // So does a repetition of no times.
+    if instruction.has_rep_prefix() || instruction.has_repne_prefix() {
         return (ALL_FLAGS, 0);
     }
     (read, modified)
@@ -971,4 +985,30 @@ pub fn is_state_image(mnemonic: Mnemonic) -> bool {
             | Xsetbv
             | Wait
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iced_x86::{Decoder, DecoderOptions};
+
+    fn decode(bytes: &[u8]) -> Instruction {
+        Decoder::new(64, bytes, DecoderOptions::NONE).decode()
+    }
+
+    #[test]
+    fn a_conversion_from_memory_to_a_general_register_works_on_vectors() {
+        // cvtsd2si eax, [rbp]; vcvttss2si rax, [rbp]
+        assert_eq!(unit(&decode(&[0xf2, 0x0f, 0x2d, 0x45, 0x00])), Unit::Sse);
+        assert_eq!(unit(&decode(&[0xc4, 0xe1, 0xfa, 0x2c, 0x45, 0x00])), Unit::Avx);
+    }
+
+    #[test]
+    fn a_repetition_may_keep_all_flags() {
+        // repe cmpsb; jmp .
+        let code = [decode(&[0xf3, 0xa6]), decode(&[0xeb, 0xfe])];
+        assert_eq!(live_at_start(code.into_iter()), ALL_FLAGS);
+        // cmpsb
+        assert_eq!(live_at_start([decode(&[0xa6])].into_iter()), 0);
+    }
 }

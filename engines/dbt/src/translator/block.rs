@@ -5,7 +5,8 @@
 //! [`super::sensitive`] what would trap or tell of the host.
 
 use bivisor_x86::cpuid::CpuModel;
-use iced_x86::{Decoder, DecoderOptions, Encoder, InstructionInfoFactory};
+use bivisor_x86::interp::decode::{decoder_options, is_peculiar};
+use iced_x86::{Decoder, Encoder, InstructionInfoFactory};
 
 use super::analysis::{self, Class, Decoded, StackRange, Unit, Window};
 use super::context::{
@@ -239,8 +240,8 @@ fn is_vector(decoded: &Decoded) -> bool {
 }
 
 fn decode(request: &Request<'_>, factory: &mut InstructionInfoFactory, looked_at: &mut u64) -> Vec<Decoded> {
-    let mut decoder =
-        Decoder::with_ip(64, &request.page[request.offset..], request.offset as u64, DecoderOptions::NONE);
+    let options = decoder_options(request.model);
+    let mut decoder = Decoder::with_ip(64, &request.page[request.offset..], request.offset as u64, options);
     let mut block = Vec::with_capacity(16);
     let mut branches = 0;
     while block.len() < MAX_INSTRUCTIONS && decoder.can_decode() && (decoder.ip() as usize) < PAGE {
@@ -249,7 +250,12 @@ fn decode(request: &Request<'_>, factory: &mut InstructionInfoFactory, looked_at
             // Cut off by the page's end, or no instruction at all: the interpreter decides.
             break;
         }
-        let class = analysis::classify(&instruction, request.model, request.key);
+        let bytes = &request.page[instruction.ip() as usize..instruction.next_ip() as usize];
+        let class = if is_peculiar(&instruction, bytes, request.model) {
+            Class::Interpret
+        } else {
+            analysis::classify(&instruction, request.model, request.key)
+        };
         let access = analysis::operand_accesses(factory, &instruction);
         let live_taken = match class {
             Class::JumpIf => live_at(request, instruction.near_branch64() as usize, looked_at),
@@ -291,7 +297,7 @@ fn live_out(request: &Request<'_>, last: &Decoded, looked_at: &mut u64) -> u32 {
 fn live_at(request: &Request<'_>, offset: usize, looked_at: &mut u64) -> u32 {
     let page = request.page.get(..PAGE).unwrap_or_default();
     let Some(bytes) = page.get(offset..) else { return analysis::ALL_FLAGS };
-    let mut decoder = Decoder::with_ip(64, bytes, offset as u64, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(64, bytes, offset as u64, decoder_options(request.model));
     let ahead = std::iter::from_fn(|| decoder.can_decode().then(|| decoder.decode())).take(LOOK_AHEAD);
     let live = analysis::live_at_start(ahead);
     *looked_at |= code_tracker::lines(offset as u64, decoder.ip() - offset as u64);
