@@ -53,7 +53,12 @@ impl DbtVcpu {
                 if first & PAGE_MASK == last & PAGE_MASK && self.fill(first, 1, write) {
                     return Next::Resume(retry, site.block, self.loaded_within(site.block));
                 }
-                self.enter_variant(&site, first & PAGE_MASK != last & PAGE_MASK)
+                let crosses = first & PAGE_MASK != last & PAGE_MASK;
+                let then = self.enter_variant(&site, crosses);
+                if !crosses {
+                    self.drop_windows(site.block);
+                }
+                then
             }
             SiteKind::String { is_move, next, retry, next_host } => {
                 if self.fill_for_string(is_move) {
@@ -130,7 +135,11 @@ impl DbtVcpu {
         if let Some(exit) = exit {
             return Next::Leave(Ok(exit));
         }
-        let Some(next_host) = next_host else { return Next::Dispatch };
+        let Some(next_host) = next_host else {
+            // What ends a block may change what CPUID tells.
+            self.context().forget_cpuid();
+            return Next::Dispatch;
+        };
         let same = self.cpu.state.rip == next
             && self.epoch == epoch
             && self.flushes == flushes
