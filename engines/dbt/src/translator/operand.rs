@@ -194,6 +194,7 @@ impl Builder<'_> {
         let host_index = self.address_register(index, TEMPORARY);
         let scale = instruction.memory_index_scale().trailing_zeros() as u8;
         match (host_base, host_index) {
+            (Some(ADDRESS), None) if displacement == 0 && width == Width::W64 => {}
             (Some(base), None) => self.e.lea(width, ADDRESS, at(base, displacement)),
             (Some(base), Some(index)) => {
                 self.e.lea(width, ADDRESS, indexed(base, index, scale, displacement))
@@ -273,21 +274,19 @@ impl Builder<'_> {
         }
         if analysis::is_based(instruction)
             && let Ok(displacement) = i32::try_from(instruction.memory_displacement64() as i64)
+            && (decoded.window.is_some() || !is_spilled(instruction.memory_base()))
             && let Some(base) = self.address_register(instruction.memory_base(), ADDRESS)
         {
-            if let Some(window) = decoded.window {
-                self.load_window_addend(window);
-                self.rename_based(instruction, renamed, base);
-                free.retain(|&host| host != ADDEND && host != base);
-                return Ok(());
+            match decoded.window {
+                Some(window) => self.load_window_addend(window),
+                None => {
+                    let size = instruction.memory_size().size() as i32;
+                    self.check_based(at(base, displacement), size, decoded);
+                }
             }
-            if base != ADDRESS {
-                let size = instruction.memory_size().size() as i32;
-                self.check_based(at(base, displacement), size, decoded);
-                self.rename_based(instruction, renamed, base);
-                free.retain(|&host| host != ADDEND);
-                return Ok(());
-            }
+            self.rename_based(instruction, renamed, base);
+            free.retain(|&host| host != ADDEND && host != base);
+            return Ok(());
         }
         self.address(instruction)?;
         let size = instruction.memory_size().size() as i32;
