@@ -83,6 +83,9 @@ pub struct RunArgs {
     /// Offer the devices of QEMU that test kernels use: isa-debug-exit at port 0xf4 and pc-testdev
     #[arg(long)]
     pub testdev: bool,
+    /// Tell at the end what the engine has counted, on standard error
+    #[arg(long)]
+    pub stats: bool,
     /// Wait for a debugger at a TCP port of this host's loopback address, or at a Unix socket
     #[arg(long, value_name = ":PORT|unix=PATH")]
     pub gdb: Option<GdbSpec>,
@@ -101,13 +104,13 @@ mod tests {
     #[test]
     fn every_option_of_run_is_understood() {
         let line = "bivisor run vm.toml --kernel k --initrd i --append -x --memory 1G --cpus 4 --engine interp \
-                    --console unix=s --no-reboot --testdev --gdb :1234";
+                    --console unix=s --no-reboot --testdev --stats --gdb :1234";
         let Command::Run(run) = Cli::try_parse_from(line.split_whitespace()).unwrap().command else {
             panic!("not run");
         };
         assert_eq!(run.target.as_deref(), Some("vm.toml"));
         assert_eq!(run.append.as_deref(), Some("-x"));
         assert_eq!(run.cpus, Some(4));
-        assert!(run.no_reboot && run.testdev);
+        assert!(run.no_reboot && run.testdev && run.stats);
     }
 }

@@ -140,6 +140,8 @@ pub struct VmConfig {
     pub no_reboot: bool,
     /// Test devices.
     pub testdev: bool,
+    /// Tell what the engine has counted.
+    pub stats: bool,
     /// Debugger.
     pub gdb: Option<GdbSpec>,
 }
@@ -202,6 +204,7 @@ struct FileConfig {
     console: Option<Spanned<String>>,
     no_reboot: Option<bool>,
     testdev: Option<bool>,
+    stats: Option<bool>,
     gdb: Option<Spanned<String>>,
 }
 
@@ -242,6 +245,7 @@ impl VmConfig {
             console: settings.console.unwrap_or(ConsoleSpec::Stdio),
             no_reboot: settings.no_reboot,
             testdev: settings.testdev,
+            stats: settings.stats,
             gdb: settings.gdb,
         })
     }
@@ -272,6 +276,7 @@ struct Settings {
     console: Option<ConsoleSpec>,
     no_reboot: bool,
     testdev: bool,
+    stats: bool,
     gdb: Option<GdbSpec>,
 }
 
@@ -303,6 +308,7 @@ impl Settings {
             }),
             no_reboot: file.no_reboot.unwrap_or(false),
             testdev: file.testdev.unwrap_or(false),
+            stats: file.stats.unwrap_or(false),
             gdb: source.value("gdb", file.gdb, GdbSpec::from_str)?.map(|gdb| match gdb {
                 GdbSpec::Unix(path) => GdbSpec::Unix(folder.join(path)),
                 port => port,
@@ -327,6 +333,7 @@ impl Settings {
         set(&mut self.gdb, &args.gdb);
         self.no_reboot |= args.no_reboot;
         self.testdev |= args.testdev;
+        self.stats |= args.stats;
     }
 }
 
@@ -423,14 +430,14 @@ mod tests {
     fn a_file_says_what_options_say() {
         let config = parse(
             "kernel = \"k\"\ninitrd = \"i\"\nappend = \"quiet\"\nmemory = \"1G\"\ncpus = 4\nengine = \"interp\"\n\
-             console = \"pty\"\nno-reboot = true\ntestdev = true\ngdb = \":1234\"\n",
+             console = \"pty\"\nno-reboot = true\ntestdev = true\nstats = true\ngdb = \":1234\"\n",
             "",
         )
         .unwrap();
         assert_eq!(config.boot, Boot::Kernel { kernel: "k".into(), initrd: Some("i".into()) });
         assert_eq!((config.append.as_deref(), config.memory.0, config.cpus), (Some("quiet"), 1 << 30, 4));
         assert_eq!((config.engine, config.console), (EngineChoice::Interp, ConsoleSpec::Pty));
-        assert!(config.no_reboot && config.testdev);
+        assert!(config.no_reboot && config.testdev && config.stats);
         assert_eq!(config.gdb, Some(GdbSpec::Port(1234)));
     }
 

@@ -113,6 +113,18 @@ impl Cpu {
         if usable { Ok(()) } else { Err(Exception::GP0) }
     }
 
+    /// What SYSCALL and SYSRET load into CS and SS, between 64-bit code of user and supervisor mode, if they work
+    /// there: `[[CS, SS] of SYSCALL, [CS, SS] of SYSRET]`.
+    pub fn fast_system_calls(&self) -> Option<[[Segment; 2]; 2]> {
+        self.check_syscall().ok()?;
+        let star = self.state.msr.star;
+        let (to, from) = ((star >> 32) as u16 & !3, (star >> 48) as u16);
+        Some([
+            [flat_code(to, 0, Size::Bits64), flat_stack(to.wrapping_add(8), 0)],
+            [flat_code(from.wrapping_add(16), 3, Size::Bits64), flat_stack(from.wrapping_add(8), 3)],
+        ])
+    }
+
     /// SYSENTER.
     pub(crate) fn sysenter(&mut self) -> Result<(), Exception> {
         self.check_sysenter()?;

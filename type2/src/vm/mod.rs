@@ -113,7 +113,7 @@ impl Session {
             )
         })?;
         let memory = Arc::new(memory);
-        let engine = engines::make(config.engine, config.cpus).map_err(Failure::configuration)?;
+        let engine = engines::make(config.engine).map_err(Failure::configuration)?;
         let gate = Arc::new(Gate::new());
         let alarm = HostAlarm::new(parts.clock.clone());
         let machine = Machine::new(
@@ -189,6 +189,17 @@ impl Session {
     /// The vCPUs, by number. Only while the machine stands still can they be locked without waiting.
     pub fn vcpus(&self) -> &[SharedVcpu] {
         &self.vcpus
+    }
+
+    /// What the engine has counted, a line each. The machine must stand still.
+    pub fn statistics(&self) -> String {
+        let mut text = String::new();
+        for (index, vcpu) in self.vcpus.iter().enumerate() {
+            for (name, count) in lock(vcpu).statistics().into_iter().filter(|(_, count)| *count != 0) {
+                text.push_str(&format!("CPU {index} {count:>14} {name}\n"));
+            }
+        }
+        text
     }
 
     /// Tells every vCPU, by number, what a debugger wants. The machine must stand still.
@@ -273,6 +284,9 @@ fn make_vcpus(machine: &Machine, engine: &dyn Engine, parts: &Parts) -> Result<V
         let mut vcpu = engine.create_vcpu(index, setup).map_err(|error| failed(&error))?;
         let state = if index == 0 { &loaded.state } else { &machine.waiting_state() };
         vcpu.set_state(state).map_err(|error| failed(&error))?;
+        if parts.config.stats {
+            vcpu.count_all();
+        }
         vcpus.push(Arc::new(Mutex::new(vcpu)));
     }
     Ok(vcpus)

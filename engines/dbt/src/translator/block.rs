@@ -1,36 +1,55 @@
 //! Translating one block: from guest bytes to host code.
+//!
+//! A block starts where a jump leads and goes on over conditional jumps, whose other way leaves it, to an unconditional
+//! one. What stands here is the frame; [`super::operand`] emits ordinary instructions, [`super::flow`] jumps,
+//! [`super::sensitive`] what would trap or tell of the host.
 
 use bivisor_x86::cpuid::CpuModel;
-use iced_x86::{Decoder, DecoderOptions, Encoder, Instruction, InstructionInfoFactory, OpKind, Register};
+use bivisor_x86::interp::decode::{decoder_options, is_peculiar};
+use iced_x86::{Decoder, Encoder, InstructionInfoFactory};
 
-use super::analysis::{self, Class, Decoded, StackRange, Unit};
+use super::analysis::{self, Class, Decoded, StackRange, Unit, Window};
 use super::context::{
-    self, ADDEND, ADDRESS, GUEST_RSP, TEMPORARY, block_flags, jump_complement, jump_host, page_base, saved,
-    site, stack_addend,
+    self, ADDEND, ADDRESS, GUEST_RSP, TEMPORARY, block_flags, page_base, saved, stack_page,
 };
-use super::emit::{Emitter, Fixup, Mem, Reg, Width, at, condition, indexed, reg};
-use super::key::Key;
+use super::emit::{Emitter, Fixup, Mem, Width, at, condition, reg};
+use super::key::{Key, USER};
+use super::operand::host_register;
 use super::site::{FaultPoint, Site, SiteKind};
+use crate::code_tracker;
 
 /// Instructions of a block at most.
 const MAX_INSTRUCTIONS: usize = 48;
+/// Conditional jumps of a block at most.
+const MAX_BRANCHES: usize = 4;
 /// Instructions looked at behind a jump, to find which flags are live there.
 const LOOK_AHEAD: usize = 8;
-const PAGE: usize = 4096;
+/// Size of a page.
+pub const PAGE: usize = 4096;
+/// Bytes of the next page that are looked at, for an instruction that crosses into it.
+pub const OVERHANG: usize = 15;
 
 /// Offsets in the code memory of the code that all blocks share.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SharedCode {
-    /// Leaves translated code; the site's number is in the context.
+    /// Leaves translated code; the site's number is on the stack.
     pub exit: usize,
-    /// Called: loads the guest's SSE and AVX registers.
+    /// Called: loads the guest's SSE and AVX registers from the context.
     pub load_vectors: usize,
+    /// Called: looks for another page for the stack window, by privilege class.
+    pub stack_window: [usize; 3],
+    /// Called: looks for another page for a slot, by privilege class, and whether it is written.
+    pub slot: [[usize; 2]; 3],
+    /// Called: REP MOVS, by privilege class and log2 of the element's size.
+    pub repeat_movs: [[usize; 4]; 3],
+    /// Called: REP STOS, likewise.
+    pub repeat_stos: [[usize; 4]; 3],
 }
 
 /// Where a block comes from and goes to.
 pub struct Request<'a> {
-    /// The page's bytes.
-    pub page: &'a [u8; PAGE],
+    /// The page's bytes, and the first ones of the next page if the block's first instruction crosses into it.
+    pub page: &'a [u8],
     /// Offset of the first instruction in the page.
     pub offset: usize,
     /// The mode.
@@ -43,8 +62,14 @@ pub struct Request<'a> {
     pub first_site: u32,
     /// Number of the new block.
     pub block: u32,
+    /// Number of the first free link.
+    pub first_link: u32,
     /// The shared code.
     pub shared: SharedCode,
+    /// The first free slot, if the code is hot.
+    pub first_slot: Option<u32>,
+    /// Whether the instruction at this offset of the page accesses too many pages for a slot.
+    pub roams: &'a dyn Fn(usize) -> bool,
 }
 
 /// A translated block.
@@ -53,7 +78,9 @@ pub struct Translation {
     pub code: Vec<u8>,
     /// Offset in `code` of the entry for jumps that know the linear address only ([`ADDRESS`] holds it).
     pub lookup_entry: usize,
-    /// Offset in `code` of the entry for direct jumps.
+    /// Offset in `code` of the entry for direct jumps backwards.
+    pub loop_entry: usize,
+    /// Offset in `code` of the entry for direct jumps forwards.
     pub entry: usize,
     /// The places where the code may leave.
     pub sites: Vec<Site>,
@@ -65,41 +92,94 @@ pub struct Translation {
     pub vectors: bool,
     /// x87 registers are used.
     pub x87: bool,
+    /// Links used.
+    pub links: u32,
+    /// Offsets in the page of the instructions that the slots used are for.
+    pub slots: Vec<u16>,
+    /// Lines of the page, of 64 bytes, that the block depends on: its own, and those at jumps' targets that were looked
+    /// at for flags.
+    pub lines: u64,
 }
 
 /// Code to be put behind the block: reached by a jump from within.
 struct Stub {
     from: Fixup,
     site: u32,
+    /// The memory operand whose address is to be worked out first.
+    address: Option<Mem>,
+    /// What the shared code tries first.
+    retry: Option<Retry>,
 }
 
-struct Builder<'a> {
-    request: &'a Request<'a>,
-    e: Emitter,
-    encoder: Encoder,
-    sites: Vec<Site>,
+/// What the shared code tries for a slot before the stub leaves.
+#[derive(Clone, Copy)]
+pub(super) struct Retry {
+    pub routine: usize,
+    pub slot: u32,
+    pub size: i32,
+    /// Position in the block's code to go on at.
+    pub back: usize,
+}
+
+/// The taken side of a conditional jump, to be put behind the block.
+pub(super) struct Tail {
+    pub from: Fixup,
+    pub target: i64,
+    /// Offset in the page of the jump.
+    pub guest: usize,
+    pub live: u32,
+}
+
+pub(super) struct Builder<'a> {
+    pub request: &'a Request<'a>,
+    pub e: Emitter,
+    pub encoder: Encoder,
+    pub sites: Vec<Site>,
     stubs: Vec<Stub>,
-    fault_points: Vec<FaultPoint>,
+    /// Stubs that first try the shared code for another stack window.
+    stack_stub: Option<(Fixup, u32)>,
+    pub tails: Vec<Tail>,
+    pub fault_points: Vec<FaultPoint>,
     /// The guest's flags are in `block_flags`, the host's are anything.
-    flags_aside: bool,
+    pub flags_aside: bool,
+    /// What ADDEND is known to hold.
+    pub addend: Addend,
+    windows: Vec<Window>,
+    /// Offsets in the page of the instructions that slots were taken for.
+    pub slots: Vec<u16>,
+    /// The last instruction was STI.
+    pub in_shadow: bool,
     stack: Option<StackRange>,
     /// Host code offset of the current instruction, and its offset in the page.
-    instruction_start: usize,
-    guest: usize,
-    next_guest: usize,
+    pub instruction_start: usize,
+    pub guest: usize,
+    pub next_guest: usize,
+    /// The current instruction works on vectors.
+    vector: bool,
+    pub links: u32,
+}
+
+/// What the scratch register for addends holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Addend {
+    Anything,
+    Stack,
+    Slot(u32),
 }
 
 /// The operands of an instruction can't be renamed: it is interpreted.
-struct NotRenamed;
+pub(super) struct NotRenamed;
 
 /// Translates the block at the requested place, or `None` if its first instruction can't be translated.
 pub fn translate(request: &Request<'_>) -> Option<Translation> {
-    let mut block = decode(request);
+    let mut lines = 0;
+    let mut factory = InstructionInfoFactory::new();
+    let mut block = decode(request, &mut factory, &mut lines);
     let last = block.last()?;
     let length = last.instruction.next_ip() as usize - request.offset;
-    let live_out = live_out(request, last);
-    let vectors = |d: &Decoded| d.class == Class::Copy && analysis::unit(&d.instruction) != Unit::General;
-    let uses_vectors = block.iter().any(vectors);
+    lines |= code_tracker::lines(request.offset as u64, length as u64);
+    let live_out = live_out(request, last, &mut lines);
+    let uses_vectors = block.iter().any(|d| d.class == Class::Copy && is_vector(d));
     let uses_x87 =
         block.iter().any(|d| d.class == Class::Copy && analysis::unit(&d.instruction) == Unit::X87);
     analysis::mark_live_flags(&mut block, live_out);
@@ -107,54 +187,94 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
     if stack.is_none() {
         block.iter_mut().for_each(|decoded| decoded.stack_delta = None);
     }
+    let plain = request.first_slot.is_none() || request.key.no_stack();
+    let windows = if plain { Vec::new() } else { analysis::track_windows(&mut block, &mut factory) };
     let mut builder = Builder {
         request,
-        e: Emitter { code: Vec::with_capacity(block.len() * 40) },
+        e: Emitter { code: Vec::with_capacity(block.len() * 48) },
         encoder: Encoder::new(64),
         sites: Vec::new(),
         stubs: Vec::new(),
+        stack_stub: None,
+        tails: Vec::new(),
         fault_points: Vec::new(),
         flags_aside: false,
+        addend: Addend::Anything,
+        windows,
+        slots: Vec::new(),
+        in_shadow: false,
         stack,
         instruction_start: 0,
         guest: request.offset,
         next_guest: request.offset,
+        vector: false,
+        links: 0,
     };
-    let entry = builder.prologue(&block, uses_vectors, uses_x87);
+    let crosses = request.offset + length > PAGE;
+    let (loop_entry, entry) = builder.prologue(&block, uses_vectors, uses_x87, crosses);
     for decoded in &block {
         builder.instruction(decoded);
     }
     if !block.last().is_some_and(|last| last.class.is_last()) {
-        builder.jump_to(builder.next_guest as i64, analysis::ALL_FLAGS);
+        builder.jump_to(builder.next_guest as i64, live_out);
     }
-    builder.finish_stubs();
+    builder.finish();
     Some(Translation {
         code: builder.e.code,
         lookup_entry: 0,
+        loop_entry,
         entry,
         sites: builder.sites,
         fault_points: builder.fault_points,
         length,
         vectors: uses_vectors,
         x87: uses_x87,
+        links: builder.links,
+        slots: builder.slots,
+        lines,
     })
 }
 
-fn decode(request: &Request<'_>) -> Vec<Decoded> {
-    let mut decoder =
-        Decoder::with_ip(64, &request.page[request.offset..], request.offset as u64, DecoderOptions::NONE);
-    let mut factory = InstructionInfoFactory::new();
+fn is_vector(decoded: &Decoded) -> bool {
+    analysis::unit(&decoded.instruction) != Unit::General
+}
+
+fn decode(request: &Request<'_>, factory: &mut InstructionInfoFactory, looked_at: &mut u64) -> Vec<Decoded> {
+    let options = decoder_options(request.model);
+    let mut decoder = Decoder::with_ip(64, &request.page[request.offset..], request.offset as u64, options);
     let mut block = Vec::with_capacity(16);
-    while block.len() < MAX_INSTRUCTIONS && decoder.can_decode() {
+    let mut branches = 0;
+    while block.len() < MAX_INSTRUCTIONS && decoder.can_decode() && (decoder.ip() as usize) < PAGE {
         let instruction = decoder.decode();
         if instruction.is_invalid() {
             // Cut off by the page's end, or no instruction at all: the interpreter decides.
             break;
         }
-        let class = analysis::classify(&instruction, request.model, request.key);
-        let access = analysis::operand_accesses(&mut factory, &instruction);
-        block.push(Decoded { instruction, class, live_before: 0, stack_delta: None, access });
-        if class.is_last() {
+        let bytes = &request.page[instruction.ip() as usize..instruction.next_ip() as usize];
+        let class = if is_peculiar(&instruction, bytes, request.model) {
+            Class::Interpret
+        } else {
+            analysis::classify(&instruction, request.model, request.key)
+        };
+        let access = analysis::operand_accesses(factory, &instruction);
+        let live_taken = match class {
+            Class::JumpIf => live_at(request, instruction.near_branch64() as usize, looked_at),
+            _ => 0,
+        };
+        block.push(Decoded {
+            instruction,
+            class,
+            live_before: 0,
+            live_taken,
+            stack_delta: None,
+            access,
+            window: None,
+        });
+        branches += usize::from(class == Class::JumpIf);
+        // An instruction that crosses into the next page stands alone.
+        // Where RSP gets another value, the next block begins with a check of the stack there.
+        let other_stack = block.last().is_some_and(analysis::changes_stack);
+        if class.is_last() || other_stack || branches == MAX_BRANCHES || request.page.len() > PAGE {
             break;
         }
     }
@@ -162,84 +282,68 @@ fn decode(request: &Request<'_>) -> Vec<Decoded> {
 }
 
 /// Flags that may be read after the block.
-fn live_out(request: &Request<'_>, last: &Decoded) -> u32 {
+fn live_out(request: &Request<'_>, last: &Decoded, looked_at: &mut u64) -> u32 {
     let next = last.instruction.next_ip() as usize;
     let target = last.instruction.near_branch64() as usize;
     match last.class {
-        Class::JumpIf | Class::JumpIfRcxZero => live_at(request, target) | live_at(request, next),
-        Class::Jump | Class::Call => live_at(request, target),
+        Class::JumpIfRcxZero => live_at(request, target, looked_at) | live_at(request, next, looked_at),
+        Class::Jump | Class::Call => live_at(request, target, looked_at),
         class if class.is_last() => analysis::ALL_FLAGS,
-        _ => live_at(request, next),
+        _ => live_at(request, next, looked_at),
     }
 }
 
 /// Flags live at an offset of the page; all of them where that isn't in this page.
-fn live_at(request: &Request<'_>, offset: usize) -> u32 {
-    let Some(bytes) = request.page.get(offset..) else { return analysis::ALL_FLAGS };
-    let mut decoder = Decoder::with_ip(64, bytes, offset as u64, DecoderOptions::NONE);
+fn live_at(request: &Request<'_>, offset: usize, looked_at: &mut u64) -> u32 {
+    let page = request.page.get(..PAGE).unwrap_or_default();
+    let Some(bytes) = page.get(offset..) else { return analysis::ALL_FLAGS };
+    let mut decoder = Decoder::with_ip(64, bytes, offset as u64, decoder_options(request.model));
     let ahead = std::iter::from_fn(|| decoder.can_decode().then(|| decoder.decode())).take(LOOK_AHEAD);
-    analysis::live_at_start(ahead)
-}
-
-/// Number of a general register, if it is one.
-fn number(register: Register) -> Option<u8> {
-    register.is_gpr().then(|| register.full_register() as u8 - Register::RAX as u8)
-}
-
-/// Whether the guest register lives in memory.
-fn is_spilled(register: Register) -> bool {
-    number(register).is_some_and(|number| number >= 12)
-}
-
-fn is_high_byte(register: Register) -> bool {
-    matches!(register, Register::AH | Register::CH | Register::DH | Register::BH)
-}
-
-/// The part of the host register `host` that has the size of `like`.
-fn sized(host: Reg, like: Register) -> Register {
-    let index = u32::from(host.0);
-    let from =
-        |first: Register| Register::try_from((first as u32 + index) as usize).unwrap_or(Register::None);
-    match like.size() {
-        1 if index < 4 => from(Register::AL),
-        // AH to BH stand between.
-        1 => Register::try_from((Register::SPL as u32 + index - 4) as usize).unwrap_or(Register::None),
-        2 => from(Register::AX),
-        4 => from(Register::EAX),
-        _ => from(Register::RAX),
-    }
+    let live = analysis::live_at_start(ahead);
+    *looked_at |= code_tracker::lines(offset as u64, decoder.ip() - offset as u64);
+    live
 }
 
 impl Builder<'_> {
     /// Code before the first instruction: what a lookup has to set, the vector registers, the check of the stack.
-    /// Returns the entry for direct jumps.
-    fn prologue(&mut self, block: &[Decoded], vectors: bool, x87: bool) -> usize {
+    /// Returns the entries for direct jumps backwards, where events are looked for, and forwards.
+    fn prologue(&mut self, block: &[Decoded], vectors: bool, x87: bool, crosses: bool) -> (usize, usize) {
         self.e.lea(Width::W64, TEMPORARY, at(ADDRESS, -(self.request.offset as i32)));
         self.e.store(Width::W64, page_base(), TEMPORARY);
-        let entry = self.e.position();
         let live = block.first().map_or(analysis::ALL_FLAGS, |first| first.live_before);
+        let mut loop_entry = self.e.position();
+        let entry;
+        if crosses {
+            // Only the jump cache knows whether the next page is still the same one.
+            let over = self.e.jump();
+            (loop_entry, entry) = (self.e.position(), self.e.position());
+            self.e.load(Width::W64, ADDRESS, page_base());
+            self.e.lea(Width::W64, ADDRESS, at(ADDRESS, self.request.offset as i32));
+            self.look_up();
+            self.e.bind(over);
+        } else {
+            self.check_event(self.request.offset as i32, live);
+            entry = self.e.position();
+        }
         if x87 {
             // Loading x87 takes long and is rare: leave, and come back with everything loaded.
             let fixup = self.unless_zero(context::x87_in_memory());
-            let site = self.new_site(SiteKind::LoadX87);
-            self.stubs.push(Stub { from: fixup, site });
-        } else if vectors {
-            self.e.store(Width::W64, saved(), reg::RCX);
-            self.e.load_zx8(reg::RCX, context::vectors_in_memory());
-            let loaded = self.e.jump_if_rcx_zero(false);
-            let call = self.e.call();
-            self.e.bind_outside(call, self.request.start, self.request.shared.load_vectors);
-            self.e.bind(loaded);
-            self.e.load(Width::W64, reg::RCX, saved());
+            self.leave_from(fixup, SiteKind::LoadVectors);
+        } else if vectors && self.request.key.class() != USER {
+            let fixup = self.unless_zero(context::vectors());
+            self.leave_from(fixup, SiteKind::LoadVectors);
         }
         if let Some(range) = self.stack {
             self.check_stack(range, live);
         }
-        entry
+        for number in 0..self.windows.len() {
+            self.check_window(self.windows[number], live);
+        }
+        (loop_entry, entry)
     }
 
     /// A jump taken if the byte is not zero; flags are left alone.
-    fn unless_zero(&mut self, byte: Mem) -> Fixup {
+    pub fn unless_zero(&mut self, byte: Mem) -> Fixup {
         self.e.store(Width::W64, saved(), reg::RCX);
         self.e.load_zx8(reg::RCX, byte);
         let zero = self.e.jump_if_rcx_zero(false);
@@ -250,79 +354,100 @@ impl Builder<'_> {
         fixup
     }
 
-    /// One check for all tracked stack accesses: they lie in one page that is in the TLB.
+    /// One check for all tracked stack accesses: they lie in the page of the stack window.
     fn check_stack(&mut self, range: StackRange, live: u32) {
         if live != 0 {
             self.put_flags_aside();
         }
+        let size = range.high - range.low;
         self.e.lea(Width::W64, ADDRESS, at(GUEST_RSP, range.low));
-        self.e.lea(Width::W64, TEMPORARY, at(GUEST_RSP, range.high - 1));
-        let kind = SiteKind::Stack {
-            low: range.low,
-            high: range.high,
-            write: range.write,
-            patch: 0,
-            stub: 0,
-            flags_aside: self.flags_aside,
-        };
-        let site = self.new_site(kind);
-        let fixup = self.compare_tag(range.write);
-        let patch = (self.request.start + Emitter::displacement_position(fixup)) as u32;
-        if let SiteKind::Stack { patch: place, .. } =
-            &mut self.sites[(site - self.request.first_site) as usize].kind
-        {
-            *place = patch;
-        }
-        self.stubs.push(Stub { from: fixup, site });
-        self.e.load(Width::W64, ADDEND, context::tlb_addend(self.class(), ADDEND));
-        self.e.store(Width::W64, stack_addend(), ADDEND);
+        self.e.sub_mem(Width::W64, ADDRESS, stack_page());
+        self.e.compare_imm(Width::W64, ADDRESS, PAGE as i32 - size);
+        let fixup = self.e.jump_if(condition::A);
+        let retry = (self.request.start + self.e.position()) as u32;
+        let site =
+            self.new_site(SiteKind::Stack { low: range.low, size: size as u16, retry, patch: 0, stub: 0 });
+        self.stack_stub = Some((fixup, site));
     }
 
-    fn class(&self) -> usize {
-        usize::from(self.request.key.class())
-    }
-
-    /// With the first byte's address in ADDRESS and the last one's in TEMPORARY: leaves the TLB entry's number in
-    /// ADDEND and jumps if the entry is another page's. Changes the flags.
-    fn compare_tag(&mut self, write: bool) -> Fixup {
-        self.e.copy(Width::W32, ADDEND, ADDRESS);
-        self.e.shr(Width::W32, ADDEND, 12);
-        self.e.zero_extend8(ADDEND, ADDEND);
-        self.e.shr(Width::W64, TEMPORARY, 12);
-        self.e.compare(Width::W64, TEMPORARY, context::tlb_tag(self.class(), write, ADDEND));
-        self.e.jump_if(condition::NE)
-    }
-
-    /// Checks the access of `size` bytes at ADDRESS; afterwards the host's address is ADDRESS + ADDEND.
-    fn check(&mut self, size: i32, write: bool, live: u32) {
+    /// One check for all accesses of a window: they lie in the page of its slot. The windows' slots are the block's first.
+    fn check_window(&mut self, window: Window, live: u32) {
         if live != 0 {
             self.put_flags_aside();
         }
-        if size > 1 {
-            self.e.lea(Width::W64, TEMPORARY, at(ADDRESS, size - 1));
+        let retry = (self.request.start + self.e.position()) as u32;
+        let size = window.high - window.low;
+        let slot = self.new_slot();
+        let root = if window.root >= 12 {
+            self.e.load(Width::W64, ADDRESS, context::spilled(window.root));
+            ADDRESS
         } else {
-            self.e.copy(Width::W64, TEMPORARY, ADDRESS);
-        }
-        let fixup = self.compare_tag(write);
-        let site = self.new_site(SiteKind::Access {
-            write,
-            size: size as u8,
-            flags_aside: self.flags_aside,
-            retry: (self.request.start + self.instruction_start) as u32,
-            next: self.next_guest as u16,
-            next_host: 0,
+            host_register(window.root)
+        };
+        self.e.lea(Width::W64, ADDRESS, at(root, window.low));
+        self.e.sub_mem(Width::W64, ADDRESS, context::slot_page(slot));
+        self.e.compare_imm(Width::W64, ADDRESS, PAGE as i32 - size);
+        let from = self.e.jump_if(condition::A);
+        let site = self.new_site(SiteKind::Window {
+            root: window.root,
+            write: window.write,
+            size: size as u16,
+            low: window.low,
+            retry,
+            patch: 0,
+            stub: 0,
         });
-        self.stubs.push(Stub { from: fixup, site });
-        self.e.load(Width::W64, ADDEND, context::tlb_addend(self.class(), ADDEND));
+        let routine = self.request.shared.slot[usize::from(self.class())][usize::from(window.write)];
+        let back = self.e.position();
+        self.stubs.push(Stub { from, site, address: None, retry: Some(Retry { routine, slot, size, back }) });
     }
 
-    fn new_site(&mut self, kind: SiteKind) -> u32 {
+    /// A free slot, for the current instruction.
+    pub fn new_slot(&mut self) -> u32 {
+        self.slots.push(self.guest as u16);
+        self.request.first_slot.unwrap_or(0) + self.slots.len() as u32 - 1
+    }
+
+    /// The slot of a window.
+    pub fn window_slot(&self, window: u8) -> u32 {
+        self.request.first_slot.unwrap_or(0) + u32::from(window)
+    }
+
+    pub fn class(&self) -> u8 {
+        self.request.key.class()
+    }
+
+    pub fn new_site(&mut self, kind: SiteKind) -> u32 {
         let number = self.request.first_site + self.sites.len() as u32;
-        self.sites.push(Site { block: self.request.block, guest: self.guest as u16, kind });
+        self.sites.push(Site {
+            block: self.request.block,
+            guest: self.guest as u16,
+            flags_aside: self.flags_aside,
+            vector: self.vector,
+            kind,
+        });
         number
     }
 
-    fn put_flags_aside(&mut self) {
+    /// Makes a jump lead to code behind the block that leaves by a new site.
+    pub fn leave_from(&mut self, from: Fixup, kind: SiteKind) {
+        let site = self.new_site(kind);
+        self.stubs.push(Stub { from, site, address: None, retry: None });
+    }
+
+    /// The same, after the address of a memory operand was worked out, and the shared code has tried.
+    pub fn leave_from_access(
+        &mut self,
+        from: Fixup,
+        kind: SiteKind,
+        address: Option<Mem>,
+        retry: Option<Retry>,
+    ) {
+        let site = self.new_site(kind);
+        self.stubs.push(Stub { from, site, address, retry });
+    }
+
+    pub fn put_flags_aside(&mut self) {
         if self.flags_aside {
             return;
         }
@@ -333,7 +458,7 @@ impl Builder<'_> {
         self.e.load(Width::W64, reg::RAX, saved());
     }
 
-    fn bring_flags_back(&mut self) {
+    pub fn bring_flags_back(&mut self) {
         if !self.flags_aside {
             return;
         }
@@ -349,34 +474,52 @@ impl Builder<'_> {
         self.guest = instruction.ip() as usize;
         self.next_guest = instruction.next_ip() as usize;
         self.instruction_start = self.e.position();
-        let first_site = self.sites.len();
+        self.vector = is_vector(decoded) || analysis::is_state_image(instruction.mnemonic());
+        let slots = self.slots.len();
+        let (sites, stubs, tails) = (self.sites.len(), self.stubs.len(), self.tails.len());
         if decoded.live_before == 0 {
             // Nobody reads what was put aside.
             self.flags_aside = false;
         }
         let flags_aside = self.flags_aside;
+        let shadowed = self.in_shadow;
+        if shadowed && decoded.class.is_jump() {
+            self.leave_shadow();
+        }
+        let interpreted = matches!(decoded.class, Class::Interpret | Class::InterpretLast);
         if self.translated(decoded).is_err() {
             // Whatever was emitted for it only touched scratch registers, but it must not run.
-            self.take_back(first_site, flags_aside);
+            self.e.code.truncate(self.instruction_start);
+            self.sites.truncate(sites);
+            self.slots.truncate(slots);
+            self.addend = Addend::Anything;
+            self.stubs.truncate(stubs);
+            self.tails.truncate(tails);
+            self.flags_aside = flags_aside;
             self.interpret(decoded.class.is_last());
         }
-        let next_host = (self.request.start + self.e.position()) as u32;
-        for site in &mut self.sites[first_site..] {
-            if let SiteKind::Access { next_host: place, .. } | SiteKind::Interpret { next_host: place, .. } =
-                &mut site.kind
+        if shadowed && self.in_shadow && !interpreted && decoded.class != Class::Sti {
+            self.leave_shadow();
+        }
+        self.in_shadow &= decoded.class == Class::Sti;
+        // The block has no code behind its last instruction, even if that goes to the next one.
+        let goes_on = !decoded.class.is_last();
+        let next_host = goes_on.then_some((self.request.start + self.e.position()) as u32);
+        let mut comes_back = false;
+        for site in &mut self.sites[sites..] {
+            if let SiteKind::Access { next_host: place, .. }
+            | SiteKind::Cpuid { next_host: place, .. }
+            | SiteKind::String { next_host: place, .. }
+            | SiteKind::Interpret { next_host: place, .. } = &mut site.kind
             {
                 *place = next_host;
+                comes_back = true;
             }
         }
-    }
-
-    /// Forgets what was emitted for the current instruction.
-    fn take_back(&mut self, first_site: usize, flags_aside: bool) {
-        self.e.code.truncate(self.instruction_start);
-        self.sites.truncate(first_site);
-        let first = self.request.first_site + first_site as u32;
-        self.stubs.retain(|stub| stub.site < first);
-        self.flags_aside = flags_aside;
+        // Whoever comes back has changed the scratch registers.
+        if comes_back {
+            self.addend = Addend::Anything;
+        }
     }
 
     fn translated(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
@@ -388,17 +531,34 @@ impl Builder<'_> {
             Class::Leave => self.leave(decoded),
             Class::Call => {
                 self.push_return_address(decoded);
-                self.jump_to(decoded.instruction.near_branch64() as i64, analysis::ALL_FLAGS);
+                self.jump_to(decoded.instruction.near_branch64() as i64, decoded.live_before);
             }
             Class::CallIndirect => self.call_indirect(decoded)?,
             Class::Return => self.ret(decoded),
-            Class::Jump => self.jump_to(decoded.instruction.near_branch64() as i64, analysis::ALL_FLAGS),
+            Class::Jump => self.jump_to(decoded.instruction.near_branch64() as i64, decoded.live_before),
             Class::JumpIndirect => {
                 self.read_target(decoded)?;
                 self.look_up();
             }
             Class::JumpIf => self.jump_if(decoded),
             Class::JumpIfRcxZero => self.jump_if_rcx_zero(decoded),
+            Class::BitString => self.bit_string(decoded)?,
+            Class::RepeatString => self.repeat_string(decoded),
+            Class::Syscall => self.syscall(),
+            Class::Sysret => self.sysret(),
+            Class::Swapgs => self.swapgs(),
+            Class::Cli => self.change_flag(9, false),
+            Class::Cld => self.change_flag(10, false),
+            Class::Std => self.change_flag(10, true),
+            Class::ReadControl => self.read_control(decoded)?,
+            Class::Sti => self.sti(),
+            Class::SwitchAc => self.switch_ac(),
+            Class::Pushf => self.pushf(decoded),
+            Class::Rdtsc => self.rdtsc(false),
+            Class::Rdtscp => self.rdtsc(true),
+            Class::Cpuid => self.cpuid(decoded),
+            Class::ReadSelector => self.read_selector(decoded)?,
+            Class::ReadBase | Class::WriteBase => self.segment_base(decoded)?,
             Class::Interpret => self.interpret(false),
             Class::InterpretLast => self.interpret(true),
         }
@@ -407,544 +567,109 @@ impl Builder<'_> {
 
     /// Leaves to the interpreter for the current instruction.
     fn interpret(&mut self, last: bool) {
-        self.bring_flags_back();
         let kind = if last {
             SiteKind::InterpretLast
         } else {
-            SiteKind::Interpret { next: self.next_guest as u16, next_host: 0 }
+            SiteKind::Interpret { next: self.next_guest as u16, next_host: None }
         };
         let site = self.new_site(kind);
         self.leave_code(site);
     }
 
-    fn leave_code(&mut self, number: u32) {
-        self.e.store_imm32(site(), number);
+    pub fn leave_code(&mut self, number: u32) {
+        self.e.push_imm(number);
         let fixup = self.e.jump();
-        self.e.bind_outside(fixup, self.request.start, self.request.shared.exit);
+        self.bind_shared(fixup, self.request.shared.exit);
     }
 
-    fn finish_stubs(&mut self) {
-        for Stub { from, site: number } in std::mem::take(&mut self.stubs) {
-            let stub = self.e.position();
+    /// Makes a jump or call lead to the shared code.
+    pub fn bind_shared(&mut self, fixup: Fixup, target: usize) {
+        self.e.bind_outside(fixup, self.request.start, target);
+    }
+
+    /// What stands behind the block.
+    fn finish(&mut self) {
+        for tail in std::mem::take(&mut self.tails) {
+            self.e.bind(tail.from);
+            self.guest = tail.guest;
+            self.flags_aside = false;
+            self.jump_to(tail.target, tail.live);
+        }
+        if let Some((from, site)) = self.stack_stub.take() {
+            self.finish_stack_stub(from, site);
+        }
+        for Stub { from, site: number, address, retry } in std::mem::take(&mut self.stubs) {
             self.e.bind(from);
-            let stub_at = (self.request.start + stub) as u32;
-            if let SiteKind::Jump { stub: place, .. } | SiteKind::Stack { stub: place, .. } =
-                &mut self.sites[(number - self.request.first_site) as usize].kind
-            {
+            if let Some(address) = address {
+                self.e.lea(Width::W64, ADDRESS, address);
+            }
+            if let Some(retry) = retry {
+                self.try_slot(retry, number);
+            }
+            let stub_at = (self.request.start + self.e.position()) as u32;
+            if let SiteKind::Jump { stub: place, .. } = self.kind_of(number) {
                 *place = stub_at;
             }
             self.leave_code(number);
         }
-    }
-
-    // ---- addresses ----
-
-    /// Computes the linear address of the memory operand into ADDRESS. Uses TEMPORARY; leaves the flags alone.
-    fn address(&mut self, instruction: &Instruction) -> Result<(), NotRenamed> {
-        self.offset(instruction)?;
-        let base = match instruction.memory_segment() {
-            Register::FS => context::fs_base(),
-            Register::GS => context::gs_base(),
-            _ => return Ok(()),
-        };
-        self.e.load(Width::W64, TEMPORARY, base);
-        self.e.lea(Width::W64, ADDRESS, indexed(ADDRESS, TEMPORARY, 0, 0));
-        Ok(())
-    }
-
-    /// Computes the memory operand's offset in its segment into ADDRESS.
-    fn offset(&mut self, instruction: &Instruction) -> Result<(), NotRenamed> {
-        let displacement = instruction.memory_displacement64();
-        let base = instruction.memory_base();
-        let index = instruction.memory_index();
-        if base == Register::RIP {
-            self.e.load(Width::W64, ADDRESS, page_base());
-            self.e.lea(
-                Width::W64,
-                ADDRESS,
-                at(ADDRESS, i32::try_from(displacement as i64).map_err(|_| NotRenamed)?),
-            );
-            return Ok(());
-        }
-        if base == Register::EIP {
-            return Err(NotRenamed);
-        }
-        if base == Register::None && index == Register::None {
-            self.e.load_immediate(ADDRESS, displacement);
-            return Ok(());
-        }
-        // With a 67h prefix everything wraps at 32 bits.
-        let short = base.size() == 4 || index.size() == 4;
-        let width = if short { Width::W32 } else { Width::W64 };
-        let displacement = displacement as i32;
-        let host_base = self.address_register(base, ADDRESS);
-        let host_index = self.address_register(index, TEMPORARY);
-        let scale = instruction.memory_index_scale().trailing_zeros() as u8;
-        match (host_base, host_index) {
-            (Some(base), None) => self.e.lea(width, ADDRESS, at(base, displacement)),
-            (Some(base), Some(index)) => {
-                self.e.lea(width, ADDRESS, indexed(base, index, scale, displacement))
-            }
-            (None, Some(index)) => self.e.lea_index(width, ADDRESS, index, scale, displacement),
-            (None, None) => return Err(NotRenamed),
-        }
-        Ok(())
-    }
-
-    /// The host register of a base or index, loaded into `scratch` if it lives in memory.
-    fn address_register(&mut self, register: Register, scratch: Reg) -> Option<Reg> {
-        let number = number(register)?;
-        if number >= 12 {
-            self.e.load(Width::W64, scratch, context::spilled(number));
-            return Some(scratch);
-        }
-        Some(host_register(number))
-    }
-
-    // ---- ordinary instructions ----
-
-    /// Copies an instruction with its operands renamed.
-    fn copy(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
-        let instruction = &decoded.instruction;
-        if analysis::is_bit_string(instruction) {
-            return Err(NotRenamed);
-        }
-        if instruction.mnemonic() == iced_x86::Mnemonic::Lea {
-            return self.lea(decoded);
-        }
-        let mut renamed = *instruction;
-        let mut free = vec![TEMPORARY, ADDRESS, ADDEND];
-        let has_memory =
-            (0..instruction.op_count()).any(|operand| instruction.op_kind(operand) == OpKind::Memory);
-        if has_memory {
-            self.memory_operand(decoded, &mut renamed, &mut free)?;
-        }
-        let changed = self.rename_registers(decoded, &mut renamed, &mut free)?;
-        let flags_needed = reads_or_keeps_flags(decoded);
-        if flags_needed {
-            self.bring_flags_back();
-        }
-        self.fault_points.push(FaultPoint {
-            host: self.e.position() as u32,
-            guest: self.guest as u16,
-            flags_aside: self.flags_aside,
-        });
-        self.encode(&renamed)?;
-        for (host, number) in changed {
-            self.e.store(Width::W64, context::spilled(number), host);
-        }
-        if writes_flags(decoded) {
-            self.flags_aside = false;
-        }
-        Ok(())
-    }
-
-    /// Makes the memory operand point at host memory, after the check that it may.
-    fn memory_operand(
-        &mut self,
-        decoded: &Decoded,
-        renamed: &mut Instruction,
-        free: &mut Vec<Reg>,
-    ) -> Result<(), NotRenamed> {
-        let instruction = &decoded.instruction;
-        renamed.set_segment_prefix(Register::None);
-        renamed.set_memory_index_scale(1);
-        if let (Some(_), Some((offset, _, _))) = (decoded.stack_delta, analysis::stack_access(decoded)) {
-            self.e.load(Width::W64, ADDEND, stack_addend());
-            renamed.set_memory_base(Register::R12);
-            renamed.set_memory_index(Register::R13);
-            renamed.set_memory_displacement64(offset as i64 as u64);
-            renamed.set_memory_displ_size(u32::from(offset != 0));
-            free.retain(|&host| host != ADDEND);
-            return Ok(());
-        }
-        self.address(instruction)?;
-        let size = instruction.memory_size().size() as i32;
-        self.check(size, analysis::writes_memory(decoded), decoded.live_before);
-        renamed.set_memory_base(Register::R14);
-        renamed.set_memory_index(Register::R13);
-        renamed.set_memory_displacement64(0);
-        renamed.set_memory_displ_size(0);
-        free.retain(|&host| host == TEMPORARY);
-        if spilled_operands(instruction) > 1 {
-            self.e.lea(Width::W64, ADDRESS, indexed(ADDRESS, ADDEND, 0, 0));
-            renamed.set_memory_index(Register::None);
-            free.push(ADDEND);
-        }
-        Ok(())
-    }
-
-    /// Replaces guest registers that are elsewhere. Returns the scratch registers to be stored back, with the guest
-    /// registers' numbers.
-    fn rename_registers(
-        &mut self,
-        decoded: &Decoded,
-        renamed: &mut Instruction,
-        free: &mut Vec<Reg>,
-    ) -> Result<Vec<(Reg, u8)>, NotRenamed> {
-        let instruction = &decoded.instruction;
-        let mut loaded: Vec<(u8, Reg, bool)> = Vec::new();
-        let mut needs_rex = has_renamed_memory(renamed);
-        let mut high_byte = false;
-        for operand in 0..instruction.op_count() {
-            if instruction.op_kind(operand) != OpKind::Register {
-                continue;
-            }
-            let register = instruction.op_register(operand);
-            high_byte |= is_high_byte(register);
-            let Some(guest) = number(register) else { continue };
-            if guest < 12 {
-                let host = host_register(guest);
-                if host.0 != guest {
-                    renamed.set_op_register(operand, sized(host, register));
-                }
-                needs_rex |= host.0 >= 8 || register.size() == 8 || is_new_byte(register);
-                continue;
-            }
-            needs_rex = true;
-            let access = decoded.access[operand as usize];
-            let writes = !matches!(access, iced_x86::OpAccess::Read | iced_x86::OpAccess::None);
-            let host = match loaded.iter_mut().find(|(number, _, _)| *number == guest) {
-                Some((_, host, written)) => {
-                    *written |= writes;
-                    *host
-                }
-                None => {
-                    let host = free.pop().ok_or(NotRenamed)?;
-                    // A full write needs no old value.
-                    if access != iced_x86::OpAccess::Write || register.size() < 4 {
-                        self.e.load(Width::W64, host, context::spilled(guest));
-                    }
-                    loaded.push((guest, host, writes));
-                    host
-                }
-            };
-            renamed.set_op_register(operand, sized(host, register));
-        }
-        if high_byte && needs_rex {
-            return Err(NotRenamed);
-        }
-        // A register that is written by one operand and read by another was loaded by whichever came first.
-        for &(guest, host, _) in &loaded {
-            if reads_what_was_not_loaded(decoded, guest) {
-                self.e.load(Width::W64, host, context::spilled(guest));
+        for number in 0..self.sites.len() {
+            let stub_at = (self.request.start + self.e.position()) as u32;
+            if let SiteKind::Link { stub: place, .. } = &mut self.sites[number].kind {
+                *place = stub_at;
+                self.leave_code(self.request.first_site + number as u32);
             }
         }
-        Ok(loaded
-            .into_iter()
-            .filter(|&(_, _, written)| written)
-            .map(|(guest, host, _)| (host, guest))
-            .collect())
     }
 
-    fn encode(&mut self, instruction: &Instruction) -> Result<(), NotRenamed> {
-        self.encoder.encode(instruction, 0).map_err(|_| NotRenamed)?;
-        let bytes = self.encoder.take_buffer();
-        self.e.code.extend_from_slice(&bytes);
-        self.encoder.set_buffer(bytes_cleared(bytes));
-        Ok(())
-    }
-
-    fn lea(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
-        let instruction = &decoded.instruction;
-        let destination = instruction.op0_register();
-        self.offset(instruction)?;
-        let guest = number(destination).ok_or(NotRenamed)?;
-        if is_spilled(destination) {
-            match destination.size() {
-                8 => self.e.store(Width::W64, context::spilled(guest), ADDRESS),
-                4 => {
-                    self.e.copy(Width::W32, ADDRESS, ADDRESS);
-                    self.e.store(Width::W64, context::spilled(guest), ADDRESS);
-                }
-                _ => self.e.store16(context::spilled(guest), ADDRESS),
-            }
-            return Ok(());
-        }
-        let host = host_register(guest);
-        match destination.size() {
-            8 => self.e.copy(Width::W64, host, ADDRESS),
-            4 => self.e.copy(Width::W32, host, ADDRESS),
-            _ => self.e.copy16(host, ADDRESS),
-        }
-        Ok(())
-    }
-
-    // ---- the stack ----
-
-    /// The memory operand for an access to the stack at `offset` from RSP, checked by itself if it isn't tracked.
-    fn stack_operand(&mut self, decoded: &Decoded, offset: i32, write: bool) -> Mem {
-        if decoded.stack_delta.is_some() {
-            self.e.load(Width::W64, ADDEND, stack_addend());
-            return indexed(GUEST_RSP, ADDEND, 0, offset);
-        }
-        self.e.lea(Width::W64, ADDRESS, at(GUEST_RSP, offset));
-        self.check(8, write, decoded.live_before);
-        indexed(ADDRESS, ADDEND, 0, 0)
-    }
-
-    fn push(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
-        let instruction = &decoded.instruction;
-        match instruction.op0_kind() {
-            OpKind::Register => {
-                let place = self.stack_operand(decoded, -8, true);
-                let guest = number(instruction.op0_register()).ok_or(NotRenamed)?;
-                let host = if guest >= 12 {
-                    self.e.load(Width::W64, TEMPORARY, context::spilled(guest));
-                    TEMPORARY
-                } else {
-                    host_register(guest)
-                };
-                self.e.store(Width::W64, place, host);
-            }
-            OpKind::Memory => {
-                if decoded.stack_delta.is_none() {
-                    return Err(NotRenamed);
-                }
-                self.address(instruction)?;
-                self.check(8, false, decoded.live_before);
-                self.e.load(Width::W64, TEMPORARY, indexed(ADDRESS, ADDEND, 0, 0));
-                let place = self.stack_operand(decoded, -8, true);
-                self.e.store(Width::W64, place, TEMPORARY);
-            }
-            _ => {
-                let place = self.stack_operand(decoded, -8, true);
-                self.e.store_imm32_as_64(place, instruction.immediate(0) as i32);
-            }
-        }
-        self.e.lea(Width::W64, GUEST_RSP, at(GUEST_RSP, -8));
-        Ok(())
-    }
-
-    fn pop(&mut self, decoded: &Decoded) {
-        let place = self.stack_operand(decoded, 0, false);
-        let guest = number(decoded.instruction.op0_register()).unwrap_or_default();
-        self.e.load(Width::W64, TEMPORARY, place);
-        self.e.lea(Width::W64, GUEST_RSP, at(GUEST_RSP, 8));
-        if guest >= 12 {
-            self.e.store(Width::W64, context::spilled(guest), TEMPORARY);
-        } else {
-            // POP RSP gets the popped value, not the incremented one.
-            self.e.copy(Width::W64, host_register(guest), TEMPORARY);
-        }
-    }
-
-    fn leave(&mut self, decoded: &Decoded) {
-        self.e.copy(Width::W64, ADDRESS, reg::RBP);
-        self.check(8, false, decoded.live_before);
-        self.e.load(Width::W64, TEMPORARY, indexed(ADDRESS, ADDEND, 0, 0));
-        self.e.lea(Width::W64, GUEST_RSP, at(reg::RBP, 8));
-        self.e.copy(Width::W64, reg::RBP, TEMPORARY);
-    }
-
-    fn push_return_address(&mut self, decoded: &Decoded) {
-        let place = self.stack_operand(decoded, -8, true);
-        self.e.load(Width::W64, TEMPORARY, page_base());
-        self.e.lea(Width::W64, TEMPORARY, at(TEMPORARY, self.next_guest as i32));
-        self.e.store(Width::W64, place, TEMPORARY);
-        self.e.lea(Width::W64, GUEST_RSP, at(GUEST_RSP, -8));
-    }
-
-    // ---- control flow ----
-
-    /// Reads the target of an indirect jump or call into ADDRESS.
-    fn read_target(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
-        let instruction = &decoded.instruction;
-        if instruction.op0_kind() == OpKind::Register {
-            let guest = number(instruction.op0_register()).ok_or(NotRenamed)?;
-            if guest >= 12 {
-                self.e.load(Width::W64, ADDRESS, context::spilled(guest));
+    /// Lets the shared code look for another page for a slot.
+    fn try_slot(&mut self, retry: Retry, site: u32) {
+        if let SiteKind::Window { root, low, .. } = *self.kind_of(site) {
+            let base = if root >= 12 {
+                self.e.load(Width::W64, ADDRESS, context::spilled(root));
+                ADDRESS
             } else {
-                self.e.copy(Width::W64, ADDRESS, host_register(guest));
+                host_register(root)
+            };
+            self.e.lea(Width::W64, ADDRESS, at(base, low));
+        }
+        self.e.load_immediate(ADDEND, context::slot(retry.slot) as u64);
+        self.e.load_immediate(TEMPORARY, retry.size as u64 - 1);
+        let call = self.e.call();
+        self.bind_shared(call, retry.routine);
+        let found = self.e.jump_if(condition::E);
+        self.e.bind_to(found, retry.back);
+        if let SiteKind::Window { .. } = self.kind_of(site) {
+            let crosses = self.e.jump_if(condition::B);
+            self.e.bind(crosses);
+            let here = (self.request.start + self.e.position()) as u32;
+            if let SiteKind::Window { patch, stub, .. } = self.kind_of(site) {
+                *stub = here;
+                *patch = here - 4;
             }
-            return Ok(());
         }
-        self.address(instruction)?;
-        self.check(8, false, decoded.live_before);
-        self.e.load(Width::W64, ADDRESS, indexed(ADDRESS, ADDEND, 0, 0));
-        Ok(())
     }
 
-    fn call_indirect(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
-        self.read_target(decoded)?;
-        if decoded.stack_delta.is_some() {
-            self.push_return_address(decoded);
-        } else {
-            self.e.store(Width::W64, context::target(), ADDRESS);
-            self.push_return_address(decoded);
-            self.e.load(Width::W64, ADDRESS, context::target());
+    pub fn kind_of(&mut self, number: u32) -> &mut SiteKind {
+        &mut self.sites[(number - self.request.first_site) as usize].kind
+    }
+
+    fn finish_stack_stub(&mut self, from: Fixup, site: u32) {
+        let SiteKind::Stack { low, size, retry, .. } = *self.kind_of(site) else { return };
+        self.e.bind(from);
+        self.e.lea(Width::W64, ADDRESS, at(GUEST_RSP, low));
+        self.e.load_immediate(TEMPORARY, u64::from(size) - 1);
+        let call = self.e.call();
+        self.bind_shared(call, self.request.shared.stack_window[usize::from(self.class())]);
+        let found = self.e.jump_if(condition::E);
+        self.e.bind_to(found, retry as usize - self.request.start);
+        // Across two pages: to the variant of the block that checks each access, once there is one.
+        let crosses = self.e.jump_if(condition::B);
+        self.e.bind(crosses);
+        let here = (self.request.start + self.e.position()) as u32;
+        if let SiteKind::Stack { patch, stub, .. } = self.kind_of(site) {
+            *stub = here;
+            *patch = here - 4;
         }
-        self.look_up();
-        Ok(())
-    }
-
-    fn ret(&mut self, decoded: &Decoded) {
-        let place = self.stack_operand(decoded, 0, false);
-        self.e.load(Width::W64, ADDRESS, place);
-        let extra =
-            if decoded.instruction.op_count() > 0 { decoded.instruction.immediate16().into() } else { 0 };
-        self.e.lea(Width::W64, GUEST_RSP, at(GUEST_RSP, 8 + extra));
-        self.look_up();
-    }
-
-    /// Goes on at the linear address in ADDRESS, by the jump cache. Leaves the guest's flags alone.
-    fn look_up(&mut self) {
-        self.bring_flags_back();
-        self.e.pext(TEMPORARY, ADDRESS, context::jump_mask());
-        self.e.store(Width::W64, saved(), reg::RCX);
-        self.e.load(Width::W64, reg::RCX, context::jump_bias());
-        self.e.lea(Width::W64, reg::RCX, indexed(reg::RCX, ADDRESS, 0, 0));
-        self.e.load(Width::W64, ADDEND, jump_complement(TEMPORARY));
-        self.e.lea(Width::W64, reg::RCX, indexed(reg::RCX, ADDEND, 0, 0));
-        let hit = self.e.jump_if_rcx_zero(false);
-        self.e.load(Width::W64, reg::RCX, saved());
-        let site = self.new_site(SiteKind::Lookup);
         self.leave_code(site);
-        self.e.bind(hit);
-        self.e.load(Width::W64, reg::RCX, saved());
-        self.e.jump_mem(jump_host(TEMPORARY));
     }
-
-    /// Goes on at a fixed offset from the page's start.
-    fn jump_to(&mut self, target: i64, live: u32) {
-        self.bring_flags_back();
-        if !(0..PAGE as i64).contains(&target) {
-            self.e.load(Width::W64, ADDRESS, page_base());
-            // The displacement of a near jump has 32 bits.
-            self.e.lea(Width::W64, ADDRESS, at(ADDRESS, target as i32));
-            self.look_up();
-            return;
-        }
-        let live = if live == 0 { 0 } else { live_at(self.request, target as usize) };
-        if target <= self.guest as i64 {
-            self.check_event(target as u16, live);
-        }
-        let fixup = self.e.jump();
-        self.link(fixup, target as u16);
-    }
-
-    fn link(&mut self, fixup: Fixup, target: u16) {
-        let patch = (self.request.start + Emitter::displacement_position(fixup)) as u32;
-        let site = self.new_site(SiteKind::Jump { target, patch, stub: 0 });
-        self.stubs.push(Stub { from: fixup, site });
-    }
-
-    /// Leaves if an event waits: once in every loop.
-    fn check_event(&mut self, target: u16, live: u32) {
-        let fixup = if live == 0 {
-            self.e.compare_zero8(context::event());
-            self.e.jump_if(condition::NE)
-        } else {
-            self.unless_zero(context::event())
-        };
-        let site = self.new_site(SiteKind::Event { target });
-        self.stubs.push(Stub { from: fixup, site });
-    }
-
-    fn jump_if(&mut self, decoded: &Decoded) {
-        self.bring_flags_back();
-        let target = decoded.instruction.near_branch64() as i64;
-        // Jcc's condition is the low nibble of its opcode.
-        let condition = decoded.instruction.condition_code() as u8;
-        let taken = self.e.jump_if(encoding(condition));
-        if (0..PAGE as i64).contains(&target) && target > self.guest as i64 {
-            self.link(taken, target as u16);
-            self.jump_to(self.next_guest as i64, analysis::ALL_FLAGS);
-            return;
-        }
-        self.jump_to(self.next_guest as i64, analysis::ALL_FLAGS);
-        self.e.bind(taken);
-        self.jump_to(target, analysis::ALL_FLAGS);
-    }
-
-    fn jump_if_rcx_zero(&mut self, decoded: &Decoded) {
-        self.bring_flags_back();
-        let short32 = decoded.instruction.code() == iced_x86::Code::Jecxz_rel8_64;
-        let zero = self.e.jump_if_rcx_zero(short32);
-        // The jump over the other way's code may be longer than 127 bytes: go by a near jump.
-        let not_zero = self.e.jump();
-        self.e.bind(zero);
-        self.jump_to(decoded.instruction.near_branch64() as i64, analysis::ALL_FLAGS);
-        self.e.bind(not_zero);
-        self.jump_to(self.next_guest as i64, analysis::ALL_FLAGS);
-    }
-}
-
-/// Encoding of a condition from iced-x86's number of it (which starts at 1, in another order).
-fn encoding(condition: u8) -> u8 {
-    use iced_x86::ConditionCode as C;
-    const ORDER: [(C, u8); 16] = [
-        (C::o, 0),
-        (C::no, 1),
-        (C::b, 2),
-        (C::ae, 3),
-        (C::e, 4),
-        (C::ne, 5),
-        (C::be, 6),
-        (C::a, 7),
-        (C::s, 8),
-        (C::ns, 9),
-        (C::p, 10),
-        (C::np, 11),
-        (C::l, 12),
-        (C::ge, 13),
-        (C::le, 14),
-        (C::g, 15),
-    ];
-    ORDER.iter().find(|(code, _)| *code as u8 == condition).map_or(0, |&(_, encoding)| encoding)
-}
-
-/// Host register of a guest register that lives in one.
-fn host_register(guest: u8) -> Reg {
-    if guest == 4 { GUEST_RSP } else { Reg(guest) }
-}
-
-/// SPL, BPL, SIL, DIL: they exist with REX only.
-fn is_new_byte(register: Register) -> bool {
-    matches!(register, Register::SPL | Register::BPL | Register::SIL | Register::DIL)
-}
-
-fn has_renamed_memory(instruction: &Instruction) -> bool {
-    (0..instruction.op_count()).any(|operand| instruction.op_kind(operand) == OpKind::Memory)
-}
-
-/// Different guest registers of the register operands that live in memory.
-fn spilled_operands(instruction: &Instruction) -> usize {
-    let mut seen = [false; 16];
-    for operand in 0..instruction.op_count() {
-        if instruction.op_kind(operand) == OpKind::Register && is_spilled(instruction.op_register(operand)) {
-            seen[usize::from(number(instruction.op_register(operand)).unwrap_or_default())] = true;
-        }
-    }
-    seen.iter().filter(|&&is| is).count()
-}
-
-/// Whether the register is first written without a load, and another operand reads it.
-fn reads_what_was_not_loaded(decoded: &Decoded, guest: u8) -> bool {
-    let instruction = &decoded.instruction;
-    let operands = || {
-        (0..instruction.op_count()).filter(|&operand| {
-            instruction.op_kind(operand) == OpKind::Register
-                && number(instruction.op_register(operand)) == Some(guest)
-        })
-    };
-    let Some(first) = operands().next() else { return false };
-    decoded.access[first as usize] == iced_x86::OpAccess::Write
-        && instruction.op_register(first).size() >= 4
-        && operands().skip(1).count() > 0
-}
-
-/// Whether the host's flags must be the guest's when the instruction executes.
-fn reads_or_keeps_flags(decoded: &Decoded) -> bool {
-    // Live before it: it reads some, or leaves some that are read later.
-    decoded.live_before != 0 && (writes_flags(decoded) || decoded.instruction.rflags_read() != 0)
-}
-
-fn writes_flags(decoded: &Decoded) -> bool {
-    decoded.instruction.rflags_modified() & analysis::ALL_FLAGS != 0
-}
-
-fn bytes_cleared(mut bytes: Vec<u8>) -> Vec<u8> {
-    bytes.clear();
-    bytes
 }

@@ -3,6 +3,7 @@
 use rustc_hash::FxHashMap;
 
 use super::block::{SharedCode, Translation};
+use super::context::{Context, JUMP_ENTRIES, JumpEntry, LINKS};
 use super::key::Key;
 use super::shared_code::{self, Parts};
 use super::site::{FaultPoint, Site, SiteKind};
@@ -19,7 +20,9 @@ pub struct Block {
     pub offset: u64,
     /// Its mode.
     pub key: Key,
-    /// Where direct jumps enter: offset in the code memory.
+    /// Where direct jumps backwards enter: offset in the code memory.
+    pub loop_entry: u32,
+    /// Where direct jumps forwards enter.
     pub entry: u32,
     /// Where lookups enter.
     pub lookup_entry: u32,
@@ -27,6 +30,10 @@ pub struct Block {
     pub vectors: bool,
     /// x87 registers are used.
     pub x87: bool,
+    /// Offset in RAM of the second page, if its one instruction crosses into it.
+    pub second: Option<u64>,
+    /// Lines of its page that it depends on.
+    lines: u64,
     start: u32,
     fault_points: Box<[FaultPoint]>,
     /// Sites of jumps that are linked to this block.
@@ -49,10 +56,13 @@ pub struct Cache {
     sites: Vec<Site>,
     index: FxHashMap<u64, u32>,
     pages: FxHashMap<u64, Page>,
+    links: u32,
+    /// Offset in RAM of the instruction that each slot is for.
+    slots: Vec<u64>,
 }
 
 fn index_key(offset: u64, key: Key) -> u64 {
-    offset | u64::from(key.bits()) << 56
+    offset | u64::from(key.bits()) << 48
 }
 
 impl Cache {
@@ -73,6 +83,8 @@ impl Cache {
             sites: Vec::new(),
             index: FxHashMap::default(),
             pages: FxHashMap::default(),
+            links: 0,
+            slots: Vec::new(),
         })
     }
 
@@ -104,6 +116,14 @@ impl Cache {
     pub fn next_block(&self) -> u32 {
         self.blocks.len() as u32
     }
+    /// Number of the next link.
+    pub fn next_link(&self) -> u32 {
+        self.links
+    }
+    /// Offsets in RAM of the instructions that slots are for.
+    pub fn slots(&self) -> &[u64] {
+        &self.slots
+    }
     /// A site by its number.
     pub fn site(&self, number: u32) -> Option<Site> {
         self.sites.get(number as usize).copied()
@@ -115,46 +135,89 @@ impl Cache {
     /// Whether another block may not fit.
     pub fn is_full(&self) -> bool {
         // The largest block by far is smaller.
-        self.code.free() < 64 << 10 || self.blocks.len() >= MAX_BLOCKS
+        self.code.free() < 64 << 10 || self.blocks.len() >= MAX_BLOCKS || self.links as usize + 64 > LINKS
     }
     /// The block at this place.
     pub fn find(&self, offset: u64, key: Key) -> Option<u32> {
         self.index.get(&index_key(offset, key)).copied()
     }
 
-    /// Takes in a translation made for [`Cache::next_start`], [`Cache::next_site`] and [`Cache::next_block`].
-    pub fn insert(&mut self, offset: u64, key: Key, translation: Translation) -> Option<u32> {
+    /// Takes in a translation made for [`Cache::next_start`], [`Cache::next_site`], [`Cache::next_block`] and
+    /// [`Cache::next_link`].
+    pub fn insert(
+        &mut self,
+        offset: u64,
+        key: Key,
+        second: Option<u64>,
+        translation: Translation,
+        context: &mut Context,
+    ) -> Option<u32> {
         let start = self.code.next_offset() as u32;
         self.code.append(&translation.code)?;
         let number = self.blocks.len() as u32;
         self.blocks.push(Block {
             offset,
             key,
+            loop_entry: start + translation.loop_entry as u32,
             entry: start + translation.entry as u32,
             lookup_entry: start + translation.lookup_entry as u32,
             vectors: translation.vectors,
             x87: translation.x87,
+            second,
+            lines: translation.lines,
             start,
             fault_points: translation.fault_points.into_boxed_slice(),
             incoming: Vec::new(),
         });
+        for site in &translation.sites {
+            if let SiteKind::Link { link, stub, .. } = site.kind {
+                context.links[link as usize % LINKS] = self.code.address(stub as usize);
+            }
+        }
+        self.links += translation.links;
+        self.slots.extend(translation.slots.iter().map(|&place| (offset & !0xfff) + u64::from(place)));
         self.sites.extend(translation.sites);
         self.index.insert(index_key(offset, key), number);
-        self.pages.entry(offset & !0xfff).or_default().blocks.push(number);
+        for page in std::iter::once(offset & !0xfff).chain(second) {
+            self.pages.entry(page).or_default().blocks.push(number);
+        }
         Some(number)
     }
 
     /// Makes the jump at a site go to a block.
-    pub fn link(&mut self, site: u32, target: u32) {
-        let Some(SiteKind::Jump { patch, .. } | SiteKind::Stack { patch, .. }) =
-            self.sites.get(site as usize).map(|site| site.kind)
-        else {
-            return;
-        };
+    pub fn link(&mut self, site: u32, target: u32, context: &mut Context) {
+        let Some(kind) = self.sites.get(site as usize).map(|site| site.kind) else { return };
         let Some(block) = self.blocks.get_mut(target as usize) else { return };
         block.incoming.push(site);
-        let entry = block.entry;
-        self.patch(patch, entry);
+        match kind {
+            SiteKind::Jump { patch, backwards, .. } => {
+                let entry = if backwards { block.loop_entry } else { block.entry };
+                self.patch(patch, entry);
+            }
+            SiteKind::Stack { patch, .. } | SiteKind::Window { patch, .. } => {
+                let entry = block.entry;
+                self.patch(patch, entry);
+            }
+            SiteKind::Link { link, .. } => {
+                context.links[link as usize % LINKS] = self.code.address(block.lookup_entry as usize);
+            }
+            _ => {}
+        }
+    }
+
+    /// Makes the jump at a site leave again.
+    pub fn unlink(&mut self, site: u32, context: &mut Context) {
+        match self.sites.get(site as usize).map(|site| site.kind) {
+            Some(
+                SiteKind::Jump { patch, stub, .. }
+                | SiteKind::Stack { patch, stub, .. }
+                | SiteKind::Window { patch, stub, .. },
+            ) => self.patch(patch, stub),
+            Some(SiteKind::Link { link, stub, .. }) => {
+                context.links[link as usize % LINKS] = self.code.address(stub as usize);
+            }
+            _ => {}
+        }
     }
 
     fn patch(&mut self, place: u32, target: u32) {
@@ -162,27 +225,46 @@ impl Cache {
         self.code.patch(place as usize, relative.to_le_bytes());
     }
 
-    /// Whether blocks of this page are here.
-    pub fn has_page(&self, page: u64) -> bool {
-        self.pages.contains_key(&page)
+    /// Drops the blocks of a page that depend on these lines of it, see [`Translation::lines`]. Whoever is inside of one
+    /// may run to its end. Whether there were any.
+    pub fn drop_lines(&mut self, page: u64, lines: u64, context: &mut Context) -> bool {
+        let Some(entry) = self.pages.get_mut(&page) else { return false };
+        let mut dropped = Vec::new();
+        entry.blocks.retain(|&number| {
+            let touched = self.blocks.get(number as usize).is_none_or(|block| {
+                // In the second page it depends on the first bytes only.
+                let own = if block.offset & !0xfff == page { block.lines } else { 1 };
+                own & lines != 0
+            });
+            if touched {
+                dropped.push(number);
+            }
+            !touched
+        });
+        if entry.blocks.is_empty() {
+            self.pages.remove(&page);
+        }
+        for &number in &dropped {
+            self.drop_block(number, context);
+        }
+        !dropped.is_empty()
     }
 
-    /// Drops the blocks of a page. Whoever is inside of one may run to its end.
-    pub fn drop_page(&mut self, page: u64) {
-        let Some(page) = self.pages.remove(&page) else { return };
-        for number in page.blocks {
-            let Some(block) = self.blocks.get_mut(number as usize) else { continue };
-            let key = index_key(block.offset, block.key);
-            for site in std::mem::take(&mut block.incoming) {
-                if let Some(SiteKind::Jump { patch, stub, .. } | SiteKind::Stack { patch, stub, .. }) =
-                    self.sites.get(site as usize).map(|site| site.kind)
-                {
-                    self.patch(patch, stub);
-                }
+    fn drop_block(&mut self, number: u32, context: &mut Context) {
+        let Some(block) = self.blocks.get_mut(number as usize) else { return };
+        let key = index_key(block.offset, block.key);
+        // The jump cache is indexed by more bits of the linear address than lie within a page.
+        let host = self.code.address(block.lookup_entry as usize);
+        for place in (block.offset as usize & 0xfff..JUMP_ENTRIES).step_by(0x1000) {
+            if context.jumps[place].host == host {
+                context.jumps[place] = JumpEntry { complement: 0, host: 0 };
             }
-            if self.index.get(&key) == Some(&number) {
-                self.index.remove(&key);
-            }
+        }
+        for site in std::mem::take(&mut block.incoming) {
+            self.unlink(site, context);
+        }
+        if self.index.get(&key) == Some(&number) {
+            self.index.remove(&key);
         }
     }
 
@@ -193,6 +275,8 @@ impl Cache {
         self.sites.clear();
         self.index.clear();
         self.pages.clear();
+        self.links = 0;
+        self.slots.clear();
     }
 
     /// The block and the guest's instruction that the host was executing at an address.

@@ -6,13 +6,17 @@
 //! - guest R12 to R15 in [`Context::spilled`],
 //! - host R13, R14 and R15 are scratch.
 //!
-//! Arithmetic flags are the host's. Vector and x87 registers are the host's too, from the first block that uses
-//! them until translated code is left ([`Context::vectors_in_memory`]).
+//! Arithmetic flags are the host's. Vector registers are the host's too: always in user mode, else from the first
+//! block that uses them until translated code is left ([`Context::vectors`]); x87 registers likewise from the first
+//! block that uses them.
+//!
+//! Behind the context lie the inline TLBs of one address space. The context itself is mapped several times, each time
+//! with other TLBs behind it ([`super::windows`]): to change the address space is to enter by another address.
 
 use std::mem::offset_of;
-use std::sync::atomic::{AtomicU8, AtomicU64};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
-use bivisor_x86::state::CpuState;
+use bivisor_x86::state::{CpuState, Segment};
 
 use super::emit::{Mem, Reg, at, indexed, reg};
 
@@ -27,171 +31,328 @@ pub const GUEST_RSP: Reg = reg::R12;
 /// Where the context is.
 pub const CONTEXT: Reg = reg::RSP;
 
-/// Entries of each [`Tlb`]; as many as a byte can index.
-pub const TLB_ENTRIES: usize = 256;
+/// Entries of each [`Tlb`]; a power of two.
+pub const TLB_ENTRIES: usize = 1024;
+/// log2 of the size of a [`TlbEntry`].
+const TLB_ENTRY_SHIFT: u32 = 5;
+/// A linear address shifted right by this, and masked by [`TLB_INDEX_MASK`], is the offset of its entry.
+pub const TLB_INDEX_SHIFT: u8 = (12 - TLB_ENTRY_SHIFT) as u8;
+/// See [`TLB_INDEX_SHIFT`].
+pub const TLB_INDEX_MASK: i32 = (TLB_ENTRIES as i32 - 1) << TLB_ENTRY_SHIFT;
 /// A tag that no page number equals.
 pub const TLB_EMPTY: u64 = u64::MAX;
-/// Entries of [`JumpCache`]; a power of two.
-pub const JUMP_ENTRIES: usize = 4096;
+/// Entries of the jump cache: as many as 15 bits can index.
+pub const JUMP_ENTRIES: usize = 1 << 15;
+/// Links between pages at most.
+pub const LINKS: usize = 1 << 16;
 /// Bit of [`Context::jump_bias`] that is set when an event waits: no lookup hits any more.
 pub const EVENT_BIT: u64 = 1 << 63;
+/// [`Context::stack_page`] where no page is checked: not canonical, so no stack comes near it.
+pub const NO_STACK_PAGE: u64 = 1 << 62;
 
-/// The inline TLB of one privilege class: linear page to what must be added to reach the host's memory.
+/// [`Context::vectors`]: the guest's SSE and AVX registers are in the host's.
+pub const VECTORS_LOADED: u8 = 0;
+/// [`Context::vectors`]: they are in [`Context::ymm`].
+pub const VECTORS_IN_CONTEXT: u8 = 1;
+/// [`Context::vectors`]: they are in the state.
+pub const VECTORS_IN_STATE: u8 = 2;
+
+/// The arithmetic flags.
+pub const ARITHMETIC: u64 = 0x8d5;
+
+/// An entry of the inline TLB: linear page to what must be added to reach the host's memory.
+#[repr(C)]
+pub struct TlbEntry {
+    /// Page number, if it may be read.
+    pub read: AtomicU64,
+    /// Page number, if it may be written.
+    pub write: AtomicU64,
+    /// Host address minus linear address; of the page in either tag, which never differ unless one is empty.
+    pub addend: AtomicU64,
+    /// 1: the page is global.
+    pub global: AtomicU64,
+}
+
+const _: () = assert!(size_of::<TlbEntry>() == 1 << TLB_ENTRY_SHIFT);
+
+impl TlbEntry {
+    /// Makes the entry match nothing.
+    pub fn clear(&self) {
+        self.read.store(TLB_EMPTY, Ordering::Relaxed);
+        self.write.store(TLB_EMPTY, Ordering::Relaxed);
+    }
+}
+
+/// The inline TLB of one privilege class.
 #[repr(C)]
 pub struct Tlb {
-    /// Page numbers that may be read.
-    pub read: [u64; TLB_ENTRIES],
-    /// Page numbers that may be written.
-    pub write: [u64; TLB_ENTRIES],
-    /// Host address minus linear address; of the page in either tag, which never differ unless one is empty.
-    pub addend: [u64; TLB_ENTRIES],
+    /// The entries, by the low bits of the page number.
+    pub entries: [TlbEntry; TLB_ENTRIES],
+}
+
+impl Tlb {
+    /// The entry that a linear address may be in.
+    pub fn entry(&self, linear: u64) -> &TlbEntry {
+        &self.entries[(linear >> 12) as usize % TLB_ENTRIES]
+    }
+}
+
+/// The inline TLBs of one address space: user, supervisor, supervisor with RFLAGS.AC.
+#[repr(C)]
+pub struct Tlbs {
+    /// By privilege class.
+    pub class: [Tlb; 3],
 }
 
 /// From a linear instruction pointer to translated code, for jumps whose target is not fixed.
 #[repr(C)]
-pub struct JumpCache {
+#[derive(Clone, Copy)]
+pub struct JumpEntry {
     /// What, added to the instruction pointer and [`Context::jump_bias`], gives zero.
-    pub complement: [u64; JUMP_ENTRIES],
+    pub complement: u64,
     /// Host address of the block.
-    pub host: [u64; JUMP_ENTRIES],
+    pub host: u64,
+}
+
+/// A result of CPUID.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct CpuidEntry {
+    /// EAX as asked, plus ECX shifted left by 32; [`CPUID_EMPTY`] in an empty entry.
+    pub key: u64,
+    /// EAX, EBX, ECX, EDX.
+    pub result: [u32; 4],
+    /// Fills up to a power of two.
+    pub padding: u64,
+}
+
+/// Entries of [`Context::cpuid`].
+pub const CPUID_ENTRIES: usize = 16;
+/// A key that no CPUID has: leaf FFFF_FFFFh is never entered.
+pub const CPUID_EMPTY: u64 = u64::MAX;
+
+/// A page that hot code accesses: the universal TLB's answer, kept for one place in the code or one window of a block.
+#[repr(C)]
+pub struct Slot {
+    /// Linear address of the page, or [`NO_STACK_PAGE`].
+    pub page: AtomicU64,
+    /// Its addend.
+    pub addend: AtomicU64,
+    /// Its host address.
+    pub host: AtomicU64,
+    /// How often it held another page, until somebody sets it to zero.
+    pub misses: AtomicU64,
+}
+
+/// Slots at most.
+pub const SLOTS: usize = 4096;
+
+/// What SYSCALL and SYSRET load into CS and SS, worked out beforehand.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Selectors {
+    /// CS.
+    pub cs: Segment,
+    /// SS.
+    pub ss: Segment,
 }
 
 /// The context. Its first 128 bytes, reached by short displacements, are the hottest.
-#[repr(C, align(64))]
+#[repr(C, align(4096))]
 pub struct Context {
     /// Guest R12 to R15.
     pub spilled: [u64; 4],
     /// Linear address of the page that the current block's first byte lies in.
     pub page_base: u64,
-    /// Tells address spaces, modes and times apart in [`JumpCache`]: bits 48 to 62. Bit 63: [`EVENT_BIT`].
+    /// Linear address of the page that stack accesses were last found to lie in, or [`NO_STACK_PAGE`].
+    pub stack_page: AtomicU64,
+    /// Addend of that page.
+    pub stack_addend: AtomicU64,
+    /// Tells address spaces, modes and times apart in the jump cache: bits 48 to 62. Bit 63: [`EVENT_BIT`].
     pub jump_bias: AtomicU64,
-    /// Bits of an instruction pointer that index [`JumpCache`].
-    pub jump_mask: u64,
     /// Holds RCX or RAX during a few instructions.
     pub saved: u64,
-    /// Addend of the page that the current block's stack accesses lie in.
-    pub stack_addend: u64,
+    /// The processor's state.
+    pub state: *mut CpuState,
     /// Arithmetic flags put aside within a block: AX as LAHF and SETO AL leave it.
     pub block_flags: u64,
-    /// Nonzero: the guest's SSE and AVX registers are in the state, not in the host's.
-    pub vectors_in_memory: u8,
+    /// Where the guest's vector registers are, such as [`VECTORS_LOADED`].
+    pub vectors: u8,
     /// Nonzero: the guest's x87 registers are in the state, not in the host's.
     pub x87_in_memory: u8,
     /// Nonzero: an event waits; set together with [`EVENT_BIT`].
     pub event: AtomicU8,
-    padding: [u8; 5],
+    /// Nonzero: an event waits that could not be taken when it was last looked at.
+    pub pending: u8,
+    /// Nonzero: SYSCALL and SYSRET work without further checks.
+    pub fast_system_calls: u8,
+    /// Nonzero: RDFSBASE and its like are enabled.
+    pub base_instructions: u8,
+    padding: [u8; 2],
     /// Base of FS.
     pub fs_base: u64,
     /// Base of GS.
     pub gs_base: u64,
-    /// What ended the last run: number of a site.
+    /// What ended the last run: number of a site; stored with 64 bits.
     pub site: u32,
-    /// Host MXCSR for our own code.
-    pub host_mxcsr: u32,
+    site_upper: u32,
     // ---- from here on, long displacements ----
+    /// Entries into translated code and exits from it: odd while the processor's thread is inside.
+    pub passages: AtomicU64,
     /// Arithmetic flags on entry and exit, in the form of `block_flags`.
     pub flags: u64,
     /// [`ADDRESS`] on exit.
     pub address: u64,
+    /// [`TEMPORARY`] on exit.
+    pub temporary: u64,
     /// Host stack pointer of the caller.
     pub host_rsp: u64,
     /// Where to go on entry.
     pub target: u64,
-    /// The processor's state.
-    pub state: *mut CpuState,
-    /// TLBs: user, supervisor, supervisor with RFLAGS.AC.
-    pub tlb: [Tlb; 3],
-    /// Jump cache.
-    pub jumps: JumpCache,
+    /// Biases of the jump cache for the privilege classes.
+    pub class_bias: [u64; 3],
+    /// What to add to the host's time-stamp counter.
+    pub tsc_offset: u64,
+    /// [`ARITHMETIC`].
+    pub arithmetic_mask: u64,
+    /// The flags that PUSHF pushes, without the arithmetic ones.
+    pub pushed_mask: u64,
+    /// Masks of a bit's number in 64 and in 32 bits.
+    pub bit_mask: [u64; 2],
+    /// What SYSCALL loads.
+    pub syscall: Selectors,
+    /// What SYSRET loads.
+    pub sysret: Selectors,
+    /// Host MXCSR for our own code.
+    pub host_mxcsr: u32,
+    /// Guest MXCSR where `vectors` is [`VECTORS_IN_CONTEXT`].
+    pub mxcsr: u32,
+    /// Guest vector registers where `vectors` is [`VECTORS_IN_CONTEXT`].
+    pub ymm: [[u8; 32]; 16],
+    /// Results of CPUID, by the low bits of EAX plus ECX.
+    pub cpuid: [CpuidEntry; CPUID_ENTRIES],
+    /// Slots of hot code.
+    pub slots: [Slot; SLOTS],
+    /// Host addresses that jumps between pages go to.
+    pub links: [u64; LINKS],
+    /// The jump cache.
+    pub jumps: [JumpEntry; JUMP_ENTRIES],
 }
 
 /// Short names for context fields as memory operands.
 macro_rules! field {
-    ($name:ident, $field:ident) => {
-        #[doc = concat!("[`Context::", stringify!($field), "`].")]
-        pub const fn $name() -> Mem {
-            at(CONTEXT, offset_of!(Context, $field) as i32)
-        }
+    ($($field:ident)*) => {
+        $(
+            #[doc = concat!("[`Context::", stringify!($field), "`].")]
+            pub const fn $field() -> Mem {
+                at(CONTEXT, offset_of!(Context, $field) as i32)
+            }
+        )*
     };
 }
-field!(page_base, page_base);
-field!(jump_bias, jump_bias);
-field!(jump_mask, jump_mask);
-field!(saved, saved);
-field!(stack_addend, stack_addend);
-field!(block_flags, block_flags);
-field!(vectors_in_memory, vectors_in_memory);
-field!(x87_in_memory, x87_in_memory);
-field!(event, event);
-field!(fs_base, fs_base);
-field!(gs_base, gs_base);
-field!(site, site);
-field!(host_mxcsr, host_mxcsr);
-field!(flags, flags);
-field!(address, address);
-field!(host_rsp, host_rsp);
-field!(target, target);
-field!(state, state);
+field!(page_base stack_page stack_addend jump_bias saved state block_flags vectors x87_in_memory event pending);
+field!(fast_system_calls base_instructions fs_base gs_base site host_mxcsr flags address temporary host_rsp target tsc_offset);
+field!(arithmetic_mask pushed_mask bit_mask syscall sysret mxcsr);
 
 /// Guest register 12 to 15 in [`Context::spilled`].
 pub const fn spilled(number: u8) -> Mem {
     at(CONTEXT, offset_of!(Context, spilled) as i32 + (number as i32 - 12) * 8)
 }
-
-const fn tlb_offset(class: usize) -> i32 {
-    (offset_of!(Context, tlb) + class * size_of::<Tlb>()) as i32
+/// Bias of the jump cache of a privilege class.
+pub const fn class_bias(class: u8) -> Mem {
+    at(CONTEXT, (offset_of!(Context, class_bias) + class as usize * 8) as i32)
 }
-/// Tag to compare for an access of this kind by this privilege class; `index` holds the entry's number.
-pub const fn tlb_tag(class: usize, write: bool, index: Reg) -> Mem {
-    let table = if write { offset_of!(Tlb, write) } else { offset_of!(Tlb, read) };
-    indexed(CONTEXT, index, 3, tlb_offset(class) + table as i32)
+/// Guest vector register.
+pub const fn ymm(number: u8) -> Mem {
+    at(CONTEXT, (offset_of!(Context, ymm) + number as usize * 32) as i32)
+}
+/// A link between pages.
+pub const fn link(number: u32) -> Mem {
+    at(CONTEXT, offset_of!(Context, links) as i32 + number as i32 * 8)
+}
+/// Offset of a slot from the context.
+pub const fn slot(number: u32) -> usize {
+    offset_of!(Context, slots) + number as usize % SLOTS * size_of::<Slot>()
+}
+/// A slot's page.
+pub const fn slot_page(number: u32) -> Mem {
+    at(CONTEXT, (slot(number) + offset_of!(Slot, page)) as i32)
+}
+/// A slot's addend.
+pub const fn slot_addend(number: u32) -> Mem {
+    at(CONTEXT, (slot(number) + offset_of!(Slot, addend)) as i32)
+}
+/// A slot's host address.
+pub const fn slot_host(number: u32) -> Mem {
+    at(CONTEXT, (slot(number) + offset_of!(Slot, host)) as i32)
+}
+/// Result word of the CPUID entry whose offset in the table `index` holds.
+pub const fn cpuid_result(index: Reg, word: usize) -> Mem {
+    let offset = offset_of!(Context, cpuid) + offset_of!(CpuidEntry, result) + word * 4;
+    indexed(CONTEXT, index, 0, offset as i32)
+}
+/// Key of that entry.
+pub const fn cpuid_key(index: Reg) -> Mem {
+    indexed(CONTEXT, index, 0, (offset_of!(Context, cpuid) + offset_of!(CpuidEntry, key)) as i32)
+}
+
+const fn tlb_offset(class: u8) -> usize {
+    size_of::<Context>() + class as usize * size_of::<Tlb>()
+}
+/// Tag to compare for an access of this kind by this privilege class; `index` holds the entry's offset.
+pub const fn tlb_tag(class: u8, write: bool, index: Reg) -> Mem {
+    let tag = if write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) };
+    indexed(CONTEXT, index, 0, (tlb_offset(class) + tag) as i32)
 }
 /// The entry's addend.
-pub const fn tlb_addend(class: usize, index: Reg) -> Mem {
-    indexed(CONTEXT, index, 3, tlb_offset(class) + offset_of!(Tlb, addend) as i32)
+pub const fn tlb_addend(class: u8, index: Reg) -> Mem {
+    indexed(CONTEXT, index, 0, (tlb_offset(class) + offset_of!(TlbEntry, addend)) as i32)
 }
-/// The jump cache's complement.
+/// The jump cache's complement; `index` holds twice the entry's number.
 pub const fn jump_complement(index: Reg) -> Mem {
-    indexed(CONTEXT, index, 3, (offset_of!(Context, jumps) + offset_of!(JumpCache, complement)) as i32)
+    indexed(CONTEXT, index, 3, (offset_of!(Context, jumps) + offset_of!(JumpEntry, complement)) as i32)
 }
 /// The jump cache's host address.
 pub const fn jump_host(index: Reg) -> Mem {
-    indexed(CONTEXT, index, 3, (offset_of!(Context, jumps) + offset_of!(JumpCache, host)) as i32)
+    indexed(CONTEXT, index, 3, (offset_of!(Context, jumps) + offset_of!(JumpEntry, host)) as i32)
 }
 
-/// Bits of an instruction pointer that index the jump cache: its low bits, since code is dense.
-pub const JUMP_MASK: u64 = JUMP_ENTRIES as u64 - 1;
-
-/// Entry of the jump cache for an instruction pointer.
+/// Entry of the jump cache for an instruction pointer: its low bits, since code is dense.
 pub const fn jump_index(rip: u64) -> usize {
-    (rip & JUMP_MASK) as usize
+    rip as usize % JUMP_ENTRIES
 }
 
 impl Context {
-    /// Makes all that is cached from the guest's address space empty, and sets what is constant.
+    /// Sets what is constant, and makes everything cached empty.
     pub fn reset(&mut self, state: *mut CpuState) {
         self.state = state;
-        self.jump_mask = JUMP_MASK;
-        self.vectors_in_memory = 1;
+        self.vectors = VECTORS_IN_STATE;
         self.x87_in_memory = 1;
         self.host_mxcsr = bivisor_x86::state::MXCSR_RESET;
-        for class in 0..self.tlb.len() {
-            self.flush_tlb(class);
+        self.arithmetic_mask = ARITHMETIC;
+        // Without VM and RF (SDM Vol. 2B, PUSHF), bits 22 up.
+        self.pushed_mask = 0x3c_ffff & !ARITHMETIC;
+        self.bit_mask = [63, 31];
+        *self.stack_page.get_mut() = NO_STACK_PAGE;
+        for slot in &mut self.slots {
+            *slot.page.get_mut() = NO_STACK_PAGE;
         }
+        self.forget_cpuid();
         self.flush_jumps();
-    }
-
-    /// Empties the TLB of one privilege class.
-    pub fn flush_tlb(&mut self, class: usize) {
-        self.tlb[class].read.fill(TLB_EMPTY);
-        self.tlb[class].write.fill(TLB_EMPTY);
     }
 
     /// Empties the jump cache.
     pub fn flush_jumps(&mut self) {
         // With a complement of zero only bias + rip = 0 would hit; biases are at least 1 << 48, and no canonical
         // address complements one below 1 << 63.
-        self.jumps.complement.fill(0);
+        self.jumps.fill(JumpEntry { complement: 0, host: 0 });
+    }
+
+    /// Empties the results of CPUID.
+    pub fn forget_cpuid(&mut self) {
+        for entry in &mut self.cpuid {
+            entry.key = CPUID_EMPTY;
+        }
     }
 }
 
@@ -201,7 +362,8 @@ mod tests {
 
     #[test]
     fn the_hot_fields_have_short_displacements() {
-        assert!(offset_of!(Context, host_mxcsr) < 128);
-        assert_eq!(align_of::<Context>(), 64);
+        assert!(offset_of!(Context, site) < 128);
+        assert_eq!(size_of::<Context>() % 4096, 0);
+        assert_eq!(size_of::<CpuidEntry>(), 32);
     }
 }

@@ -64,7 +64,10 @@ pub enum Width {
 /// Conditions of Jcc and SETcc, by their encoding.
 #[allow(missing_docs)]
 pub mod condition {
+    pub const B: u8 = 2;
+    pub const E: u8 = 4;
     pub const NE: u8 = 5;
+    pub const A: u8 = 7;
 }
 
 /// A place in the code that a later jump target is written to.
@@ -221,13 +224,178 @@ impl Emitter {
         self.op_mem(Width::W32, &[0x80], Reg(7), mem);
         self.code.push(0);
     }
+    /// An instruction of the three-byte VEX form, map 0F38, on general registers: `pp` and W as in the third byte.
+    fn vex_general(&mut self, opcode: u8, bits: u8, register: Reg, second: Reg, mem: Mem) {
+        let index = mem.index.map_or(0, |(index, _)| index.0);
+        let inverted = 0x02 | (!register.0 & 8) << 4 | (!index & 8) << 3 | (!mem.base.0 & 8) << 2;
+        self.code.extend([0xc4, inverted, (!second.0 & 15) << 3 | bits, opcode]);
+        self.modrm_mem(register, mem);
+    }
     /// `pext to, from, [mask]` (BMI2; leaves the flags alone).
     pub fn pext(&mut self, to: Reg, from: Reg, mask: Mem) {
-        let index = mask.index.map_or(0, |(index, _)| index.0);
-        let second = 0x02 | (!to.0 & 8) << 4 | (!index & 8) << 3 | (!mask.base.0 & 8) << 2;
-        // W = 1, vvvv = inverted `from`, L = 0, pp = F3.
-        self.code.extend([0xc4, second, 0x80 | (!from.0 & 15) << 3 | 2, 0xf5]);
-        self.modrm_mem(to, mask);
+        // W = 1, pp = F3.
+        self.vex_general(0xf5, 0x82, to, from, mask);
+    }
+    /// `pdep to, from, [mask]` (BMI2; leaves the flags alone).
+    pub fn pdep(&mut self, to: Reg, from: Reg, mask: Mem) {
+        // W = 1, pp = F2.
+        self.vex_general(0xf5, 0x83, to, from, mask);
+    }
+    /// `rorx to, from, count` of 64 bits (BMI2; leaves the flags alone).
+    pub fn rorx(&mut self, to: Reg, from: Reg, count: u8) {
+        // Map 0F3A, W = 1, pp = F2, no second source.
+        let inverted = 0x03 | (!to.0 & 8) << 4 | 0x40 | (!from.0 & 8) << 2;
+        self.code.extend([0xc4, inverted, 0xfb, 0xf0, 0xc0 | (to.0 & 7) << 3 | from.0 & 7, count]);
+    }
+    /// `sarx to, from, count` of 64 bits (BMI2; leaves the flags alone).
+    pub fn sarx(&mut self, to: Reg, from: Reg, count: Reg) {
+        // Map 0F38, W = 1, pp = F3.
+        let inverted = 0x02 | (!to.0 & 8) << 4 | 0x40 | (!from.0 & 8) << 2;
+        self.code.extend([
+            0xc4,
+            inverted,
+            (!count.0 & 15) << 3 | 0x82,
+            0xf7,
+            0xc0 | (to.0 & 7) << 3 | from.0 & 7,
+        ]);
+    }
+    /// `and register, value`, sign-extended.
+    pub fn and_imm(&mut self, wide: Width, register: Reg, value: i32) {
+        self.alu_imm(wide, 4, register, value);
+    }
+    /// `or register, value`, sign-extended.
+    pub fn or_imm(&mut self, wide: Width, register: Reg, value: i32) {
+        self.alu_imm(wide, 1, register, value);
+    }
+    /// `cmp register, value`, sign-extended.
+    pub fn compare_imm(&mut self, wide: Width, register: Reg, value: i32) {
+        self.alu_imm(wide, 7, register, value);
+    }
+    fn alu_imm(&mut self, wide: Width, operation: u8, register: Reg, value: i32) {
+        if let Ok(short) = i8::try_from(value) {
+            self.op_reg(wide, &[0x83], Reg(operation), register);
+            self.code.push(short as u8);
+        } else {
+            self.op_reg(wide, &[0x81], Reg(operation), register);
+            self.code.extend(value.to_le_bytes());
+        }
+    }
+    /// `test register, value` of 32 bits.
+    pub fn test_imm(&mut self, register: Reg, value: u32) {
+        self.op_reg(Width::W32, &[0xf7], Reg(0), register);
+        self.code.extend(value.to_le_bytes());
+    }
+    /// `sub register, [mem]`.
+    pub fn sub_mem(&mut self, wide: Width, register: Reg, mem: Mem) {
+        self.op_mem(wide, &[0x2b], register, mem);
+    }
+    /// `add register, other`.
+    pub fn add(&mut self, wide: Width, register: Reg, other: Reg) {
+        self.op_reg(wide, &[0x03], register, other);
+    }
+    /// `sub register, other`.
+    pub fn sub(&mut self, wide: Width, register: Reg, other: Reg) {
+        self.op_reg(wide, &[0x2b], register, other);
+    }
+    /// `or register, other`.
+    pub fn or(&mut self, wide: Width, register: Reg, other: Reg) {
+        self.op_reg(wide, &[0x0b], register, other);
+    }
+    /// `and register, other`.
+    pub fn and(&mut self, wide: Width, register: Reg, other: Reg) {
+        self.op_reg(wide, &[0x23], register, other);
+    }
+    /// `cmp register, other`.
+    pub fn compare_reg(&mut self, wide: Width, register: Reg, other: Reg) {
+        self.op_reg(wide, &[0x3b], register, other);
+    }
+    /// `not register`.
+    pub fn not(&mut self, wide: Width, register: Reg) {
+        self.op_reg(wide, &[0xf7], Reg(2), register);
+    }
+    /// `sar register, count`.
+    pub fn sar(&mut self, wide: Width, register: Reg, count: u8) {
+        self.op_reg(wide, &[0xc1], Reg(7), register);
+        self.code.push(count);
+    }
+    /// `movsxd to, from`: 32 bits to 64.
+    pub fn sign_extend32(&mut self, to: Reg, from: Reg) {
+        self.op_reg(Width::W64, &[0x63], to, from);
+    }
+    /// `mov byte [mem], register` of a register with a REX encoding.
+    pub fn store8(&mut self, mem: Mem, register: Reg) {
+        self.rex(Width::W32, register, mem.index.map_or(0, |(index, _)| index.0), mem.base.0, true);
+        self.code.push(0x88);
+        self.modrm_mem(register, mem);
+    }
+    /// `cmovcc to, from` of 64 bits.
+    pub fn move_if(&mut self, condition: u8, to: Reg, from: Reg) {
+        self.op_reg(Width::W64, &[0x0f, 0x40 | condition], to, from);
+    }
+    /// `test byte [mem], value`.
+    pub fn test_mem8(&mut self, mem: Mem, value: u8) {
+        self.op_mem(Width::W32, &[0xf6], Reg(0), mem);
+        self.code.push(value);
+    }
+    /// `pop qword [mem]`: RSP as a base is the one after the pop.
+    pub fn pop_mem(&mut self, mem: Mem) {
+        self.op_mem(Width::W32, &[0x8f], Reg(0), mem);
+    }
+    /// `shl register, count`.
+    pub fn shl(&mut self, wide: Width, register: Reg, count: u8) {
+        self.op_reg(wide, &[0xc1], Reg(4), register);
+        self.code.push(count);
+    }
+    /// `movzx to, from` of the low 16 bits.
+    pub fn zero_extend16(&mut self, to: Reg, from: Reg) {
+        self.op_reg(Width::W32, &[0x0f, 0xb7], to, from);
+    }
+    /// `xchg [mem], register`: atomic, and a full barrier.
+    pub fn exchange(&mut self, mem: Mem, register: Reg) {
+        self.op_mem(Width::W64, &[0x87], register, mem);
+    }
+    /// `push value`.
+    pub fn push_imm(&mut self, value: u32) {
+        self.code.push(0x68);
+        self.code.extend(value.to_le_bytes());
+    }
+    /// `stc` or `clc`.
+    pub fn set_carry(&mut self, set: bool) {
+        self.code.push(if set { 0xf9 } else { 0xf8 });
+    }
+    /// `xor register, other`.
+    pub fn xor(&mut self, wide: Width, register: Reg, other: Reg) {
+        self.op_reg(wide, &[0x33], register, other);
+    }
+    /// `inc qword [mem]`.
+    pub fn increment(&mut self, mem: Mem) {
+        self.op_mem(Width::W64, &[0xff], Reg(0), mem);
+    }
+    /// `pushfq`.
+    pub fn pushfq(&mut self) {
+        self.code.push(0x9c);
+    }
+    /// `popfq`.
+    pub fn popfq(&mut self) {
+        self.code.push(0x9d);
+    }
+    /// `rdtsc`.
+    pub fn rdtsc(&mut self) {
+        self.code.extend([0x0f, 0x31]);
+    }
+    /// `lfence`.
+    pub fn lfence(&mut self) {
+        self.code.extend([0x0f, 0xae, 0xe8]);
+    }
+    /// `rep movs` or `rep stos` of elements of 1 << `scale` bytes.
+    pub fn repeat_string(&mut self, is_move: bool, scale: u8) {
+        self.code.push(0xf3);
+        match scale {
+            1 => self.code.push(0x66),
+            3 => self.code.push(0x48),
+            _ => {}
+        }
+        self.code.push(if is_move { 0xa4 } else { 0xaa } | u8::from(scale != 0));
     }
     /// `lahf; seto al`: the arithmetic flags to AX.
     pub fn flags_to_ax(&mut self) {
@@ -270,23 +438,13 @@ impl Emitter {
         self.code.extend([0xc4, second, (!second_source & 15) << 3 | bits, opcode]);
         self.modrm_mem(Reg(vector), mem);
     }
-    /// `vmovups [base + displacement], xmm`.
-    pub fn store_xmm(&mut self, base: Reg, displacement: i32, vector: u8) {
-        self.vex_mem([1, 0, 0x11], vector, 0, at(base, displacement));
+    /// `vmovups [mem], ymm`.
+    pub fn store_ymm(&mut self, mem: Mem, vector: u8) {
+        self.vex_mem([1, 4, 0x11], vector, 0, mem);
     }
-    /// `vmovups xmm, [base + displacement]`: clears the upper half.
-    pub fn load_xmm(&mut self, vector: u8, base: Reg, displacement: i32) {
-        self.vex_mem([1, 0, 0x10], vector, 0, at(base, displacement));
-    }
-    /// `vextractf128 [base + displacement], ymm, 1`.
-    pub fn store_ymm_high(&mut self, base: Reg, displacement: i32, vector: u8) {
-        self.vex_mem([3, 0x05, 0x19], vector, 0, at(base, displacement));
-        self.code.push(1);
-    }
-    /// `vinsertf128 ymm, ymm, [base + displacement], 1`.
-    pub fn load_ymm_high(&mut self, vector: u8, base: Reg, displacement: i32) {
-        self.vex_mem([3, 0x05, 0x18], vector, vector, at(base, displacement));
-        self.code.push(1);
+    /// `vmovups ymm, [mem]`.
+    pub fn load_ymm(&mut self, vector: u8, mem: Mem) {
+        self.vex_mem([1, 4, 0x10], vector, 0, mem);
     }
 
     /// `push register`.
@@ -416,18 +574,44 @@ mod tests {
         assert_eq!(i.code(), Code::VEX_Pext_r64_r64_rm64);
         assert_eq!((i.op0_register(), i.op1_register()), (Register::R13, Register::R14));
         assert_eq!((i.memory_base(), i.memory_index()), (Register::RSP, Register::R15));
-        let i = decode(|e| e.store_ymm_high(R15, 576, 9));
-        assert_eq!((i.code(), i.op1_register()), (Code::VEX_Vextractf128_xmmm128_ymm_imm8, Register::YMM9));
-        let i = decode(|e| e.load_ymm_high(9, R15, 576));
+        let i = decode(|e| e.pdep(R14, R15, at(RSP, 0x40)));
+        assert_eq!((i.code(), i.op1_register()), (Code::VEX_Pdep_r64_r64_rm64, Register::R15));
+        let i = decode(|e| e.rorx(R14, RDX, 45));
         assert_eq!(
-            (i.code(), i.op1_register()),
-            (Code::VEX_Vinsertf128_ymm_ymm_xmmm128_imm8, Register::YMM9)
+            (i.code(), i.op0_register(), i.op1_register()),
+            (Code::VEX_Rorx_r64_rm64_imm8, Register::R14, Register::RDX)
         );
-        let i = decode(|e| e.load_xmm(12, R15, 160));
+        assert_eq!(i.immediate(2), 45);
+        let i = decode(|e| e.store_ymm(at(RSP, 0x200), 9));
+        assert_eq!((i.code(), i.op1_register()), (Code::VEX_Vmovups_ymmm256_ymm, Register::YMM9));
+        let i = decode(|e| e.load_ymm(12, at(RSP, 0x200)));
         assert_eq!(
             (i.code(), i.memory_size()),
-            (Code::VEX_Vmovups_xmm_xmmm128, MemorySize::Packed128_Float32)
+            (Code::VEX_Vmovups_ymm_ymmm256, MemorySize::Packed256_Float32)
         );
+        assert_eq!(decode(|e| e.and_imm(Width::W32, R13, 0x7fe0)).code(), Code::And_rm32_imm32);
+        assert_eq!(decode(|e| e.compare_imm(Width::W64, R14, -1)).code(), Code::Cmp_rm64_imm8);
+        assert_eq!(decode(|e| e.or_imm(Width::W32, R14, 2)).code(), Code::Or_rm32_imm8);
+        assert_eq!(decode(|e| e.test_imm(RAX, 0x100)).code(), Code::Test_rm32_imm32);
+        assert_eq!(decode(|e| e.test_mem8(at(R15, 0x80), 4)).code(), Code::Test_rm8_imm8);
+        assert_eq!(decode(|e| e.exchange(at(RSP, 0x38), R15)).code(), Code::Xchg_rm64_r64);
+        assert_eq!(decode(|e| e.pop_mem(at(RSP, 0x38))).code(), Code::Pop_rm64);
+        assert_eq!(decode(|e| e.push_imm(0x8000_0000)).code(), Code::Pushq_imm32);
+        assert_eq!(decode(|e| e.move_if(condition::A, R15, RCX)).code(), Code::Cmova_r64_rm64);
+        assert_eq!(decode(|e| e.sign_extend32(R15, RSI)).code(), Code::Movsxd_r64_rm32);
+        assert_eq!(decode(|e| e.zero_extend16(R15, R15)).code(), Code::Movzx_r32_rm16);
+        assert_eq!(decode(|e| e.sub_mem(Width::W64, R14, at(RSP, 0x28))).code(), Code::Sub_r64_rm64);
+        let i = decode(|e| e.store8(at(RSP, 0x50), RSI));
+        assert_eq!((i.code(), i.op1_register()), (Code::Mov_rm8_r8, Register::SIL));
+        for (scale, code) in
+            [Code::Movsb_m8_m8, Code::Movsw_m16_m16, Code::Movsd_m32_m32, Code::Movsq_m64_m64]
+                .into_iter()
+                .enumerate()
+        {
+            let i = decode(|e| e.repeat_string(true, scale as u8));
+            assert!(i.code() == code && i.has_rep_prefix());
+        }
+        assert_eq!(decode(|e| e.repeat_string(false, 3)).code(), Code::Stosq_m64_RAX);
         assert_eq!(decode(|e| e.fxsave(at(R15, 0))).code(), Code::Fxsave64_m512byte);
         assert_eq!(decode(|e| e.fxrstor(at(R15, 0))).code(), Code::Fxrstor64_m512byte);
         assert_eq!(decode(|e| e.store_mxcsr(at(R15, 24))).code(), Code::Stmxcsr_m32);

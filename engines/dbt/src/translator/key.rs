@@ -6,7 +6,7 @@ use bivisor_x86::state::{XCR0_AVX, XCR0_SSE};
 
 /// The mode of a block: part of its identity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Key(u8);
+pub struct Key(u16);
 
 /// Class of user mode, see [`Key::class`].
 pub const USER: u8 = 0;
@@ -15,11 +15,11 @@ pub const SUPERVISOR: u8 = 1;
 /// Class of supervisor mode with RFLAGS.AC set.
 pub const SUPERVISOR_AC: u8 = 2;
 
-const SSE: u8 = 1 << 2;
-const AVX: u8 = 1 << 3;
-const X87: u8 = 1 << 4;
-const NATIVE_TSC: u8 = 1 << 5;
-const NO_STACK: u8 = 1 << 6;
+const SSE: u16 = 1 << 2;
+const AVX: u16 = 1 << 3;
+const X87: u16 = 1 << 4;
+const TSC: u16 = 1 << 5;
+const NO_STACK: u16 = 1 << 6;
 
 /// Exception masks of MXCSR.
 const MXCSR_MASKS: u32 = 0x1f80;
@@ -27,15 +27,15 @@ const MXCSR_MASKS: u32 = 0x1f80;
 const FCW_MASKS: u16 = 0x3f;
 
 impl Key {
-    /// The key of 64-bit code in the processor's current mode. `native_tsc`: the guest's time-stamp counter is the
-    /// host's.
-    pub fn of(cpu: &Cpu, native_tsc: bool) -> Self {
+    /// The key of 64-bit code in the processor's current mode.
+    pub fn of(cpu: &Cpu) -> Self {
         let state = &cpu.state;
-        let mut bits = match (state.cpl, state.has_flags(Rflags::AC)) {
+        let class = match (state.cpl, state.has_flags(Rflags::AC)) {
             (3, _) => USER,
             (_, false) => SUPERVISOR,
             (_, true) => SUPERVISOR_AC,
         };
+        let mut bits = u16::from(class);
         let area = &state.xsave.bytes;
         if !state.cr0_has(Cr0::TS) && !state.cr0_has(Cr0::EM) {
             let fcw = u16::from_le_bytes([area[0], area[1]]);
@@ -53,15 +53,19 @@ impl Key {
                 }
             }
         }
-        if native_tsc && !(state.cpl == 3 && state.cr4_has(Cr4::TSD)) {
-            bits |= NATIVE_TSC;
+        if !state.cr4_has(Cr4::TSD) {
+            bits |= TSC;
         }
         Self(bits)
     }
 
     /// Privilege class: number of the TLB.
     pub fn class(self) -> u8 {
-        self.0 & 3
+        (self.0 & 3) as u8
+    }
+    /// The same with another privilege class.
+    pub fn with_class(self, class: u8) -> Self {
+        Self(self.0 & !3 | u16::from(class & 3))
     }
     /// Legacy SSE instructions execute without a fault of the mode, and without unmasked exceptions.
     pub fn sse(self) -> bool {
@@ -75,9 +79,9 @@ impl Key {
     pub fn x87(self) -> bool {
         self.0 & X87 != 0
     }
-    /// RDTSC may be executed as it is.
-    pub fn native_tsc(self) -> bool {
-        self.0 & NATIVE_TSC != 0
+    /// RDTSC is allowed at every privilege level.
+    pub fn tsc(self) -> bool {
+        self.0 & TSC != 0
     }
     /// Whether stack accesses are each checked by themselves.
     pub fn no_stack(self) -> bool {
@@ -92,7 +96,7 @@ impl Key {
         Self(self.0 & !NO_STACK)
     }
     /// The bits.
-    pub fn bits(self) -> u8 {
+    pub fn bits(self) -> u16 {
         self.0
     }
 }

@@ -1,12 +1,13 @@
-//! The code that all blocks share: the ways in and out of translated code.
+//! The code that all blocks share: the ways in and out of translated code, and what is too long to stand in each.
 
 use std::mem::offset_of;
 
 use bivisor_x86::state::CpuState;
 
 use super::block::SharedCode;
-use super::context::{self, CONTEXT, Context, GUEST_RSP, TEMPORARY};
+use super::context::{self, CONTEXT, Context, GUEST_RSP, TEMPORARY, VECTORS_IN_CONTEXT, VECTORS_LOADED, ymm};
 use super::emit::{Emitter, Reg, Width, at, condition, reg};
+use super::routines;
 
 /// Host registers that the guest's registers of the same number live in.
 const SAME: [u8; 11] = [0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11];
@@ -22,21 +23,16 @@ pub struct Parts {
     pub blocks: SharedCode,
     /// `fn(*mut Context, target)`: enters at a host address; returns when the code leaves.
     pub enter: usize,
-    /// The same, with the guest's SSE and AVX registers loaded before.
+    /// The same, with the guest's SSE and AVX registers loaded from the context before.
     pub enter_with_vectors: usize,
     /// The same, with x87, SSE and AVX registers loaded before.
     pub enter_with_x87: usize,
+    /// Where the signal handler goes on: leaves with the site's number in the context.
+    pub fault_exit: usize,
 }
 
 fn gpr(number: u8) -> i32 {
     (offset_of!(CpuState, gpr) + usize::from(number) * 8) as i32
-}
-/// Offset of the legacy area's XMM registers, and of the upper halves, in the state.
-fn xmm(number: u8) -> i32 {
-    (offset_of!(CpuState, xsave) + 160 + usize::from(number) * 16) as i32
-}
-fn ymm_high(number: u8) -> i32 {
-    (offset_of!(CpuState, xsave) + 576 + usize::from(number) * 16) as i32
 }
 fn area(offset: usize) -> i32 {
     (offset_of!(CpuState, xsave) + offset) as i32
@@ -50,37 +46,48 @@ pub fn emit() -> (Vec<u8>, Parts) {
     load_vectors_body(&mut e, 8);
     e.ret();
     let exit = e.position();
+    e.pop_mem(context::site());
+    let fault_exit = e.position();
     emit_exit(&mut e);
     let enter = emit_enter(&mut e, |_| ());
     let enter_with_vectors = emit_enter(&mut e, |e| load_vectors_body(e, 0));
     let enter_with_x87 = emit_enter(&mut e, load_x87_body);
-    let blocks = SharedCode { exit, load_vectors };
-    (e.code, Parts { blocks, enter, enter_with_vectors, enter_with_x87 })
+    let mut blocks = SharedCode { exit, load_vectors, ..SharedCode::default() };
+    for class in 0..3u8 {
+        blocks.stack_window[usize::from(class)] = routines::stack_window(&mut e, class);
+        for write in [false, true] {
+            let place = (usize::from(class), usize::from(write));
+            blocks.slot[place.0][place.1] = routines::slot(&mut e, class, write);
+        }
+        for scale in 0..4u8 {
+            let place = (usize::from(class), usize::from(scale));
+            blocks.repeat_movs[place.0][place.1] = routines::repeat_string(&mut e, class, scale, true);
+            blocks.repeat_stos[place.0][place.1] = routines::repeat_string(&mut e, class, scale, false);
+        }
+    }
+    (e.code, Parts { blocks, enter, enter_with_vectors, enter_with_x87, fault_exit })
 }
 
-/// Loads SSE and AVX registers from the state. Changes TEMPORARY only. `pushed`: bytes on the stack above the context.
+/// Loads SSE and AVX registers from the context. `pushed`: bytes on the stack below the context.
 fn load_vectors_body(e: &mut Emitter, pushed: i32) {
-    e.load(Width::W64, TEMPORARY, context::state().plus(pushed));
-    e.load_mxcsr(at(TEMPORARY, area(24)));
+    e.load_mxcsr(context::mxcsr().plus(pushed));
     for number in 0..16 {
-        e.load_xmm(number, TEMPORARY, xmm(number));
-        e.load_ymm_high(number, TEMPORARY, ymm_high(number));
+        e.load_ymm(number, ymm(number).plus(pushed));
     }
-    e.store_imm8(context::vectors_in_memory().plus(pushed), 0);
+    e.store_imm8(context::vectors().plus(pushed), VECTORS_LOADED);
 }
 
 fn load_x87_body(e: &mut Emitter) {
     e.load(Width::W64, TEMPORARY, context::state());
+    // Its SSE part is older than the context's, which is loaded over it.
     e.fxrstor(at(TEMPORARY, area(0)));
-    for number in 0..16 {
-        e.load_ymm_high(number, TEMPORARY, ymm_high(number));
-    }
-    e.store_imm8(context::vectors_in_memory(), 0);
+    load_vectors_body(e, 0);
     e.store_imm8(context::x87_in_memory(), 0);
 }
 
 fn emit_exit(e: &mut Emitter) {
     e.store(Width::W64, context::address(), context::ADDRESS);
+    e.store(Width::W64, context::temporary(), TEMPORARY);
     e.store(Width::W64, context::saved(), reg::RAX);
     e.flags_to_ax();
     e.store16(context::flags(), reg::RAX);
@@ -102,9 +109,9 @@ fn emit_exit(e: &mut Emitter) {
     e.ret();
 }
 
-/// Stores what is loaded of vector and x87 registers to the state, and makes the host's own settings be in force.
+/// Stores what is loaded of vector and x87 registers, and makes the host's own settings be in force.
 fn save_vectors(e: &mut Emitter) {
-    e.compare_zero8(context::vectors_in_memory());
+    e.compare_zero8(context::vectors());
     let nothing = e.jump_if(condition::NE);
     e.compare_zero8(context::x87_in_memory());
     let no_x87 = e.jump_if(condition::NE);
@@ -115,19 +122,14 @@ fn save_vectors(e: &mut Emitter) {
     e.store_imm32_as_64(at(TEMPORARY, area(16)), 0);
     e.fninit();
     e.store_imm8(context::x87_in_memory(), 1);
-    let halves = e.jump();
     e.bind(no_x87);
-    e.store_mxcsr(at(TEMPORARY, area(24)));
+    e.store_mxcsr(context::mxcsr());
     for number in 0..16 {
-        e.store_xmm(TEMPORARY, xmm(number), number);
-    }
-    e.bind(halves);
-    for number in 0..16 {
-        e.store_ymm_high(TEMPORARY, ymm_high(number), number);
+        e.store_ymm(ymm(number), number);
     }
     e.load_mxcsr(context::host_mxcsr());
     e.vzeroupper();
-    e.store_imm8(context::vectors_in_memory(), 1);
+    e.store_imm8(context::vectors(), VECTORS_IN_CONTEXT);
     e.bind(nothing);
 }
 

@@ -7,6 +7,10 @@ pub struct Site {
     pub block: u32,
     /// Offset in its page of the instruction.
     pub guest: u16,
+    /// The guest's flags are in the context's `block_flags`.
+    pub flags_aside: bool,
+    /// The instruction works on vector or x87 registers, or on their memory image.
+    pub vector: bool,
     /// What to do.
     pub kind: SiteKind,
 }
@@ -20,36 +24,67 @@ pub enum SiteKind {
         write: bool,
         /// Bytes.
         size: u8,
-        /// The guest's flags are in the context's `block_flags`.
-        flags_aside: bool,
-        /// Code of the instruction from its start.
-        retry: u32,
         /// Offset in the page of the next instruction.
         next: u16,
-        /// Its code.
-        next_host: u32,
+        /// Code of the instruction from its start.
+        retry: u32,
+        /// Code of the next instruction, if the block goes on there.
+        next_host: Option<u32>,
     },
     /// The block's stack accesses don't all lie in one page of the inline TLB.
     Stack {
         /// First byte, from RSP.
         low: i32,
-        /// Behind the last byte, from RSP.
-        high: i32,
-        /// Some are writes.
-        write: bool,
-        /// Displacement of the jump that led here.
+        /// Bytes.
+        size: u16,
+        /// Behind the check.
+        retry: u32,
+        /// Displacement of the jump that is taken where they lie in two pages.
         patch: u32,
-        /// The code that leaves.
+        /// The code that leaves, which that jump goes to as long as it isn't linked.
         stub: u32,
-        /// The guest's flags are in the context's `block_flags`.
-        flags_aside: bool,
+    },
+    /// A window of the block doesn't lie in one page of the inline TLB.
+    Window {
+        /// Number of the register that it lies near.
+        root: u8,
+        /// It is written.
+        write: bool,
+        /// Bytes.
+        size: u16,
+        /// First byte, from the register's value.
+        low: i32,
+        /// Code of the check.
+        retry: u32,
+        /// Displacement of the jump that is taken where it lies in two pages.
+        patch: u32,
+        /// The code that leaves, which that jump goes to as long as it isn't linked.
+        stub: u32,
+    },
+    /// A repeated string instruction that needs a page, or is too odd, for the shared code.
+    String {
+        /// It is MOVS, not STOS.
+        is_move: bool,
+        /// Offset in the page of the next instruction.
+        next: u16,
+        /// Code of the instruction from its start.
+        retry: u32,
+        /// Code of the next instruction, if the block goes on there.
+        next_host: Option<u32>,
     },
     /// The interpreter executes the instruction, and the block goes on.
     Interpret {
         /// Offset in the page of the next instruction.
         next: u16,
+        /// Its code, if the block goes on there.
+        next_host: Option<u32>,
+    },
+    /// CPUID whose result isn't remembered yet.
+    Cpuid {
+        /// Offset in the page of the next instruction.
+        next: u16,
         /// Its code.
-        next_host: u32,
+        next_host: Option<u32>,
     },
     /// The interpreter executes the instruction.
     InterpretLast,
@@ -57,20 +92,31 @@ pub enum SiteKind {
     Jump {
         /// Offset in the page of the target.
         target: u16,
+        /// It goes backwards, or stays.
+        backwards: bool,
         /// Displacement of the jump.
         patch: u32,
         /// The code that leaves, which the jump goes to as long as it isn't linked.
         stub: u32,
     },
+    /// A jump to another page that isn't linked.
+    Link {
+        /// The target, from the start of this page.
+        target: i32,
+        /// Number of the link.
+        link: u32,
+        /// The code that leaves, which the link leads to as long as it isn't set.
+        stub: u32,
+    },
     /// A jump to a linear address that the jump cache doesn't know.
     Lookup,
-    /// An event waits; the guest goes on at this offset in the page.
+    /// An event waits; the guest goes on at this place, from the start of the page.
     Event {
         /// Offset in the page.
-        target: u16,
+        target: i32,
     },
-    /// The block needs the x87 registers loaded.
-    LoadX87,
+    /// The block needs the vector or x87 registers loaded.
+    LoadVectors,
 }
 
 /// An instruction of the guest's that stands in the code as it is, and may fault there.

@@ -11,22 +11,30 @@ use bivisor_machine::host::Waker;
 use bivisor_x86::cpu::{Access, Cpu};
 use bivisor_x86::env::Env;
 use bivisor_x86::paging::Place;
-use bivisor_x86::registers::Rflags;
+use bivisor_x86::registers::{Cr4, Rflags};
 use bivisor_x86::state::{CpuState, Mode};
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::analysis;
-use super::block::{self, Request};
+use super::block::{self, OVERHANG, PAGE, Request, Translation};
 use super::cache::Cache;
-use super::context::{Context, EVENT_BIT, TLB_EMPTY, TLB_ENTRIES, jump_index};
-use super::context_memory::ContextMemory;
+use super::context::{
+    Context, EVENT_BIT, JumpEntry, SLOTS, VECTORS_IN_CONTEXT, VECTORS_IN_STATE, jump_index,
+};
+use super::exits::Next;
 use super::fault::{self, FAULT_SITE, Running};
-use super::key::Key;
+use super::key::{Key, USER};
 use super::site::{Site, SiteKind};
+use super::spaces::{SharedTlbs, Spaces};
+use super::statistics::Statistics;
+use super::windows::Windows;
+use crate::code_tracker::{self, CodeWrite};
 use crate::env::VcpuEnv;
+use crate::host_cpu;
 use crate::interp_vcpu::{self, ended};
+use crate::peers::Peer;
 
-const PAGE_MASK: u64 = !0xfff;
+pub(super) const PAGE_MASK: u64 = !0xfff;
 /// Biases of the jump cache are counted in this.
 const BIAS_UNIT: u64 = 1 << 48;
 /// The largest bias: bit 63 is [`EVENT_BIT`].
@@ -36,7 +44,23 @@ const INTERPRETED: u64 = 64;
 /// A page whose code was written this often is interpreted for a while.
 const VOLATILE_WRITES: u32 = 16;
 /// So many times code of such a page is entered before translating it is tried again.
-const VOLATILE_ENTRIES: u32 = 20_000;
+const VOLATILE_ENTRIES: u32 = 500;
+/// Number of the address space of all global pages; the processor's own numbers are smaller.
+const GLOBAL_SPACE: u16 = u16::MAX;
+/// So often supervisor code is found to be global, or not, until all of it is taken to be.
+const OTHERWISE: u32 = 200;
+/// Host time stamps between two looks at what the guest is executing: about a millisecond.
+const SAMPLING_PERIOD: u64 = 2_000_000;
+/// Slots that a block takes at most.
+const SLOTS_OF_A_BLOCK: usize = 64;
+/// Bytes before and behind an instruction that is found executing that are taken to be hot, too.
+const HOT_BEFORE: u64 = 256;
+/// See [`HOT_BEFORE`].
+const HOT_BEHIND: u64 = 512;
+/// Misses of a slot between two ticks of the guest from which on it is not worth its while.
+const ROAMING_MISSES: u64 = 2_000;
+/// Words of the filter of pages with code: linear page numbers are reduced to its bits.
+const FILTER_WORDS: usize = 1024;
 
 /// How often the code of a page was written.
 #[derive(Clone, Copy, Default)]
@@ -48,32 +72,66 @@ struct Volatility {
 /// A virtual processor.
 pub struct DbtVcpu {
     // Boxed: the context points to its state.
-    cpu: Box<Cpu>,
-    env: VcpuEnv,
-    ram: NonNull<u8>,
-    context: ContextMemory,
-    cache: Cache,
+    pub(super) cpu: Box<Cpu>,
+    pub(super) env: VcpuEnv,
+    pub(super) ram: NonNull<u8>,
+    pub(super) windows: Windows,
+    pub(super) spaces: Spaces,
+    pub(super) cache: Cache,
     single_step: bool,
-    native_tsc: bool,
-    epoch: u64,
-    /// Bias of the jump cache for each address space and mode.
-    biases: FxHashMap<(u16, u8), u64>,
+    pub(super) epoch: u64,
+    /// Biases of the jump cache for address spaces and modes.
+    biases: FxHashMap<(u16, u16), u64>,
     last_bias: u64,
+    /// Address space, mode without its class, and number of [`DbtVcpu::forgotten`] that the context's biases are for.
+    biases_for: (u16, u16, u64),
+    /// How often all biases were forgotten.
+    forgotten: u64,
+    /// Sites whose links to other pages hold in the current address space.
+    linked: Vec<u32>,
+    /// Sites whose links hold in every address space.
+    linked_globally: Vec<u32>,
+    /// Linear pages that jumps may lead to without a look at the page tables.
+    code_filter: Box<[u64; FILTER_WORDS]>,
     volatile: FxHashMap<u64, Volatility>,
     fault_address: Box<u64>,
-    /// How often the inline TLB was emptied.
-    flushes: u64,
+    /// How often the inline TLB was emptied or switched.
+    pub(super) flushes: u64,
+    /// [`SharedTlbs::resets`] when translated code was last entered at a block's start.
+    resets: u64,
+    /// Instruction pointer and count of the last string instruction whose pages were entered into the inline TLB.
+    pub(super) last_string: (u64, u64),
+    /// Host time stamp when the guest was last looked at for hot code.
+    sampled: u64,
+    /// Lines of 64 bytes of code, by page of RAM, that the guest was found executing.
+    hot: FxHashMap<u64, u64>,
+    /// Instructions, by offset in RAM, that access too many pages for a slot.
+    roaming: FxHashSet<u64>,
+    /// Blocks, by offset in RAM, whose windows lie where the inline TLB can't be used: a device, or written code.
+    windowless: FxHashSet<u64>,
+    pub(super) statistics: Statistics,
+    /// Supervisor code is taken to lie in global pages.
+    global_kernel: bool,
+    /// How often it didn't, or did where it is taken not to.
+    otherwise: u32,
+    /// STAR, EFER and CR0 that the context's system calls are for.
+    system_calls_for: Option<(u64, u64, u64)>,
+    /// CR4 and XCR0 that the remembered results of CPUID are for.
+    cpuid_for: (u64, u64),
 }
 
 // SAFETY: the raw pointers lead to RAM, which is shared by design, and to memory owned by this value.
 unsafe impl Send for DbtVcpu {}
 
-/// Tells a running processor of an event, from another thread.
+/// Tells a running processor of an event, or takes quick stores from it, from another thread.
 struct Observer {
     bias: *const AtomicU64,
     event: *const AtomicU8,
-    // Keeps the two alive.
-    _memory: Arc<dyn std::any::Any + Send + Sync>,
+    passages: *const AtomicU64,
+    /// Host address of RAM.
+    ram: u64,
+    // Keeps the memory alive that the others lead to.
+    tlbs: Arc<SharedTlbs>,
 }
 
 // SAFETY: the pointers lead to atomics that the kept memory holds.
@@ -83,7 +141,7 @@ unsafe impl Sync for Observer {}
 
 impl Waker for Observer {
     fn wake(&self) {
-        // SAFETY: the memory is kept alive; both are atomics, which everybody may access.
+        // SAFETY: `tlbs` keeps the memory alive; both are atomics, which everybody may access.
         unsafe {
             (*self.event).store(1, Ordering::SeqCst);
             (*self.bias).fetch_or(EVENT_BIT, Ordering::SeqCst);
@@ -91,14 +149,31 @@ impl Waker for Observer {
     }
 }
 
-/// What to do next.
-enum Next {
-    /// Look for a block at the processor's instruction pointer.
-    Dispatch,
-    /// Enter translated code at this offset in the code memory, in the middle of this block.
-    Resume(u32, u32),
-    /// Return to the caller.
-    Leave(Result<Exit, EngineError>),
+impl Peer for Observer {
+    fn forget_writes(&self, page: u64) -> bool {
+        self.tlbs.forget_writes(self.ram + page)
+    }
+    fn forget_windows(&self) {
+        self.tlbs.forget_windows();
+    }
+    fn passages(&self) -> &AtomicU64 {
+        // SAFETY: `tlbs` keeps the memory alive; an atomic, which everybody may access.
+        unsafe { &*self.passages }
+    }
+    fn waker(&self) -> &dyn Waker {
+        self
+    }
+}
+
+/// What must be loaded on entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Load {
+    /// What the mode asks for.
+    Mode,
+    /// Vector registers.
+    Vectors,
+    /// x87 and vector registers.
+    X87,
 }
 
 impl DbtVcpu {
@@ -112,57 +187,124 @@ impl DbtVcpu {
         }
         fault::install();
         let mut cpu = Box::new(cpu);
-        let mut context = ContextMemory::new().map_err(no_memory)?;
-        context.get().reset(&raw mut cpu.state);
-        let native_tsc = env.tsc_offset() == 0;
-        let memory = context.keep_alive();
-        let place = context.get();
-        let observer =
-            Observer { bias: &raw const place.jump_bias, event: &raw const place.event, _memory: memory };
-        env.set_observer(Arc::new(observer));
+        let mut windows = Windows::new().map_err(no_memory)?;
+        windows.context().reset(&raw mut cpu.state);
+        let mapping = Arc::clone(windows.mapping());
+        let spaces = Spaces::new(mapping, cpu.address_space());
+        let place = windows.context();
+        let observer = Arc::new(Observer {
+            bias: &raw const place.jump_bias,
+            event: &raw const place.event,
+            passages: &raw const place.passages,
+            ram: ram.as_ptr() as u64,
+            tlbs: Arc::clone(spaces.shared()),
+        });
+        env.set_observer(observer.clone());
+        env.add_peer(observer);
         Ok(Self {
             cpu,
             env,
             ram,
-            context,
+            windows,
+            spaces,
             cache: Cache::new().map_err(no_memory)?,
             single_step: false,
-            native_tsc,
             epoch: 0,
             biases: FxHashMap::default(),
             last_bias: 0,
+            biases_for: (0, 0, 0),
+            forgotten: 1,
+            linked: Vec::new(),
+            linked_globally: Vec::new(),
+            code_filter: Box::new([0; FILTER_WORDS]),
             volatile: FxHashMap::default(),
             fault_address: Box::new(0),
             flushes: 0,
+            resets: 0,
+            last_string: (0, 0),
+            sampled: 0,
+            hot: FxHashMap::default(),
+            roaming: FxHashSet::default(),
+            windowless: FxHashSet::default(),
+            global_kernel: false,
+            otherwise: 0,
+            statistics: Statistics::default(),
+            system_calls_for: None,
+            cpuid_for: (0, 0),
         })
     }
 
-    fn context(&mut self) -> &mut Context {
-        self.context.get()
+    pub(super) fn context(&mut self) -> &mut Context {
+        self.windows.context()
     }
 
     // ---- the interpreter ----
 
-    /// Lets the interpreter execute, at most `budget` instructions, and takes note of what it changed.
-    fn interpret(&mut self, budget: u64) -> Option<Exit> {
+    /// Lets the interpreter execute, at most `budget` instructions, and takes note of what it changed. `vector`: it may
+    /// work on vector registers.
+    pub(super) fn interpret(&mut self, budget: u64, vector: bool) -> Option<Exit> {
+        if vector {
+            self.sync_vectors();
+        }
         let exit = self.cpu.run(&mut self.env, budget);
         self.follow_changes();
         ended(exit)
     }
 
+    /// Brings vector registers that the context holds to the state.
+    fn sync_vectors(&mut self) {
+        let context = self.windows.context();
+        if context.vectors != VECTORS_IN_CONTEXT {
+            return;
+        }
+        context.vectors = VECTORS_IN_STATE;
+        let area = &mut self.cpu.state.xsave.bytes;
+        area[24..28].copy_from_slice(&context.mxcsr.to_le_bytes());
+        for (number, ymm) in context.ymm.iter().enumerate() {
+            area[160 + number * 16..][..16].copy_from_slice(&ymm[..16]);
+            area[576 + number * 16..][..16].copy_from_slice(&ymm[16..]);
+        }
+    }
+
+    /// Brings vector registers that the state holds to the context.
+    fn fetch_vectors(&mut self) {
+        let context = self.windows.context();
+        if context.vectors != VECTORS_IN_STATE {
+            return;
+        }
+        context.vectors = VECTORS_IN_CONTEXT;
+        let area = &self.cpu.state.xsave.bytes;
+        context.mxcsr = u32::from_le_bytes([area[24], area[25], area[26], area[27]]);
+        for (number, ymm) in context.ymm.iter_mut().enumerate() {
+            ymm[..16].copy_from_slice(&area[160 + number * 16..][..16]);
+            ymm[16..].copy_from_slice(&area[576 + number * 16..][..16]);
+        }
+    }
+
     /// Drops what the guest has made invalid.
-    fn follow_changes(&mut self) {
+    pub(super) fn follow_changes(&mut self) {
         let changes = self.cpu.take_tlb_changes();
         if changes.flushed {
-            self.flush_tlb();
-            self.forget_biases();
+            self.flushes += 1;
+            self.statistics.tlb_flushes += 1;
+            self.spaces.flush_all(self.cpu.address_space());
+            self.spaces.shared().forget_windows();
+            self.forget_jumps();
         } else {
-            if changes.switched {
-                self.flush_tlb();
-            }
             if let Some(linear) = changes.page {
-                self.flush_page(linear);
-                self.forget_biases();
+                self.statistics.page_flushes += 1;
+                self.spaces.flush_page(linear);
+                self.spaces.shared().forget_windows();
+                if self.may_hold_code(linear) {
+                    self.forget_jumps();
+                }
+            }
+            if changes.switched {
+                self.flushes += 1;
+                self.statistics.switches += 1;
+                self.spaces.select(self.cpu.address_space());
+                self.spaces.shared().forget_windows();
+                self.unlink(false);
             }
         }
         for page in self.env.take_newly_marked() {
@@ -171,30 +313,65 @@ impl DbtVcpu {
         if self.env.code_epoch() != self.epoch {
             self.drop_written_pages();
         }
-        let native_tsc = self.env.tsc_offset() == 0;
-        if native_tsc != self.native_tsc {
-            self.native_tsc = native_tsc;
+        let cpuid_for = (self.cpu.state.cr4, self.cpu.state.xcr0);
+        if cpuid_for != self.cpuid_for {
+            self.cpuid_for = cpuid_for;
+            self.windows.context().forget_cpuid();
         }
     }
 
-    fn flush_tlb(&mut self) {
-        self.flushes = self.flushes.wrapping_add(1);
-        for class in 0..3 {
-            self.context().flush_tlb(class);
-        }
+    /// Stores to the page of RAM go the slow way from now on.
+    fn protect(&mut self, page: u64) {
+        self.spaces.protect(self.ram.as_ptr() as u64 + page);
     }
 
-    fn flush_page(&mut self, linear: u64) {
-        let index = (linear >> 12) as usize % TLB_ENTRIES;
-        for tlb in &mut self.context().tlb {
-            tlb.read[index] = TLB_EMPTY;
-            tlb.write[index] = TLB_EMPTY;
-        }
+    fn filter_place(linear: u64) -> (usize, u64) {
+        let page = (linear >> 12 ^ linear >> 28) as usize;
+        (page / 64 % FILTER_WORDS, 1 << (page % 64))
     }
 
-    /// No address space's entries of the jump cache are valid any more.
-    fn forget_biases(&mut self) {
+    fn may_hold_code(&self, linear: u64) -> bool {
+        let (word, bit) = Self::filter_place(linear);
+        self.code_filter[word] & bit != 0
+    }
+
+    pub(super) fn note_code(&mut self, linear: u64) {
+        let (word, bit) = Self::filter_place(linear);
+        self.code_filter[word] |= bit;
+    }
+
+    /// No jump leads anywhere any more without a look at the page tables.
+    fn forget_jumps(&mut self) {
+        self.statistics.jumps_forgotten += 1;
         self.biases.clear();
+        self.forgotten += 1;
+        self.unlink(true);
+        self.code_filter.fill(0);
+    }
+
+    /// Links between pages end: those that hold in the current address space, or all.
+    fn unlink(&mut self, globally: bool) {
+        let context = self.windows.context();
+        for site in self.linked.drain(..) {
+            self.cache.unlink(site, context);
+        }
+        if globally {
+            for site in self.linked_globally.drain(..) {
+                self.cache.unlink(site, context);
+            }
+        }
+    }
+
+    /// All translations go.
+    fn clear_cache(&mut self) {
+        self.statistics.cleared += 1;
+        // Other code will use the slots.
+        self.spaces.shared().forget_windows();
+        self.spaces.shared().use_slots(0);
+        self.cache.clear();
+        self.linked.clear();
+        self.linked_globally.clear();
+        self.forget_jumps();
     }
 
     /// Pages whose code was written: their blocks go.
@@ -202,20 +379,18 @@ impl DbtVcpu {
         let (epoch, pages) = self.env.written_since(self.epoch);
         self.epoch = epoch;
         let Some(pages) = pages else {
-            self.cache.clear();
-            self.forget_biases();
+            self.clear_cache();
             return;
         };
-        for page in pages {
-            if self.cache.has_page(page) {
-                self.cache.drop_page(page);
-                let volatility = self.volatile.entry(page).or_default();
-                volatility.writes += 1;
-                if volatility.writes >= VOLATILE_WRITES {
-                    *volatility = Volatility { writes: VOLATILE_WRITES / 2, entries_left: VOLATILE_ENTRIES };
-                }
-                // The jump cache may lead into them.
-                self.forget_biases();
+        for CodeWrite { page, lines } in pages {
+            if !self.cache.drop_lines(page, lines, self.windows.context()) {
+                continue;
+            }
+            self.statistics.dropped += 1;
+            let volatility = self.volatile.entry(page).or_default();
+            volatility.writes += 1;
+            if volatility.writes >= VOLATILE_WRITES {
+                *volatility = Volatility { writes: VOLATILE_WRITES / 2, entries_left: VOLATILE_ENTRIES };
             }
         }
     }
@@ -224,17 +399,31 @@ impl DbtVcpu {
 
     /// The block for the processor's instruction pointer, translated now if need be; `None` where it must be
     /// interpreted.
-    fn block(&mut self) -> Option<u32> {
+    pub(super) fn block(&mut self, key: Key) -> Option<u32> {
         let rip = self.cpu.state.rip;
         let Ok(Place::Ram(offset)) = self.cpu.probe(&mut self.env, rip, Access::Execute) else { return None };
-        let key = Key::of(&self.cpu, self.native_tsc);
         match self.cache.find(offset, key) {
-            Some(block) => Some(block),
+            Some(number) => {
+                let expected = self.cache.block(number)?.second;
+                if expected.is_some() && self.second_page(rip) != expected {
+                    return self.translate(offset, key);
+                }
+                Some(number)
+            }
             None => self.translate(offset, key),
         }
     }
 
-    fn translate(&mut self, offset: u64, key: Key) -> Option<u32> {
+    /// Offset in RAM of the page behind that of an instruction pointer, if it may be executed.
+    fn second_page(&mut self, rip: u64) -> Option<u64> {
+        let next = (rip & PAGE_MASK).wrapping_add(PAGE as u64);
+        match self.cpu.probe(&mut self.env, next, Access::Execute) {
+            Ok(Place::Ram(offset)) => Some(offset & PAGE_MASK),
+            _ => None,
+        }
+    }
+
+    pub(super) fn translate(&mut self, offset: u64, key: Key) -> Option<u32> {
         let page = offset & PAGE_MASK;
         if let Some(volatility) = self.volatile.get_mut(&page)
             && volatility.entries_left > 0
@@ -243,49 +432,137 @@ impl DbtVcpu {
             return None;
         }
         if self.cache.is_full() {
-            self.cache.clear();
-            self.forget_biases();
+            self.clear_cache();
         }
         // Marked before the bytes are read: a later write is noticed.
         self.env.mark_code(page);
         self.follow_changes();
-        let mut bytes = [0; 4096];
-        self.env.load_bytes(page, &mut bytes);
-        let request = Request {
-            page: &bytes,
+        let mut bytes = [0; PAGE + OVERHANG];
+        self.env.load_bytes(page, &mut bytes[..PAGE]);
+        let roams = |place: usize| self.roaming.contains(&(page + place as u64));
+        if let Some(translation) = block::translate(&self.request(&bytes[..PAGE], offset, key, &roams)) {
+            return self.insert(offset, key, None, translation);
+        }
+        // The first instruction may cross into the next page.
+        if (offset as usize & 0xfff) + OVERHANG <= PAGE {
+            return None;
+        }
+        let second = self.second_page(self.cpu.state.rip)?;
+        self.env.mark_code(second);
+        self.follow_changes();
+        self.env.load_bytes(second, &mut bytes[PAGE..]);
+        let roams = |place: usize| self.roaming.contains(&(page + place as u64));
+        let translation = block::translate(&self.request(&bytes, offset, key, &roams))?;
+        self.insert(offset, key, Some(second), translation)
+    }
+
+    fn insert(
+        &mut self,
+        offset: u64,
+        key: Key,
+        second: Option<u64>,
+        translation: Translation,
+    ) -> Option<u32> {
+        self.statistics.translated += 1;
+        self.statistics.guest_bytes += translation.length as u64;
+        self.statistics.host_bytes += translation.code.len() as u64;
+        let number = self.cache.insert(offset, key, second, translation, self.windows.context());
+        self.spaces.shared().use_slots(self.cache.slots().len());
+        number
+    }
+
+    fn request<'a>(
+        &'a self,
+        page: &'a [u8],
+        offset: u64,
+        key: Key,
+        roams: &'a dyn Fn(usize) -> bool,
+    ) -> Request<'a> {
+        Request {
+            page,
             offset: (offset & !PAGE_MASK) as usize,
             key,
             model: &self.cpu.model,
             start: self.cache.next_start(),
             first_site: self.cache.next_site(),
             block: self.cache.next_block(),
+            first_link: self.cache.next_link(),
             shared: self.cache.shared(),
-        };
-        let translation = block::translate(&request)?;
-        self.cache.insert(offset, key, translation)
-    }
-
-    /// Stores to the page go the slow way from now on.
-    fn protect(&mut self, page: u64) {
-        let host = self.ram.as_ptr() as u64 + page;
-        for tlb in &mut self.context().tlb {
-            for index in 0..TLB_ENTRIES {
-                let tag = tlb.write[index];
-                if tag != TLB_EMPTY && tlb.addend[index].wrapping_add(tag << 12) == host {
-                    tlb.write[index] = TLB_EMPTY;
-                }
-            }
+            first_slot: self.is_hot(offset, key).then(|| self.cache.slots().len() as u32),
+            roams,
         }
     }
 
-    /// The bias of the jump cache in the current address space and mode.
-    fn bias(&mut self, key: Key) -> u64 {
-        let space = (self.cpu.address_space(), key.bits());
+    /// Whether a block that begins here is worth slots: hot code of user mode.
+    fn is_hot(&self, offset: u64, key: Key) -> bool {
+        let lines = self.hot.get(&(offset & PAGE_MASK)).copied().unwrap_or(0);
+        key.class() == USER
+            && !self.windowless.contains(&offset)
+            && lines & code_tracker::lines(offset, 1) != 0
+            && self.cache.slots().len() + SLOTS_OF_A_BLOCK < SLOTS
+    }
+
+    /// The guest was found executing here: the code around is translated anew, when it is next executed, with slots.
+    pub(super) fn found_hot(&mut self, key: Key) {
+        let now = host_cpu::tsc();
+        if now.wrapping_sub(self.sampled) < SAMPLING_PERIOD {
+            return;
+        }
+        self.sampled = now;
+        let rip = self.cpu.state.rip;
+        let Ok(Place::Ram(offset)) = self.cpu.probe(&mut self.env, rip, Access::Execute) else { return };
+        self.look_for_roaming();
+        if key.class() != USER {
+            return;
+        }
+        if self.cache.slots().len() + SLOTS_OF_A_BLOCK >= SLOTS {
+            self.hot.clear();
+            self.clear_cache();
+        }
+        let page = offset & PAGE_MASK;
+        let first = (offset & !PAGE_MASK).saturating_sub(HOT_BEFORE);
+        let around = code_tracker::lines(first, (offset & !PAGE_MASK) - first + HOT_BEHIND);
+        let lines = self.hot.entry(page).or_default();
+        let new = around & !*lines;
+        *lines |= new;
+        if new != 0 {
+            self.statistics.hot += u64::from(new.count_ones());
+            self.cache.drop_lines(page, new, self.windows.context());
+        }
+    }
+
+    /// A window of the block can't be used: it is translated anew without.
+    pub(super) fn drop_windows(&mut self, block: u32) {
+        let Some(offset) = self.cache.block(block).map(|block| block.offset) else { return };
+        self.windowless.insert(offset);
+        let lines = code_tracker::lines(offset, 1);
+        self.cache.drop_lines(offset & PAGE_MASK, lines, self.windows.context());
+    }
+
+    /// Instructions that miss their slots too often get none from now on.
+    fn look_for_roaming(&mut self) {
+        let mut pages = Vec::new();
+        for (slot, &place) in self.spaces.shared().slots().iter().zip(self.cache.slots()) {
+            if slot.misses.load(Ordering::Relaxed) > ROAMING_MISSES && self.roaming.insert(place) {
+                pages.push(place);
+            }
+            slot.misses.store(0, Ordering::Relaxed);
+        }
+        for place in pages {
+            let lines = code_tracker::lines(place, 1);
+            self.cache.drop_lines(place & PAGE_MASK, lines, self.windows.context());
+        }
+    }
+
+    /// The bias of the jump cache in the current address space and a mode.
+    fn bias(&mut self, space: u16, key: Key) -> u64 {
+        let space = (space, key.bits());
         if let Some(&bias) = self.biases.get(&space) {
             return bias;
         }
         if self.last_bias >= LAST_BIAS {
             self.biases.clear();
+            self.forgotten += 1;
             self.context().flush_jumps();
             self.last_bias = 0;
         }
@@ -294,33 +571,99 @@ impl DbtVcpu {
         self.last_bias
     }
 
-    /// Executes translated code from an offset in the code memory on, until it leaves. `block` is the block there.
-    fn enter(&mut self, target: u32, block: u32, direct: bool) -> Option<Site> {
-        let (vectors, x87) =
-            self.cache.block(block).map_or((false, false), |block| (block.vectors, block.x87));
+    /// Works out the biases of all classes of the current mode, unless the context has them.
+    fn update_biases(&mut self, key: Key) {
+        let space = self.cpu.address_space();
+        let kernel = if self.global_kernel { GLOBAL_SPACE } else { space };
+        let mode = key.with_class(0);
+        while self.biases_for != (space, mode.bits(), self.forgotten) {
+            let forgotten = self.forgotten;
+            for class in 0..3 {
+                let bias = self.bias(if class == USER { space } else { kernel }, mode.with_class(class));
+                self.context().class_bias[usize::from(class)] = bias;
+            }
+            // Running out of biases makes those before invalid.
+            self.biases_for = (space, mode.bits(), forgotten);
+        }
+    }
+
+    /// Works out what SYSCALL and SYSRET do, unless the context has it.
+    fn update_system_calls(&mut self) {
+        let state = &self.cpu.state;
+        let now = (state.msr.star, state.msr.efer, state.cr0);
+        if self.system_calls_for == Some(now) {
+            return;
+        }
+        self.system_calls_for = Some(now);
+        let fast = self.cpu.fast_system_calls();
+        let context = self.windows.context();
+        context.fast_system_calls = fast.is_some().into();
+        if let Some([syscall, sysret]) = fast {
+            context.syscall.cs = syscall[0];
+            context.syscall.ss = syscall[1];
+            context.sysret.cs = sysret[0];
+            context.sysret.ss = sysret[1];
+        }
+    }
+
+    /// What the signal handler must know.
+    fn running(&mut self) -> Running {
+        let (start, end) = self.cache.range();
+        let exit = self.cache.address(self.cache.parts().fault_exit as u32);
+        let fault_address = &raw mut *self.fault_address;
+        let site = &raw mut self.windows.context().site;
+        Running { start, end, exit, site, fault_address }
+    }
+
+    /// Sets what translated code needs of the state, and announces that it runs.
+    fn prepare(&mut self, key: Key) {
+        self.update_biases(key);
+        let flags = flags_word(self.cpu.state.rflags);
+        let pending = self.env.has_event();
+        let tsc_offset = self.env.tsc_offset();
+        self.update_system_calls();
+        let bases = self.cpu.state.cr4_has(Cr4::FSGSBASE);
+        let (fs, gs) = (self.cpu.state.seg[4].base, self.cpu.state.seg[5].base);
+        let context = self.windows.context();
+        context.flags = flags;
+        context.block_flags = flags;
+        context.fs_base = fs;
+        context.gs_base = gs;
+        context.pending = pending.into();
+        context.tsc_offset = tsc_offset;
+        context.base_instructions = bases.into();
+        let bias = context.class_bias[usize::from(key.class())];
+        // An event that comes from here on makes the first lookup miss.
+        if context.jump_bias.load(Ordering::Relaxed) != bias {
+            context.jump_bias.store(bias, Ordering::SeqCst);
+        }
+        if context.event.load(Ordering::SeqCst) != 0 {
+            context.jump_bias.fetch_or(EVENT_BIT, Ordering::SeqCst);
+        }
+    }
+
+    /// Executes translated code from an offset in the code memory on, until it leaves.
+    fn enter(&mut self, target: u32, load: Load) -> Option<Site> {
+        self.statistics.entered += 1;
+        let key = Key::of(&self.cpu);
+        self.prepare(key);
+        let with_vectors = load != Load::Mode || key.class() == USER;
+        if with_vectors {
+            self.fetch_vectors();
+        }
         let parts = self.cache.parts();
-        // Entering a block from its start, it loads its vector registers itself.
-        let way = match (x87, vectors) {
-            (true, _) => parts.enter_with_x87,
-            (false, true) if !direct => parts.enter_with_vectors,
+        let way = match load {
+            Load::X87 => parts.enter_with_x87,
+            _ if with_vectors => parts.enter_with_vectors,
             _ => parts.enter,
         };
         let way = self.cache.address(way as u32);
         let target = self.cache.address(target);
-        let (start, end) = self.cache.range();
-        let exit = self.cache.address(self.cache.shared().exit as u32);
-        let flags = flags_word(self.cpu.state.rflags);
-        let fs_base = self.cpu.state.seg[4].base;
-        let gs_base = self.cpu.state.seg[5].base;
-        let fault_address = &raw mut *self.fault_address;
-        let context = self.context();
-        context.flags = flags;
-        context.block_flags = flags;
-        context.fs_base = fs_base;
-        context.gs_base = gs_base;
-        let site = &raw mut context.site;
-        let pointer = &raw mut *context;
-        fault::set_running(Some(Running { start, end, exit, site, fault_address }));
+        let pointer = self.windows.mapping().context(self.spaces.current());
+        let context = self.windows.context();
+        // Plain stores: whoever looks at it makes a barrier on this thread first.
+        let passages = context.passages.load(Ordering::Relaxed);
+        context.passages.store(passages.wrapping_add(1), Ordering::Release);
         // SAFETY: the shared code has this signature; it was emitted for this context, preserves what a function
         // must, and executes only code made by the translator, which touches nothing but the context, the state
         // and guest RAM that the inline TLB allows.
@@ -328,235 +671,139 @@ impl DbtVcpu {
             let enter: extern "sysv64" fn(*mut Context, u64) = transmute(way);
             enter(pointer, target);
         }
-        fault::set_running(None);
-        let context = self.context();
+        let context = self.windows.context();
+        context.passages.store(passages.wrapping_add(2), Ordering::Release);
         let number = context.site;
         let flags = context.flags;
         self.set_flags(flags);
         if number == FAULT_SITE { None } else { self.cache.site(number) }
     }
 
-    fn set_flags(&mut self, word: u64) {
+    pub(super) fn set_flags(&mut self, word: u64) {
         let arithmetic = Rflags::ARITHMETIC.bits();
         let overflow = if word & 0xff != 0 { Rflags::OF.bits() } else { 0 };
         let low = word >> 8 & 0xff & arithmetic;
         self.cpu.state.rflags = self.cpu.state.rflags & !arithmetic | low | overflow;
     }
 
-    /// Where translated code left.
-    fn left(&mut self, site: Option<Site>) -> Next {
-        let Some(site) = site else { return self.host_fault() };
-        let base = self.context().page_base;
-        let rip = base.wrapping_add(site.guest.into());
-        match site.kind {
-            SiteKind::Access { write, size, flags_aside, retry, next, next_host } => {
-                self.cpu.state.rip = rip;
-                self.use_flags(flags_aside);
-                let linear = self.context().address;
-                if self.fill(linear, size, write) {
-                    return Next::Resume(retry, site.block);
-                }
-                self.step(base.wrapping_add(next.into()), Some(next_host), site.block)
-            }
-            SiteKind::Stack { low, high, write, flags_aside, .. } => {
-                self.cpu.state.rip = rip;
-                self.use_flags(flags_aside);
-                self.stack_miss(low, high, write, site.block)
-            }
-            SiteKind::Interpret { next, next_host } => {
-                self.cpu.state.rip = rip;
-                self.step(base.wrapping_add(next.into()), Some(next_host), site.block)
-            }
-            SiteKind::InterpretLast => {
-                self.cpu.state.rip = rip;
-                self.step(rip, None, site.block)
-            }
-            SiteKind::Jump { target, .. } => {
-                self.cpu.state.rip = base.wrapping_add(target.into());
-                self.link_jump()
-            }
-            SiteKind::Lookup => {
-                self.cpu.state.rip = self.context().address;
-                Next::Dispatch
-            }
-            SiteKind::Event { target } => {
-                self.cpu.state.rip = base.wrapping_add(target.into());
-                Next::Dispatch
-            }
-            SiteKind::LoadX87 => {
-                self.cpu.state.rip = rip;
-                Next::Dispatch
-            }
-        }
+    /// Address of the host's instruction that raised a signal.
+    pub(super) fn fault_address(&self) -> u64 {
+        *self.fault_address
     }
 
-    /// A jump within a page: linked to its target, unless something else must happen there first.
-    fn link_jump(&mut self) -> Next {
-        let site = self.context().site;
-        let key = Key::of(&self.cpu, self.native_tsc);
-        let generation = self.cache.next_site();
-        if let Some(block) = self.block() {
-            // Not if all blocks were dropped to make room for this one.
-            let kept = self.cache.next_site() >= generation;
-            let same_key = self.cache.site(site).is_some_and(|site| {
-                self.cache.block(site.block).is_some_and(|from| from.key.without_no_stack() == key)
-            });
-            if kept && same_key {
-                self.cache.link(site, block);
+    /// Takes an event, if one waits.
+    fn take_event(&mut self) -> Option<Exit> {
+        if self.context().event.load(Ordering::SeqCst) != 0 {
+            // Cleared first: what comes later is noticed again. The interpreter takes what may be taken.
+            self.context().event.store(0, Ordering::SeqCst);
+            self.statistics.events += 1;
+            if let Some(exit) = self.interpret(0, false) {
+                return Some(exit);
             }
         }
-        Next::Dispatch
-    }
-
-    /// Takes the arithmetic flags from where the block had put them.
-    fn use_flags(&mut self, aside: bool) {
-        if aside {
-            let word = self.context().block_flags;
-            self.set_flags(word);
+        if self.env.has_event() && self.cpu.state.has_flags(Rflags::IF) {
+            self.interpret(0, false)
+        } else {
+            None
         }
-    }
-
-    /// Interprets one instruction for translated code, and goes on behind it if nothing has changed that matters.
-    fn step(&mut self, next: u64, next_host: Option<u32>, block: u32) -> Next {
-        let key = Key::of(&self.cpu, self.native_tsc);
-        let space = self.cpu.address_space();
-        let epoch = self.epoch;
-        let flushes = self.flushes;
-        let exit = self.interpret(1);
-        if let Some(exit) = exit {
-            return Next::Leave(Ok(exit));
-        }
-        let Some(next_host) = next_host else { return Next::Dispatch };
-        let same = self.cpu.state.rip == next
-            && self.epoch == epoch
-            && self.flushes == flushes
-            && self.cpu.address_space() == space
-            && Key::of(&self.cpu, self.native_tsc) == key
-            && self.cpu.runs_plainly()
-            && !self.env.has_event();
-        if same { Next::Resume(next_host, block) } else { Next::Dispatch }
-    }
-
-    /// The host raised a signal in an instruction of the guest's.
-    fn host_fault(&mut self) -> Next {
-        let base = self.context().page_base;
-        match self.cache.fault_point(*self.fault_address) {
-            Some((block, point)) => {
-                self.use_flags(point.flags_aside);
-                self.cpu.state.rip = base.wrapping_add(point.guest.into());
-                self.step(base, None, block)
-            }
-            None => Next::Leave(Err(EngineError(format!(
-                "translated code faulted at {:#x}, where no instruction of the guest's stands",
-                *self.fault_address
-            )))),
-        }
-    }
-
-    fn stack_miss(&mut self, low: i32, high: i32, write: bool, block: u32) -> Next {
-        let rsp = self.cpu.state.gpr[4];
-        let first = rsp.wrapping_add(low as i64 as u64);
-        let last = rsp.wrapping_add(high as i64 as u64).wrapping_sub(1);
-        if first & PAGE_MASK == last & PAGE_MASK && self.fill(first, 1, write) {
-            return Next::Dispatch;
-        }
-        // The same block, with each stack access by itself.
-        let Some((offset, key)) = self.cache.block(block).map(|block| (block.offset, block.key)) else {
-            return Next::Dispatch;
-        };
-        let key = key.with_no_stack();
-        let variant = match self.cache.find(offset, key) {
-            Some(variant) => Some(variant),
-            None => self.translate(offset, key),
-        };
-        match variant.and_then(|number| Some((number, self.cache.block(number)?.entry))) {
-            Some((number, entry)) => Next::Resume(entry, number),
-            None => match self.interpret(1) {
-                Some(exit) => Next::Leave(Ok(exit)),
-                None => Next::Dispatch,
-            },
-        }
-    }
-
-    /// Enters a page into the inline TLB. False if the access must be made by the interpreter: it faults, crosses
-    /// a page, goes to a device, or writes a page that holds translated code.
-    fn fill(&mut self, linear: u64, size: u8, write: bool) -> bool {
-        let last = linear.wrapping_add(u64::from(size) - 1);
-        if (linear ^ last) & PAGE_MASK != 0 {
-            return false;
-        }
-        let access = if write { Access::Write } else { Access::Read };
-        let Ok(Place::Ram(offset)) = self.cpu.probe(&mut self.env, linear, access) else {
-            self.follow_changes();
-            return false;
-        };
-        if write && self.env.is_code(offset) {
-            return false;
-        }
-        let class = usize::from(Key::of(&self.cpu, self.native_tsc).class());
-        let addend =
-            (self.ram.as_ptr() as u64).wrapping_add(offset & PAGE_MASK).wrapping_sub(linear & PAGE_MASK);
-        let page = linear >> 12;
-        let index = page as usize % TLB_ENTRIES;
-        let tlb = &mut self.context().tlb[class];
-        if tlb.addend[index] != addend || tlb.read[index] != page {
-            tlb.write[index] = TLB_EMPTY;
-        }
-        tlb.addend[index] = addend;
-        // What may be written may be read (there is no write-only page).
-        tlb.read[index] = page;
-        if write {
-            tlb.write[index] = page;
-        }
-        true
     }
 
     /// One round: an event, the interpreter, or translated code.
     fn turn(&mut self) -> Result<Option<Exit>, EngineError> {
-        if self.context().event.load(Ordering::SeqCst) != 0 {
-            // Cleared first: what comes later is noticed again. The interpreter takes what may be taken.
-            self.context().event.store(0, Ordering::SeqCst);
-            if let Some(exit) = self.interpret(1) {
-                return Ok(Some(exit));
-            }
-        }
-        if self.env.has_event()
-            && self.cpu.state.has_flags(Rflags::IF)
-            && let Some(exit) = self.interpret(1)
-        {
+        if let Some(exit) = self.take_event() {
             return Ok(Some(exit));
         }
-        let translatable = self.cpu.runs_plainly() && self.cpu.state.mode() == Mode::Long64;
-        let block = if translatable { self.block() } else { None };
-        let Some(number) = block else {
-            let budget = if translatable { 1 } else { INTERPRETED };
-            return Ok(self.interpret(budget));
+        self.statistics.dispatched += 1;
+        let long = self.cpu.state.mode() == Mode::Long64;
+        let key = Key::of(&self.cpu);
+        let block = if long && self.cpu.runs_plainly() { self.block(key) } else { None };
+        let Some((number, block)) = block.and_then(|number| Some((number, self.cache.block(number)?))) else {
+            *(if long { &mut self.statistics.not_translated } else { &mut self.statistics.other_modes }) += 1;
+            self.windows.context().forget_cpuid();
+            return Ok(self.interpret(if long { 1 } else { INTERPRETED }, true));
         };
-        let Some((entry, lookup_entry)) =
-            self.cache.block(number).map(|block| (block.entry, block.lookup_entry))
-        else {
-            return Ok(None);
-        };
+        let (entry, lookup_entry, crosses) = (block.entry, block.lookup_entry, block.second.is_some());
         let rip = self.cpu.state.rip;
-        let key = Key::of(&self.cpu, self.native_tsc);
-        let bias = self.bias(key);
         let host = self.cache.address(lookup_entry);
-        let context = self.context.get();
-        context.page_base = rip & PAGE_MASK;
-        let index = jump_index(rip);
-        context.jumps.complement[index] = rip.wrapping_add(bias).wrapping_neg();
-        context.jumps.host[index] = host;
-        // An event that comes from here on makes the first lookup miss.
-        context.jump_bias.store(bias, Ordering::SeqCst);
-        if context.event.load(Ordering::SeqCst) != 0 {
-            context.jump_bias.fetch_or(EVENT_BIT, Ordering::SeqCst);
+        let remember = self.may_remember(rip, key);
+        self.update_biases(key);
+        self.note_code(rip);
+        if crosses {
+            self.note_code((rip & PAGE_MASK).wrapping_add(PAGE as u64));
         }
-        let mut site = self.enter(entry, number, true);
+        let context = self.windows.context();
+        let bias = context.class_bias[usize::from(key.class())];
+        context.page_base = rip & PAGE_MASK;
+        context.address = rip;
+        if remember {
+            let complement = rip.wrapping_add(bias).wrapping_neg();
+            context.jumps[jump_index(rip)] = JumpEntry { complement, host };
+        }
+        self.resets = self.spaces.shared().resets();
+        let mut place = if crosses { lookup_entry } else { entry };
+        let mut load = Load::Mode;
+        let mut number = number;
         loop {
-            match self.left(site) {
+            let site = self.enter(place, load);
+            match self.left(site, number) {
                 Next::Dispatch => return Ok(None),
                 Next::Leave(exit) => return exit.map(Some),
-                Next::Resume(host, block) => site = self.enter(host, block, false),
+                // What the block has checked at its start must still hold.
+                Next::Resume(..) if self.spaces.shared().resets() != self.resets => return Ok(None),
+                Next::Resume(host, block, what) => (place, number, load) = (host, block, what),
+            }
+        }
+    }
+
+    /// Whether the jump cache may hold this instruction pointer. Supervisor code of guests that map it as global pages
+    /// has one bias for all address spaces; what isn't global can't be remembered then.
+    fn may_remember(&mut self, rip: u64, key: Key) -> bool {
+        if key.class() == USER {
+            return true;
+        }
+        let global = self.cpu.is_global(rip);
+        if global == self.global_kernel {
+            return true;
+        }
+        self.otherwise += 1;
+        if self.otherwise > OTHERWISE {
+            self.otherwise = 0;
+            self.global_kernel = global;
+            self.forget_jumps();
+            return true;
+        }
+        !self.global_kernel
+    }
+
+    /// What a block that is entered in its middle must find loaded.
+    pub(super) fn loaded_within(&self, block: u32) -> Load {
+        match self.cache.block(block) {
+            Some(block) if block.x87 => Load::X87,
+            Some(block) if block.vectors => Load::Vectors,
+            _ => Load::Mode,
+        }
+    }
+
+    /// A jump that isn't linked: linked to its target, unless something else must happen there first.
+    pub(super) fn link_jump(&mut self, number: u32, site: &Site) {
+        if self.context().event.load(Ordering::SeqCst) != 0 || !self.cpu.runs_plainly() {
+            return;
+        }
+        let key = Key::of(&self.cpu);
+        let generation = self.cache.next_site();
+        let Some(block) = self.block(key) else { return };
+        // Not if all blocks were dropped to make room for this one.
+        if self.cache.next_site() < generation || self.cache.block(site.block).is_none() {
+            return;
+        }
+        self.cache.link(number, block, self.windows.context());
+        if matches!(site.kind, SiteKind::Link { .. }) {
+            let rip = self.cpu.state.rip;
+            self.note_code(rip);
+            if self.cpu.is_global(rip) {
+                self.linked_globally.push(number);
+            } else {
+                self.linked.push(number);
             }
         }
     }
@@ -569,35 +816,51 @@ fn flags_word(rflags: u64) -> u64 {
 
 impl Vcpu for DbtVcpu {
     fn state(&mut self) -> Result<CpuState, EngineError> {
+        self.sync_vectors();
         Ok(self.cpu.state.clone())
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
+        self.sync_vectors();
         self.cpu.state = state.clone();
         self.cpu.state_changed();
         self.follow_changes();
         // RAM may have been loaded anew, past the record of cached code.
-        self.cache.clear();
+        self.clear_cache();
         Ok(())
     }
 
     fn run(&mut self) -> Result<Exit, EngineError> {
         if self.single_step || !self.cpu.breakpoints.is_empty() {
+            self.sync_vectors();
             let exit = interp_vcpu::run(&mut self.cpu, &mut self.env, self.single_step);
             self.follow_changes();
             return Ok(exit);
         }
-        loop {
-            if let Some(exit) = self.turn()? {
-                return Ok(exit);
+        fault::set_running(Some(self.running()));
+        let exit = loop {
+            match self.turn() {
+                Ok(None) => {}
+                Ok(Some(exit)) => break Ok(exit),
+                Err(error) => break Err(error),
             }
-        }
+        };
+        fault::set_running(None);
+        exit
     }
 
     fn set_debug(&mut self, debug: &DebugControl) -> Result<(), EngineError> {
         self.single_step = debug.single_step;
         self.cpu.breakpoints.clone_from(&debug.breakpoints);
         Ok(())
+    }
+
+    fn count_all(&mut self) {
+        self.statistics.by_kind = true;
+    }
+
+    fn statistics(&self) -> Vec<(String, u64)> {
+        self.statistics.list()
     }
 
     fn translate(&mut self, linear: u64) -> Option<u64> {

@@ -1,0 +1,289 @@
+//! What is done where translated code left.
+
+use std::sync::atomic::Ordering;
+
+use bivisor_machine::engine::{EngineError, Exit};
+use bivisor_x86::cpu::Access;
+use bivisor_x86::env::Env;
+use bivisor_x86::paging::Place;
+use iced_x86::{Code, Decoder, DecoderOptions};
+
+use super::block::PAGE;
+use super::context::{CPUID_ENTRIES, CpuidEntry};
+use super::key::Key;
+use super::site::{Site, SiteKind};
+use super::spaces::Filling;
+use super::vcpu::{DbtVcpu, Load, PAGE_MASK};
+
+/// What to do next.
+pub(super) enum Next {
+    /// Look for a block at the processor's instruction pointer.
+    Dispatch,
+    /// Enter translated code at this offset in the code memory, in this block, with this loaded.
+    Resume(u32, u32, Load),
+    /// Return to the caller.
+    Leave(Result<Exit, EngineError>),
+}
+
+impl DbtVcpu {
+    /// Where translated code left. `entered`: the block where it was entered.
+    pub(super) fn left(&mut self, site: Option<Site>, entered: u32) -> Next {
+        let Some(site) = site else {
+            self.statistics.host_fault += 1;
+            return self.host_fault();
+        };
+        self.statistics.left(site.kind);
+        let number = self.context().site;
+        let base = self.context().page_base;
+        let rip = base.wrapping_add(site.guest.into());
+        self.cpu.state.rip = rip;
+        self.use_flags(site.flags_aside);
+        match site.kind {
+            SiteKind::Access { write, size, retry, next, next_host } => {
+                let linear = self.context().address;
+                if self.fill(linear, size, write) {
+                    return Next::Resume(retry, site.block, self.loaded_within(site.block));
+                }
+                self.statistics.access_slow += 1;
+                self.step(base.wrapping_add(next.into()), next_host, &site)
+            }
+            SiteKind::Window { root, write, size, low, retry, .. } => {
+                let first = self.cpu.state.gpr[usize::from(root & 15)].wrapping_add(low as i64 as u64);
+                let last = first.wrapping_add(u64::from(size)).wrapping_sub(1);
+                if first & PAGE_MASK == last & PAGE_MASK && self.fill(first, 1, write) {
+                    return Next::Resume(retry, site.block, self.loaded_within(site.block));
+                }
+                let crosses = first & PAGE_MASK != last & PAGE_MASK;
+                let then = self.enter_variant(&site, crosses);
+                if !crosses {
+                    self.drop_windows(site.block);
+                }
+                then
+            }
+            SiteKind::String { is_move, next, retry, next_host } => {
+                if self.fill_for_string(is_move) {
+                    return Next::Resume(retry, site.block, self.loaded_within(site.block));
+                }
+                self.step(base.wrapping_add(next.into()), next_host, &site)
+            }
+            SiteKind::Stack { low, size, retry, .. } => self.stack_miss(low, size, retry, &site),
+            SiteKind::Interpret { next, next_host } => {
+                self.step(base.wrapping_add(next.into()), next_host, &site)
+            }
+            SiteKind::Cpuid { next, next_host } => {
+                let next = base.wrapping_add(next.into());
+                let asked = (self.cpu.state.gpr[0] as u32, self.cpu.state.gpr[1] as u32);
+                let then = self.step(next, next_host, &site);
+                if self.cpu.state.rip == next {
+                    self.remember_cpuid(asked);
+                }
+                then
+            }
+            SiteKind::InterpretLast => self.step(rip, None, &site),
+            SiteKind::Jump { target, .. } => {
+                self.cpu.state.rip = base.wrapping_add(target.into());
+                self.link_jump(number, &site);
+                Next::Dispatch
+            }
+            SiteKind::Link { target, .. } => {
+                self.cpu.state.rip = base.wrapping_add(target as i64 as u64);
+                self.link_jump(number, &site);
+                Next::Dispatch
+            }
+            SiteKind::Lookup => {
+                self.cpu.state.rip = self.context().address;
+                if self.context().event.load(Ordering::SeqCst) != 0 {
+                    let key = Key::of(&self.cpu);
+                    self.found_hot(key);
+                }
+                Next::Dispatch
+            }
+            SiteKind::Event { target } => {
+                self.cpu.state.rip = base.wrapping_add(target as i64 as u64);
+                let key = Key::of(&self.cpu);
+                self.found_hot(key);
+                Next::Dispatch
+            }
+            SiteKind::LoadVectors => {
+                let _ = entered;
+                match self.cache.block(site.block) {
+                    Some(block) => Next::Resume(block.entry, site.block, self.loaded_within(site.block)),
+                    None => Next::Dispatch,
+                }
+            }
+        }
+    }
+
+    /// Takes the arithmetic flags from where the block had put them.
+    fn use_flags(&mut self, aside: bool) {
+        if aside {
+            let word = self.context().block_flags;
+            self.set_flags(word);
+        }
+    }
+
+    /// Interprets one instruction for translated code, and goes on behind it if nothing has changed that matters.
+    fn step(&mut self, next: u64, next_host: Option<u32>, site: &Site) -> Next {
+        let key = Key::of(&self.cpu);
+        let space = self.cpu.address_space();
+        let (epoch, flushes) = (self.epoch, self.flushes);
+        if self.statistics.by_kind {
+            let code = self.code();
+            self.statistics.interpreted(code);
+        }
+        let exit = self.interpret(1, site.vector);
+        if let Some(exit) = exit {
+            return Next::Leave(Ok(exit));
+        }
+        let Some(next_host) = next_host else {
+            // What ends a block may change what CPUID tells.
+            self.context().forget_cpuid();
+            return Next::Dispatch;
+        };
+        let same = self.cpu.state.rip == next
+            && self.epoch == epoch
+            && self.flushes == flushes
+            && self.cpu.address_space() == space
+            && Key::of(&self.cpu) == key
+            && self.cpu.runs_plainly()
+            && !self.env.has_event();
+        if same {
+            Next::Resume(next_host, site.block, self.loaded_within(site.block))
+        } else {
+            Next::Dispatch
+        }
+    }
+
+    /// What stands at the instruction pointer, as far as it lies in one page.
+    fn code(&mut self) -> Code {
+        let rip = self.cpu.state.rip;
+        let Ok(Place::Ram(offset)) = self.cpu.probe(&mut self.env, rip, Access::Execute) else {
+            return Code::INVALID;
+        };
+        let mut bytes = [0; 15];
+        let length = bytes.len().min(PAGE - offset as usize % PAGE);
+        self.env.load_bytes(offset, &mut bytes[..length]);
+        Decoder::new(64, &bytes[..length], DecoderOptions::NONE).decode().code()
+    }
+
+    fn remember_cpuid(&mut self, (leaf, subleaf): (u32, u32)) {
+        let gpr = &self.cpu.state.gpr;
+        let result = [gpr[0] as u32, gpr[3] as u32, gpr[1] as u32, gpr[2] as u32];
+        let index = leaf.wrapping_add(subleaf) as usize % CPUID_ENTRIES;
+        let key = u64::from(leaf) | u64::from(subleaf) << 32;
+        if key != super::context::CPUID_EMPTY {
+            self.context().cpuid[index] = CpuidEntry { key, result, padding: 0 };
+        }
+    }
+
+    /// The host raised a signal in an instruction of the guest's.
+    fn host_fault(&mut self) -> Next {
+        let base = self.context().page_base;
+        let address = self.fault_address();
+        match self.cache.fault_point(address) {
+            Some((block, point)) => {
+                self.use_flags(point.flags_aside);
+                self.cpu.state.rip = base.wrapping_add(point.guest.into());
+                let site = Site {
+                    block,
+                    guest: point.guest,
+                    flags_aside: false,
+                    vector: true,
+                    kind: SiteKind::InterpretLast,
+                };
+                self.step(base, None, &site)
+            }
+            None => Next::Leave(Err(EngineError(format!(
+                "translated code faulted at {address:#x}, where no instruction of the guest's stands"
+            )))),
+        }
+    }
+
+    fn stack_miss(&mut self, low: i32, size: u16, retry: u32, site: &Site) -> Next {
+        let first = self.cpu.state.gpr[4].wrapping_add(low as i64 as u64);
+        let last = first.wrapping_add(u64::from(size)).wrapping_sub(1);
+        if first & PAGE_MASK == last & PAGE_MASK && self.fill(first, 1, true) {
+            let addend = self.addend(first);
+            let context = self.context();
+            context.stack_page.store(first & PAGE_MASK, Ordering::SeqCst);
+            context.stack_addend.store(addend, Ordering::SeqCst);
+            return Next::Resume(retry, site.block, self.loaded_within(site.block));
+        }
+        self.enter_variant(site, first & PAGE_MASK != last & PAGE_MASK)
+    }
+
+    /// The same block, with each access checked by itself. `link`: the site is to lead there from now on.
+    fn enter_variant(&mut self, site: &Site, link: bool) -> Next {
+        let Some((offset, key)) = self.cache.block(site.block).map(|block| (block.offset, block.key)) else {
+            return Next::Dispatch;
+        };
+        let key = key.with_no_stack();
+        let variant = match self.cache.find(offset, key) {
+            Some(variant) => Some(variant),
+            None => self.translate(offset, key),
+        };
+        match variant.and_then(|number| Some((number, self.cache.block(number)?.entry))) {
+            Some((number, entry)) => {
+                let kept = self.cache.block(site.block).is_some_and(|block| block.offset == offset);
+                if kept && link {
+                    let own = self.context().site;
+                    self.cache.link(own, number, self.windows.context());
+                }
+                Next::Resume(entry, number, Load::Mode)
+            }
+            None => match self.interpret(1, true) {
+                Some(exit) => Next::Leave(Ok(exit)),
+                None => Next::Dispatch,
+            },
+        }
+    }
+
+    /// Enters the pages of a string instruction into the inline TLB. False if that was just done and didn't help, or
+    /// can't be done.
+    fn fill_for_string(&mut self, is_move: bool) -> bool {
+        let gpr = &self.cpu.state.gpr;
+        let here = (self.cpu.state.rip, gpr[1]);
+        let (source, destination) = (gpr[6], gpr[7]);
+        if here.1 == 0 || self.last_string == here {
+            self.last_string = (0, 0);
+            return false;
+        }
+        self.last_string = here;
+        (!is_move || self.fill(source, 1, false)) && self.fill(destination, 1, true)
+    }
+
+    /// What the inline TLB adds to addresses in the page.
+    fn addend(&self, linear: u64) -> u64 {
+        let class = usize::from(Key::of(&self.cpu).class());
+        let tlbs = self.windows.mapping().tlbs(self.spaces.current());
+        tlbs.class[class].entry(linear).addend.load(Ordering::Relaxed)
+    }
+
+    /// Enters a page into the inline TLB. False if the access must be made by the interpreter: it faults, crosses
+    /// a page, goes to a device, or writes a page that holds translated code.
+    fn fill(&mut self, linear: u64, size: u8, write: bool) -> bool {
+        let last = linear.wrapping_add(u64::from(size) - 1);
+        if (linear ^ last) & PAGE_MASK != 0 {
+            return false;
+        }
+        let access = if write { Access::Write } else { Access::Read };
+        let Ok(Place::Ram(offset)) = self.cpu.probe(&mut self.env, linear, access) else {
+            self.follow_changes();
+            return false;
+        };
+        if write && self.env.is_code(offset) {
+            return false;
+        }
+        let class = Key::of(&self.cpu).class();
+        let addend =
+            (self.ram.as_ptr() as u64).wrapping_add(offset & PAGE_MASK).wrapping_sub(linear & PAGE_MASK);
+        let global = self.cpu.is_global(linear);
+        self.spaces.insert(&Filling { class, linear, addend, write, global });
+        // Marked meanwhile by another processor's thread: it may not have seen the new entry.
+        if write && self.env.is_code(offset) {
+            self.spaces.forbid_write(class, linear);
+            return false;
+        }
+        true
+    }
+}

@@ -1,0 +1,535 @@
+//! Ordinary instructions: memory operands that go through the inline TLB, registers that are elsewhere, the stack.
+
+use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
+
+use super::analysis::{self, Decoded};
+use super::block::{Addend, Builder, NotRenamed, PAGE, Retry};
+use super::context::{
+    self, ADDEND, ADDRESS, GUEST_RSP, TEMPORARY, TLB_INDEX_MASK, TLB_INDEX_SHIFT, page_base, stack_addend,
+};
+use super::emit::{Fixup, Mem, Reg, Width, at, condition, indexed, reg};
+use super::site::{FaultPoint, SiteKind};
+
+/// Number of a general register, if it is one.
+pub(super) fn number(register: Register) -> Option<u8> {
+    register.is_gpr().then(|| register.full_register() as u8 - Register::RAX as u8)
+}
+
+/// Whether the guest register lives in memory.
+fn is_spilled(register: Register) -> bool {
+    number(register).is_some_and(|number| number >= 12)
+}
+
+fn is_high_byte(register: Register) -> bool {
+    matches!(register, Register::AH | Register::CH | Register::DH | Register::BH)
+}
+
+/// The part of the host register `host` that has the size of `like`.
+fn sized(host: Reg, like: Register) -> Register {
+    let index = u32::from(host.0);
+    let from =
+        |first: Register| Register::try_from((first as u32 + index) as usize).unwrap_or(Register::None);
+    match like.size() {
+        1 if index < 4 => from(Register::AL),
+        // AH to BH stand between.
+        1 => Register::try_from((Register::SPL as u32 + index - 4) as usize).unwrap_or(Register::None),
+        2 => from(Register::AX),
+        4 => from(Register::EAX),
+        _ => from(Register::RAX),
+    }
+}
+
+impl Builder<'_> {
+    // ---- checks ----
+
+    /// With the first byte's address in ADDRESS and the last one's in TEMPORARY: leaves the TLB entry's offset in
+    /// ADDEND and jumps if the entry is another page's. Changes the flags.
+    fn compare_tag(&mut self, write: bool) -> Fixup {
+        self.e.copy(Width::W32, ADDEND, ADDRESS);
+        self.compare_tag_indexed(write)
+    }
+
+    /// The same with the first byte's address in ADDEND, as far as its low half goes.
+    fn compare_tag_indexed(&mut self, write: bool) -> Fixup {
+        self.addend = Addend::Anything;
+        self.e.shr(Width::W32, ADDEND, TLB_INDEX_SHIFT);
+        self.e.and_imm(Width::W32, ADDEND, TLB_INDEX_MASK);
+        self.e.shr(Width::W64, TEMPORARY, 12);
+        self.e.compare(Width::W64, TEMPORARY, context::tlb_tag(self.class(), write, ADDEND));
+        self.e.jump_if(condition::NE)
+    }
+
+    /// Checks the access of `size` bytes at ADDRESS; afterwards the host's address is ADDRESS + ADDEND.
+    pub fn check(&mut self, size: i32, write: bool, live: u32) {
+        if live != 0 {
+            self.put_flags_aside();
+        }
+        let (retry, next) = ((self.request.start + self.instruction_start) as u32, self.next_guest as u16);
+        let kind = SiteKind::Access { write, size: size as u8, next, retry, next_host: None };
+        if self.takes_slot() {
+            self.e.copy(Width::W64, TEMPORARY, ADDRESS);
+            let slot = self.check_slot(kind, size, write, None);
+            self.addend = Addend::Slot(slot);
+            self.e.load(Width::W64, ADDEND, context::slot_addend(slot));
+            return;
+        }
+        if size > 1 {
+            self.e.lea(Width::W64, TEMPORARY, at(ADDRESS, size - 1));
+        } else {
+            self.e.copy(Width::W64, TEMPORARY, ADDRESS);
+        }
+        let fixup = self.compare_tag(write);
+        self.leave_from(fixup, kind);
+        self.e.load(Width::W64, ADDEND, context::tlb_addend(self.class(), ADDEND));
+    }
+
+    /// Checks the access of `size` bytes at the operand `[base + displacement]`; afterwards the host's address is that
+    /// plus ADDEND.
+    fn check_based(&mut self, place: Mem, size: i32, decoded: &Decoded) {
+        let write = analysis::writes_memory(decoded);
+        if decoded.live_before != 0 {
+            self.put_flags_aside();
+        }
+        let (retry, next) = ((self.request.start + self.instruction_start) as u32, self.next_guest as u16);
+        let kind = SiteKind::Access { write, size: size as u8, next, retry, next_host: None };
+        if self.takes_slot() {
+            self.e.lea(Width::W64, TEMPORARY, place);
+            let slot = self.check_slot(kind, size, write, Some(place));
+            self.addend = Addend::Slot(slot);
+            self.e.load(Width::W64, ADDEND, context::slot_addend(slot));
+            return;
+        }
+        self.e.lea(Width::W64, TEMPORARY, place.plus(size - 1));
+        self.e.lea(Width::W32, ADDEND, place);
+        let fixup = self.compare_tag_indexed(write);
+        self.leave_from_access(fixup, kind, Some(place), None);
+        self.e.load(Width::W64, ADDEND, context::tlb_addend(self.class(), ADDEND));
+    }
+
+    /// Whether the current instruction's page is kept in a slot of its own.
+    fn takes_slot(&self) -> bool {
+        self.request.first_slot.is_some() && !(self.request.roams)(self.guest)
+    }
+
+    /// With the first byte's address in TEMPORARY, and in ADDRESS unless it is at `place`: checks that all bytes lie in the
+    /// page of a slot, and leaves the first one's offset in it in TEMPORARY, unless the slot was filled just now.
+    fn check_slot(&mut self, kind: SiteKind, size: i32, write: bool, place: Option<Mem>) -> u32 {
+        let slot = self.new_slot();
+        self.e.sub_mem(Width::W64, TEMPORARY, context::slot_page(slot));
+        self.e.compare_imm(Width::W64, TEMPORARY, PAGE as i32 - size);
+        let fixup = self.e.jump_if(condition::A);
+        let routine = self.request.shared.slot[usize::from(self.class())][usize::from(write)];
+        let back = self.e.position();
+        self.leave_from_access(fixup, kind, place, Some(Retry { routine, slot, size, back }));
+        slot
+    }
+
+    /// Puts the stack's addend into ADDEND.
+    fn load_stack_addend(&mut self) {
+        if self.addend != Addend::Stack {
+            self.e.load(Width::W64, ADDEND, stack_addend());
+            self.addend = Addend::Stack;
+        }
+    }
+
+    /// Puts the addend of a window into ADDEND.
+    fn load_window_addend(&mut self, window: u8) {
+        let slot = self.window_slot(window);
+        if self.addend != Addend::Slot(slot) {
+            self.e.load(Width::W64, ADDEND, context::slot_addend(slot));
+            self.addend = Addend::Slot(slot);
+        }
+    }
+
+    /// Makes the memory operand `[base + displacement]` one of the host's: ADDEND is added.
+    fn rename_based(&self, instruction: &Instruction, renamed: &mut Instruction, base: Reg) {
+        let displacement = instruction.memory_displacement64();
+        renamed.set_memory_base(sized(base, Register::RAX));
+        renamed.set_memory_index(Register::R13);
+        renamed.set_memory_displacement64(displacement);
+        renamed.set_memory_displ_size(u32::from(displacement != 0));
+    }
+
+    // ---- addresses ----
+
+    /// Computes the linear address of the memory operand into ADDRESS. Uses TEMPORARY; leaves the flags alone.
+    pub fn address(&mut self, instruction: &Instruction) -> Result<(), NotRenamed> {
+        self.offset(instruction)?;
+        let base = match instruction.memory_segment() {
+            Register::FS => context::fs_base(),
+            Register::GS => context::gs_base(),
+            _ => return Ok(()),
+        };
+        self.e.load(Width::W64, TEMPORARY, base);
+        self.e.lea(Width::W64, ADDRESS, indexed(ADDRESS, TEMPORARY, 0, 0));
+        Ok(())
+    }
+
+    /// Computes the memory operand's offset in its segment into ADDRESS.
+    fn offset(&mut self, instruction: &Instruction) -> Result<(), NotRenamed> {
+        let displacement = instruction.memory_displacement64();
+        let base = instruction.memory_base();
+        let index = instruction.memory_index();
+        if base == Register::RIP {
+            self.e.load(Width::W64, ADDRESS, page_base());
+            self.e.lea(
+                Width::W64,
+                ADDRESS,
+                at(ADDRESS, i32::try_from(displacement as i64).map_err(|_| NotRenamed)?),
+            );
+            return Ok(());
+        }
+        if base == Register::EIP {
+            return Err(NotRenamed);
+        }
+        if base == Register::None && index == Register::None {
+            self.e.load_immediate(ADDRESS, displacement);
+            return Ok(());
+        }
+        // With a 67h prefix everything wraps at 32 bits.
+        let short = base.size() == 4 || index.size() == 4;
+        let width = if short { Width::W32 } else { Width::W64 };
+        let displacement = displacement as i32;
+        let host_base = self.address_register(base, ADDRESS);
+        let host_index = self.address_register(index, TEMPORARY);
+        let scale = instruction.memory_index_scale().trailing_zeros() as u8;
+        match (host_base, host_index) {
+            (Some(ADDRESS), None) if displacement == 0 && width == Width::W64 => {}
+            (Some(base), None) => self.e.lea(width, ADDRESS, at(base, displacement)),
+            (Some(base), Some(index)) => {
+                self.e.lea(width, ADDRESS, indexed(base, index, scale, displacement))
+            }
+            (None, Some(index)) => self.e.lea_index(width, ADDRESS, index, scale, displacement),
+            (None, None) => return Err(NotRenamed),
+        }
+        Ok(())
+    }
+
+    /// The host register of a base or index, loaded into `scratch` if it lives in memory.
+    fn address_register(&mut self, register: Register, scratch: Reg) -> Option<Reg> {
+        let number = number(register)?;
+        if number >= 12 {
+            self.e.load(Width::W64, scratch, context::spilled(number));
+            return Some(scratch);
+        }
+        Some(host_register(number))
+    }
+
+    // ---- ordinary instructions ----
+
+    /// Copies an instruction with its operands renamed.
+    pub fn copy(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
+        let instruction = &decoded.instruction;
+        if analysis::is_bit_string(instruction) {
+            return Err(NotRenamed);
+        }
+        if instruction.mnemonic() == Mnemonic::Lea {
+            return self.lea(decoded);
+        }
+        let mut renamed = *instruction;
+        let mut free = vec![ADDEND, ADDRESS, TEMPORARY];
+        let has_memory =
+            (0..instruction.op_count()).any(|operand| instruction.op_kind(operand) == OpKind::Memory);
+        if has_memory {
+            self.memory_operand(decoded, &mut renamed, &mut free)?;
+        }
+        let changed = self.rename_registers(decoded, &mut renamed, &mut free)?;
+        let flags_needed = reads_or_keeps_flags(decoded);
+        if flags_needed {
+            self.bring_flags_back();
+        }
+        self.fault_points.push(FaultPoint {
+            host: self.e.position() as u32,
+            guest: self.guest as u16,
+            flags_aside: self.flags_aside,
+        });
+        self.encode(&renamed)?;
+        for (host, number) in changed {
+            self.e.store(Width::W64, context::spilled(number), host);
+        }
+        if writes_flags(decoded) {
+            self.flags_aside = false;
+        }
+        Ok(())
+    }
+
+    /// Makes the memory operand point at host memory, after the check that it may.
+    fn memory_operand(
+        &mut self,
+        decoded: &Decoded,
+        renamed: &mut Instruction,
+        free: &mut Vec<Reg>,
+    ) -> Result<(), NotRenamed> {
+        let instruction = &decoded.instruction;
+        renamed.set_segment_prefix(Register::None);
+        renamed.set_memory_index_scale(1);
+        if let (Some(_), Some((offset, _, _))) = (decoded.stack_delta, analysis::stack_access(decoded)) {
+            self.load_stack_addend();
+            renamed.set_memory_base(Register::R12);
+            renamed.set_memory_index(Register::R13);
+            renamed.set_memory_displacement64(offset as i64 as u64);
+            renamed.set_memory_displ_size(u32::from(offset != 0));
+            free.retain(|&host| host != ADDEND);
+            return Ok(());
+        }
+        if analysis::is_based(instruction)
+            && let Ok(displacement) = i32::try_from(instruction.memory_displacement64() as i64)
+            && (decoded.window.is_some() || !is_spilled(instruction.memory_base()))
+            && let Some(base) = self.address_register(instruction.memory_base(), ADDRESS)
+        {
+            match decoded.window {
+                Some(window) => self.load_window_addend(window),
+                None => {
+                    let size = instruction.memory_size().size() as i32;
+                    self.check_based(at(base, displacement), size, decoded);
+                }
+            }
+            self.rename_based(instruction, renamed, base);
+            free.retain(|&host| host != ADDEND && host != base);
+            return Ok(());
+        }
+        self.address(instruction)?;
+        let size = instruction.memory_size().size() as i32;
+        self.check(size, analysis::writes_memory(decoded), decoded.live_before);
+        renamed.set_memory_base(Register::R14);
+        renamed.set_memory_index(Register::R13);
+        renamed.set_memory_displacement64(0);
+        renamed.set_memory_displ_size(0);
+        free.retain(|&host| host == TEMPORARY);
+        if spilled_operands(instruction) > 1 {
+            self.e.lea(Width::W64, ADDRESS, indexed(ADDRESS, ADDEND, 0, 0));
+            renamed.set_memory_index(Register::None);
+            free.push(ADDEND);
+        }
+        Ok(())
+    }
+
+    /// Replaces guest registers that are elsewhere. Returns the scratch registers to be stored back, with the guest
+    /// registers' numbers.
+    fn rename_registers(
+        &mut self,
+        decoded: &Decoded,
+        renamed: &mut Instruction,
+        free: &mut Vec<Reg>,
+    ) -> Result<Vec<(Reg, u8)>, NotRenamed> {
+        let instruction = &decoded.instruction;
+        let mut loaded: Vec<(u8, Reg, bool)> = Vec::new();
+        let mut needs_rex = has_renamed_memory(renamed);
+        let mut high_byte = false;
+        for operand in 0..instruction.op_count() {
+            if instruction.op_kind(operand) != OpKind::Register {
+                continue;
+            }
+            let register = instruction.op_register(operand);
+            high_byte |= is_high_byte(register);
+            let Some(guest) = number(register) else { continue };
+            if guest < 12 {
+                let host = host_register(guest);
+                if host.0 != guest {
+                    renamed.set_op_register(operand, sized(host, register));
+                }
+                needs_rex |= host.0 >= 8 || register.size() == 8 || is_new_byte(register);
+                continue;
+            }
+            needs_rex = true;
+            let access = decoded.access[operand as usize];
+            let writes = !matches!(access, OpAccess::Read | OpAccess::None);
+            let host = match loaded.iter_mut().find(|(number, _, _)| *number == guest) {
+                Some((_, host, written)) => {
+                    *written |= writes;
+                    *host
+                }
+                None => {
+                    let host = free.pop().ok_or(NotRenamed)?;
+                    if host == ADDEND {
+                        self.addend = Addend::Anything;
+                    }
+                    // A full write needs no old value.
+                    if access != OpAccess::Write || register.size() < 4 {
+                        self.e.load(Width::W64, host, context::spilled(guest));
+                    }
+                    loaded.push((guest, host, writes));
+                    host
+                }
+            };
+            renamed.set_op_register(operand, sized(host, register));
+        }
+        if high_byte && needs_rex {
+            return Err(NotRenamed);
+        }
+        // A register that is written by one operand and read by another was loaded by whichever came first.
+        for &(guest, host, _) in &loaded {
+            if reads_what_was_not_loaded(decoded, guest) {
+                self.e.load(Width::W64, host, context::spilled(guest));
+            }
+        }
+        Ok(loaded
+            .into_iter()
+            .filter(|&(_, _, written)| written)
+            .map(|(guest, host, _)| (host, guest))
+            .collect())
+    }
+
+    pub fn encode(&mut self, instruction: &Instruction) -> Result<(), NotRenamed> {
+        self.encoder.encode(instruction, 0).map_err(|_| NotRenamed)?;
+        let bytes = self.encoder.take_buffer();
+        self.e.code.extend_from_slice(&bytes);
+        self.encoder.set_buffer(bytes_cleared(bytes));
+        Ok(())
+    }
+
+    fn lea(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
+        let instruction = &decoded.instruction;
+        let destination = instruction.op0_register();
+        self.offset(instruction)?;
+        let guest = number(destination).ok_or(NotRenamed)?;
+        if is_spilled(destination) {
+            match destination.size() {
+                8 => self.e.store(Width::W64, context::spilled(guest), ADDRESS),
+                4 => {
+                    self.e.copy(Width::W32, ADDRESS, ADDRESS);
+                    self.e.store(Width::W64, context::spilled(guest), ADDRESS);
+                }
+                _ => self.e.store16(context::spilled(guest), ADDRESS),
+            }
+            return Ok(());
+        }
+        let host = host_register(guest);
+        match destination.size() {
+            8 => self.e.copy(Width::W64, host, ADDRESS),
+            4 => self.e.copy(Width::W32, host, ADDRESS),
+            _ => self.e.copy16(host, ADDRESS),
+        }
+        Ok(())
+    }
+
+    // ---- the stack ----
+
+    /// The memory operand for an access to the stack at `offset` from RSP, checked by itself if it isn't tracked.
+    pub fn stack_operand(&mut self, decoded: &Decoded, offset: i32, write: bool) -> Mem {
+        if decoded.stack_delta.is_some() {
+            self.load_stack_addend();
+            return indexed(GUEST_RSP, ADDEND, 0, offset);
+        }
+        self.e.lea(Width::W64, ADDRESS, at(GUEST_RSP, offset));
+        self.check(8, write, decoded.live_before);
+        indexed(ADDRESS, ADDEND, 0, 0)
+    }
+
+    pub fn push(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
+        let instruction = &decoded.instruction;
+        match instruction.op0_kind() {
+            OpKind::Register => {
+                let place = self.stack_operand(decoded, -8, true);
+                let guest = number(instruction.op0_register()).ok_or(NotRenamed)?;
+                let host = if guest >= 12 {
+                    self.e.load(Width::W64, TEMPORARY, context::spilled(guest));
+                    TEMPORARY
+                } else {
+                    host_register(guest)
+                };
+                self.e.store(Width::W64, place, host);
+            }
+            OpKind::Memory => {
+                if decoded.stack_delta.is_none() {
+                    return Err(NotRenamed);
+                }
+                self.address(instruction)?;
+                self.check(8, false, decoded.live_before);
+                self.e.load(Width::W64, TEMPORARY, indexed(ADDRESS, ADDEND, 0, 0));
+                let place = self.stack_operand(decoded, -8, true);
+                self.e.store(Width::W64, place, TEMPORARY);
+            }
+            _ => {
+                let place = self.stack_operand(decoded, -8, true);
+                self.e.store_imm32_as_64(place, instruction.immediate(0) as i32);
+            }
+        }
+        self.e.lea(Width::W64, GUEST_RSP, at(GUEST_RSP, -8));
+        Ok(())
+    }
+
+    pub fn pop(&mut self, decoded: &Decoded) {
+        let place = self.stack_operand(decoded, 0, false);
+        let guest = number(decoded.instruction.op0_register()).unwrap_or_default();
+        self.e.load(Width::W64, TEMPORARY, place);
+        self.e.lea(Width::W64, GUEST_RSP, at(GUEST_RSP, 8));
+        if guest >= 12 {
+            self.e.store(Width::W64, context::spilled(guest), TEMPORARY);
+        } else {
+            // POP RSP gets the popped value, not the incremented one.
+            self.e.copy(Width::W64, host_register(guest), TEMPORARY);
+        }
+    }
+
+    pub fn leave(&mut self, decoded: &Decoded) {
+        self.e.copy(Width::W64, ADDRESS, reg::RBP);
+        self.check(8, false, decoded.live_before);
+        self.e.load(Width::W64, TEMPORARY, indexed(ADDRESS, ADDEND, 0, 0));
+        self.e.lea(Width::W64, GUEST_RSP, at(reg::RBP, 8));
+        self.e.copy(Width::W64, reg::RBP, TEMPORARY);
+    }
+
+    pub fn push_return_address(&mut self, decoded: &Decoded) {
+        let place = self.stack_operand(decoded, -8, true);
+        self.e.load(Width::W64, TEMPORARY, page_base());
+        self.e.lea(Width::W64, TEMPORARY, at(TEMPORARY, self.next_guest as i32));
+        self.e.store(Width::W64, place, TEMPORARY);
+        self.e.lea(Width::W64, GUEST_RSP, at(GUEST_RSP, -8));
+    }
+}
+
+/// Host register of a guest register that lives in one.
+pub(super) fn host_register(guest: u8) -> Reg {
+    if guest == 4 { GUEST_RSP } else { Reg(guest) }
+}
+
+/// SPL, BPL, SIL, DIL: they exist with REX only.
+fn is_new_byte(register: Register) -> bool {
+    matches!(register, Register::SPL | Register::BPL | Register::SIL | Register::DIL)
+}
+
+fn has_renamed_memory(instruction: &Instruction) -> bool {
+    (0..instruction.op_count()).any(|operand| instruction.op_kind(operand) == OpKind::Memory)
+}
+
+/// Different guest registers of the register operands that live in memory.
+fn spilled_operands(instruction: &Instruction) -> usize {
+    let mut seen = [false; 16];
+    for operand in 0..instruction.op_count() {
+        if instruction.op_kind(operand) == OpKind::Register && is_spilled(instruction.op_register(operand)) {
+            seen[usize::from(number(instruction.op_register(operand)).unwrap_or_default())] = true;
+        }
+    }
+    seen.iter().filter(|&&is| is).count()
+}
+
+/// Whether the register is first written without a load, and another operand reads it.
+fn reads_what_was_not_loaded(decoded: &Decoded, guest: u8) -> bool {
+    let instruction = &decoded.instruction;
+    let operands = || {
+        (0..instruction.op_count()).filter(|&operand| {
+            instruction.op_kind(operand) == OpKind::Register
+                && number(instruction.op_register(operand)) == Some(guest)
+        })
+    };
+    let Some(first) = operands().next() else { return false };
+    decoded.access[first as usize] == OpAccess::Write
+        && instruction.op_register(first).size() >= 4
+        && operands().skip(1).count() > 0
+}
+
+/// Whether the host's flags must be the guest's when the instruction executes.
+fn reads_or_keeps_flags(decoded: &Decoded) -> bool {
+    // Live before it: it reads some, or leaves some that are read later.
+    decoded.live_before != 0 && (writes_flags(decoded) || decoded.instruction.rflags_read() != 0)
+}
+
+fn writes_flags(decoded: &Decoded) -> bool {
+    decoded.instruction.rflags_modified() & analysis::ALL_FLAGS != 0
+}
+
+fn bytes_cleared(mut bytes: Vec<u8>) -> Vec<u8> {
+    bytes.clear();
+    bytes
+}

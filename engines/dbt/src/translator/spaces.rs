@@ -1,0 +1,253 @@
+//! The inline TLBs of the address spaces that the guest used last.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use super::context::{NO_STACK_PAGE, SLOTS, Slot, TLB_EMPTY, TLB_ENTRIES, TlbEntry};
+use super::windows::{Mapping, SPACES};
+
+const CLASSES: usize = 3;
+const WORDS: usize = TLB_ENTRIES / 64;
+const PAGE_MASK: u64 = !0xfff;
+
+/// The inline TLBs, as other threads may see them, with a record of which entries were ever filled.
+pub struct SharedTlbs {
+    mapping: Arc<Mapping>,
+    /// Slots in use.
+    slots: AtomicUsize,
+    /// How often stack windows and slots were emptied.
+    resets: AtomicU64,
+    touched: Box<[[[AtomicU64; WORDS]; CLASSES]; SPACES]>,
+}
+
+impl SharedTlbs {
+    fn new(mapping: Arc<Mapping>) -> Self {
+        let tlbs =
+            Self { mapping, slots: AtomicUsize::new(0), resets: AtomicU64::new(0), touched: Box::default() };
+        for space in 0..SPACES {
+            for tlb in &tlbs.mapping.tlbs(space).class {
+                tlb.entries.iter().for_each(TlbEntry::clear);
+            }
+        }
+        tlbs
+    }
+
+    /// Every entry that may be in use, of one class in one address space.
+    fn used(&self, space: usize, class: usize) -> impl Iterator<Item = (usize, &TlbEntry)> {
+        let entries = &self.mapping.tlbs(space).class[class].entries;
+        self.touched[space][class].iter().enumerate().flat_map(move |(word, bits)| {
+            let mut bits = bits.load(Ordering::SeqCst);
+            std::iter::from_fn(move || {
+                let index = word * 64 + bits.trailing_zeros() as usize;
+                bits &= bits.checked_sub(1)?;
+                Some((index, &entries[index]))
+            })
+        })
+    }
+
+    /// How often stack windows and slots were emptied: what a block has checked at its start holds until then.
+    pub fn resets(&self) -> u64 {
+        self.resets.load(Ordering::SeqCst)
+    }
+
+    /// Counts an emptying of stack windows and slots.
+    pub fn count_reset(&self) {
+        self.resets.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// So many slots are in use.
+    pub fn use_slots(&self, count: usize) {
+        self.slots.store(count, Ordering::SeqCst);
+    }
+
+    /// The slots in use.
+    pub fn slots(&self) -> &[Slot] {
+        &self.mapping.slots()[..self.slots.load(Ordering::SeqCst).min(SLOTS)]
+    }
+
+    /// Empties stack window and slots. May be called from any thread.
+    pub fn forget_windows(&self) {
+        self.count_reset();
+        self.mapping.stack_page().store(NO_STACK_PAGE, Ordering::SeqCst);
+        self.slots().iter().for_each(|slot| slot.page.store(NO_STACK_PAGE, Ordering::SeqCst));
+    }
+
+    /// Whether stores to the page of RAM at this host address may go by the stack window or a slot.
+    fn has_window(&self, host: u64) -> bool {
+        let stack = self.mapping.stack_page().load(Ordering::SeqCst);
+        let stack_host = self.mapping.stack_addend().load(Ordering::SeqCst).wrapping_add(stack);
+        stack_host == host || self.slots().iter().any(|slot| slot.host.load(Ordering::SeqCst) == host)
+    }
+
+    /// Makes stores to the page of RAM at this host address go the slow way, once [`SharedTlbs::forget_windows`] was
+    /// called too. Whether any went the quick way. May be called from any thread.
+    pub fn forget_writes(&self, host: u64) -> bool {
+        let mut any = self.has_window(host);
+        for (_, entry) in
+            (0..SPACES).flat_map(|space| (0..CLASSES).flat_map(move |class| self.used(space, class)))
+        {
+            let tag = entry.write.load(Ordering::Relaxed);
+            if tag != TLB_EMPTY && entry.addend.load(Ordering::Relaxed).wrapping_add(tag << 12) == host {
+                entry.write.store(TLB_EMPTY, Ordering::SeqCst);
+                any = true;
+            }
+        }
+        any
+    }
+
+    fn clear(&self, space: usize, class: usize) {
+        self.used(space, class).for_each(|(_, entry)| entry.clear());
+        self.touched[space][class].iter().for_each(|word| word.store(0, Ordering::Relaxed));
+    }
+}
+
+/// A page to be entered into the inline TLB.
+pub struct Filling {
+    /// Privilege class.
+    pub class: u8,
+    /// A linear address in the page.
+    pub linear: u64,
+    /// What to add to get the host's address.
+    pub addend: u64,
+    /// It may be written.
+    pub write: bool,
+    /// It is global.
+    pub global: bool,
+}
+
+/// Which address space's TLBs are where.
+pub struct Spaces {
+    shared: Arc<SharedTlbs>,
+    /// Number of the address space, as the processor gives it; 0 for none.
+    numbers: [u16; SPACES],
+    last_used: [u64; SPACES],
+    clock: u64,
+    current: usize,
+}
+
+impl Spaces {
+    /// Empty TLBs; `number`: the current address space.
+    pub fn new(mapping: Arc<Mapping>, number: u16) -> Self {
+        let mut numbers = [0; SPACES];
+        numbers[0] = number;
+        Self {
+            shared: Arc::new(SharedTlbs::new(mapping)),
+            numbers,
+            last_used: [0; SPACES],
+            clock: 0,
+            current: 0,
+        }
+    }
+
+    /// The TLBs, for other threads.
+    pub fn shared(&self) -> &Arc<SharedTlbs> {
+        &self.shared
+    }
+
+    /// The current address space's place.
+    pub fn current(&self) -> usize {
+        self.current
+    }
+
+    /// Makes the TLBs of an address space the current ones. What is global is taken along into new ones.
+    pub fn select(&mut self, number: u16) {
+        if self.numbers[self.current] == number {
+            return;
+        }
+        self.clock += 1;
+        self.last_used[self.current] = self.clock;
+        if let Some(place) = self.numbers.iter().position(|&n| n == number) {
+            self.current = place;
+            return;
+        }
+        let before = self.current;
+        // Places that are free first, then the one that was used longest ago.
+        let oldest = (0..SPACES)
+            .filter(|&place| place != before)
+            .min_by_key(|&place| if self.numbers[place] == 0 { 0 } else { self.last_used[place] + 1 });
+        let place = oldest.unwrap_or(before);
+        for class in 0..CLASSES {
+            self.shared.clear(place, class);
+            self.take_global(before, place, class);
+        }
+        self.numbers[place] = number;
+        self.current = place;
+    }
+
+    fn take_global(&self, from: usize, to: usize, class: usize) {
+        let target = &self.shared.mapping.tlbs(to).class[class];
+        for (index, entry) in self.shared.used(from, class) {
+            let read = entry.read.load(Ordering::Relaxed);
+            if entry.global.load(Ordering::Relaxed) == 0 || read == TLB_EMPTY {
+                continue;
+            }
+            self.shared.touched[to][class][index / 64].fetch_or(1 << (index % 64), Ordering::SeqCst);
+            let new = &target.entries[index];
+            new.addend.store(entry.addend.load(Ordering::Relaxed), Ordering::Relaxed);
+            new.global.store(1, Ordering::Relaxed);
+            new.read.store(read, Ordering::Relaxed);
+            // Last, and only as far as another thread has not forbidden it meanwhile.
+            new.write.store(entry.write.load(Ordering::SeqCst), Ordering::SeqCst);
+            if entry.write.load(Ordering::SeqCst) == TLB_EMPTY {
+                new.write.store(TLB_EMPTY, Ordering::SeqCst);
+            }
+        }
+    }
+
+    /// Empties everything.
+    pub fn flush_all(&mut self, number: u16) {
+        for space in 0..SPACES {
+            if self.numbers[space] != 0 {
+                (0..CLASSES).for_each(|class| self.shared.clear(space, class));
+                self.numbers[space] = 0;
+            }
+        }
+        self.current = 0;
+        self.numbers[0] = number;
+    }
+
+    /// Forgets the page of a linear address in every address space.
+    pub fn flush_page(&mut self, linear: u64) {
+        let page = linear >> 12;
+        for space in 0..SPACES {
+            for tlb in &self.shared.mapping.tlbs(space).class {
+                let entry = tlb.entry(linear);
+                if entry.read.load(Ordering::Relaxed) == page || entry.write.load(Ordering::Relaxed) == page {
+                    entry.clear();
+                }
+            }
+        }
+    }
+
+    /// Enters a page.
+    pub fn insert(&mut self, page: &Filling) {
+        let class = usize::from(page.class) % CLASSES;
+        let number = page.linear >> 12;
+        let index = number as usize % TLB_ENTRIES;
+        self.shared.touched[self.current][class][index / 64].fetch_or(1 << (index % 64), Ordering::SeqCst);
+        let entry = &self.shared.mapping.tlbs(self.current).class[class].entries[index];
+        if entry.addend.load(Ordering::Relaxed) != page.addend || entry.read.load(Ordering::Relaxed) != number
+        {
+            entry.write.store(TLB_EMPTY, Ordering::Relaxed);
+        }
+        entry.addend.store(page.addend, Ordering::Relaxed);
+        entry.global.store(page.global.into(), Ordering::Relaxed);
+        // What may be written may be read (there is no write-only page).
+        entry.read.store(number, Ordering::Relaxed);
+        if page.write {
+            entry.write.store(number, Ordering::SeqCst);
+        }
+    }
+
+    /// Makes stores to a page go the slow way again.
+    pub fn forbid_write(&mut self, class: u8, linear: u64) {
+        let tlb = &self.shared.mapping.tlbs(self.current).class[usize::from(class) % CLASSES];
+        tlb.entry(linear).write.store(TLB_EMPTY, Ordering::SeqCst);
+    }
+
+    /// Makes stores to the page of RAM at this host address go the slow way.
+    pub fn protect(&mut self, host: u64) {
+        self.shared.forget_writes(host & PAGE_MASK);
+        self.shared.forget_windows();
+    }
+}
