@@ -12,7 +12,7 @@ use super::analysis::{self, Class, Decoded, StackRange, Unit};
 use super::context::{self, ADDRESS, GUEST_RSP, TEMPORARY, block_flags, page_base, saved, stack_page};
 use super::emit::{Emitter, Fixup, Mem, Width, at, condition, reg};
 use super::key::{Key, USER};
-use super::site::{FaultPoint, Site, SiteKind};
+use super::site::{FaultPoint, Site, SiteKind, Undo};
 use crate::code_tracker;
 
 /// Instructions of a block at most.
@@ -265,7 +265,7 @@ impl Builder<'_> {
             entry = self.e.position();
             self.e.load(Width::W64, ADDRESS, page_base());
             self.e.lea(Width::W64, ADDRESS, at(ADDRESS, self.request.offset as i32));
-            self.look_up();
+            self.look_up(Undo::Never);
             self.e.bind(over);
         }
         let live = block.first().map_or(analysis::ALL_FLAGS, |first| first.live_before);
@@ -417,7 +417,7 @@ impl Builder<'_> {
             Class::Jump => self.jump_to(decoded.instruction.near_branch64() as i64, decoded.live_before),
             Class::JumpIndirect => {
                 self.read_target(decoded)?;
-                self.look_up();
+                self.look_up(Undo::Jump);
             }
             Class::JumpIf => self.jump_if(decoded),
             Class::JumpIfRcxZero => self.jump_if_rcx_zero(decoded),

@@ -2,7 +2,7 @@
 
 use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
 
-use super::analysis::{self, Decoded};
+use super::analysis::{self, Class, Decoded};
 use super::block::{Builder, NotRenamed};
 use super::context::{
     self, ADDEND, ADDRESS, GUEST_RSP, TEMPORARY, TLB_INDEX_MASK, TLB_INDEX_SHIFT, page_base, stack_addend,
@@ -382,6 +382,10 @@ impl Builder<'_> {
 
     pub fn push_return_address(&mut self, decoded: &Decoded) {
         let place = self.stack_operand(decoded, -8, true);
+        if decoded.class == Class::CallIndirect {
+            self.e.load(Width::W64, TEMPORARY, place);
+            self.e.store(Width::W64, context::overwritten(), TEMPORARY);
+        }
         self.e.load(Width::W64, TEMPORARY, page_base());
         self.e.lea(Width::W64, TEMPORARY, at(TEMPORARY, self.next_guest as i32));
         self.e.store(Width::W64, place, TEMPORARY);
