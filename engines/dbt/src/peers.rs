@@ -10,8 +10,11 @@ use crate::code_tracker;
 
 /// What a virtual processor lets others do to it, from their threads.
 pub trait Peer: Send + Sync {
-    /// Makes its stores to the page of RAM at this offset go the slow way. Whether any could go the quick way.
+    /// Makes its stores to the page of RAM at this offset go the slow way, but for what [`Peer::forget_windows`] leaves.
+    /// Whether any could go the quick way.
     fn forget_writes(&self, page: u64) -> bool;
+    /// Forgets what its translated code has checked already.
+    fn forget_windows(&self);
     /// Counts its entries into translated code and its exits from it: odd while it is inside.
     fn passages(&self) -> &AtomicU64;
     /// Lets it leave translated code soon.
@@ -46,13 +49,14 @@ impl Peers {
             code_tracker::barrier();
             // It may be between its look at the TLB and its store. Once it has left, it will look again.
             let seen = peer.passages().load(Ordering::SeqCst);
-            if seen.is_multiple_of(2) {
-                return;
+            if !seen.is_multiple_of(2) {
+                peer.waker().wake();
+                while peer.passages().load(Ordering::SeqCst) == seen {
+                    std::thread::yield_now();
+                }
             }
-            peer.waker().wake();
-            while peer.passages().load(Ordering::SeqCst) == seen {
-                std::thread::yield_now();
-            }
+            // Not before: it may have filled them from what it had read of the TLB.
+            peer.forget_windows();
         });
     }
 

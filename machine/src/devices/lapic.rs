@@ -84,8 +84,11 @@ const DIVIDE_WRITABLE: u32 = 0xb;
 
 /// Nanoseconds of the timer's input clock.
 const INPUT_PERIOD: Nanos = 1_000_000_000 / APIC_BUS_HZ;
-/// Least time between two ends of the periodic timer, so that a guest can't keep the host busy with it.
-const SHORTEST_PERIOD: Nanos = 20_000;
+/// Least period of the periodic timer. A count of one asks for an interrupt every 10 ns: longer than any handler
+/// takes, so the guest would never get past it, and the host would do nothing but set alarms. KVM's bound is the
+/// same (its parameter `min_timer_period_us`): 5 kHz is above every tick that systems ask for, and guests know it.
+/// The other modes need none, because there each interrupt costs the guest an access to a register.
+const SHORTEST_PERIOD: Nanos = 200_000;
 
 /// What a read or write needs to know of time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -458,6 +461,9 @@ impl Lapic {
     fn timer_mode(&self) -> u32 {
         self.lvt[LVT_TIMER] >> 17 & 3
     }
+    fn periodic_mode(&self) -> bool {
+        self.timer_mode() == 1
+    }
     fn tsc_deadline_mode(&self) -> bool {
         self.timer_mode() == 2
     }
@@ -465,6 +471,11 @@ impl Lapic {
     fn divisor(&self) -> u64 {
         let code = self.divide & 3 | self.divide >> 1 & 4;
         INPUT_PERIOD << (code.wrapping_add(1) & 7)
+    }
+    /// Time that the initial count takes. A period that is stretched stays at that count until the rest of it fits.
+    fn period(&self) -> Nanos {
+        let shortest = if self.periodic_mode() { SHORTEST_PERIOD } else { 0 };
+        (u64::from(self.initial_count) * self.divisor()).max(shortest)
     }
     fn current_count(&self, now: Nanos) -> u32 {
         let Some(expiry) = self.expiry else { return 0 };
@@ -488,8 +499,8 @@ impl Lapic {
         if expiry > moment.now {
             return;
         }
-        let period = u64::from(self.initial_count) * self.divisor();
-        self.expiry = if self.timer_mode() == 1 && period != 0 {
+        self.expiry = if self.periodic_mode() && self.initial_count != 0 {
+            let period = self.period();
             let passed = (moment.now - expiry) / period + 1;
             Some(expiry.saturating_add(passed.saturating_mul(period)))
         } else {
@@ -508,10 +519,7 @@ impl Lapic {
             let nanos = (ticks * 1_000_000_000).div_ceil(u128::from(moment.tsc_hz.max(1)));
             return Some(moment.now.saturating_add(u64::try_from(nanos).unwrap_or(u64::MAX)));
         }
-        let expiry = self.expiry?;
-        let period = u64::from(self.initial_count) * self.divisor();
-        let short = self.timer_mode() == 1 && period < SHORTEST_PERIOD;
-        Some(if short { expiry.max(moment.now.saturating_add(SHORTEST_PERIOD)) } else { expiry })
+        self.expiry
     }
 
     /// What decides about [`Lapic::deadline`]: the same value means the same deadline.
@@ -532,7 +540,7 @@ impl Lapic {
             return;
         }
         self.initial_count = value;
-        self.expiry = (value != 0).then(|| now.saturating_add(u64::from(value) * self.divisor()));
+        self.expiry = (value != 0).then(|| now.saturating_add(self.period()));
     }
 
     fn set_lvt(&mut self, index: usize, value: u32) {

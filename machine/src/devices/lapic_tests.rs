@@ -230,24 +230,45 @@ mod timer {
         assert_eq!((l.acknowledge(), l.acknowledge()), (Some(Pending::Vector(0xee)), None));
     }
 
+    /// The shortest period, in periods of the input clock.
+    const SHORTEST: u64 = SHORTEST_PERIOD / INPUT_PERIOD;
+
     #[test]
-    fn a_tiny_period_does_not_flood_the_host() {
+    fn a_tiny_period_floods_neither_host_nor_guest() {
         let mut l = start(1, 0xb, 1);
-        l.advance(&at(2000));
-        assert!(l.deadline(&at(2000)).unwrap() >= at(2000).now + SHORTEST_PERIOD);
+        assert_eq!(deadline(&l, 1000), Some(1000 + SHORTEST));
+        let mut interrupts = 0;
+        // A guest that does nothing but end its interrupts, an access every 10 periods of the clock.
+        for now in (1000..1000 + 10 * SHORTEST).step_by(10) {
+            interrupts += u32::from(l.acknowledge().is_some());
+            write_at(&mut l, reg::EOI, 0, now);
+        }
+        assert_eq!(interrupts, 9);
+        assert_eq!(read_at(&mut l, reg::CURRENT_COUNT, 1000 + 10 * SHORTEST), 1);
+        assert_eq!(deadline(&l, 1000 + 10 * SHORTEST), Some(1000 + 11 * SHORTEST));
+    }
+
+    #[test]
+    fn only_the_periodic_mode_has_a_shortest_time() {
+        let mut l = start(0, 0xb, 1);
+        assert_eq!(deadline(&l, 1000), Some(1001));
+        l.advance(&at(1001));
+        assert_eq!(l.acknowledge(), Some(Pending::Vector(0xee)));
+        let l = start(1, 0xb, SHORTEST as u32 + 1);
+        assert_eq!(deadline(&l, 1000), Some(1001 + SHORTEST));
     }
 
     #[test]
     fn changes_of_mode_keep_the_count() {
-        let mut l = start(0, 0xb, 1000);
-        write_at(&mut l, reg::LVT_TIMER, 0xee | 1 << 17, 1600);
-        assert_eq!(read_at(&mut l, reg::CURRENT_COUNT, 1600), 400);
-        assert_eq!(read_at(&mut l, reg::CURRENT_COUNT, 2100), 900);
-        write_at(&mut l, reg::LVT_TIMER, 0xee, 2500);
-        assert_eq!(read_at(&mut l, reg::CURRENT_COUNT, 2500), 500);
-        assert_eq!(read_at(&mut l, reg::CURRENT_COUNT, 3000), 0);
-        write_at(&mut l, reg::LVT_TIMER, 0xee | 1 << 17, 3001);
-        assert_eq!(read_at(&mut l, reg::CURRENT_COUNT, 3500), 0);
+        let mut l = start(0, 0xb, 100_000);
+        write_at(&mut l, reg::LVT_TIMER, 0xee | 1 << 17, 61_000);
+        assert_eq!(read_at(&mut l, reg::CURRENT_COUNT, 61_000), 40_000);
+        assert_eq!(read_at(&mut l, reg::CURRENT_COUNT, 111_000), 90_000);
+        write_at(&mut l, reg::LVT_TIMER, 0xee, 151_000);
+        assert_eq!(read_at(&mut l, reg::CURRENT_COUNT, 151_000), 50_000);
+        assert_eq!(read_at(&mut l, reg::CURRENT_COUNT, 201_000), 0);
+        write_at(&mut l, reg::LVT_TIMER, 0xee | 1 << 17, 201_001);
+        assert_eq!(read_at(&mut l, reg::CURRENT_COUNT, 251_000), 0);
     }
 
     #[test]

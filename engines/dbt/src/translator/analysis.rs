@@ -130,7 +130,28 @@ pub struct Decoded {
     pub stack_delta: Option<i32>,
     /// Access of each operand.
     pub access: [OpAccess; 4],
+    /// Number of the window that its memory operand lies in.
+    pub window: Option<u8>,
 }
+
+/// Bytes near the value that a register has at the block's start, which several of its accesses touch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Number of the register.
+    pub root: u8,
+    /// First byte, from the register's value.
+    pub low: i32,
+    /// Behind the last byte.
+    pub high: i32,
+    /// Whether any is written.
+    pub write: bool,
+    accesses: u32,
+}
+
+/// Windows of a block at most.
+pub const MAX_WINDOWS: usize = 4;
+/// Bytes of a window at most.
+const WINDOW_LIMIT: i32 = 512;
 
 /// Offsets from RSP at the block's start that its tracked stack accesses touch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -693,6 +714,135 @@ pub fn track_stack(block: &mut [Decoded]) -> Option<StackRange> {
         delta = after(decoded, current);
     }
     range
+}
+
+/// Finds windows: memory operands at fixed offsets from what registers hold at the block's start. A window begins with an
+/// access that is made whenever the block is, so that its page is one that the guest accesses anyway.
+pub fn track_windows(block: &mut [Decoded], factory: &mut InstructionInfoFactory) -> Vec<Window> {
+    // Each register's value: another's at the block's start, plus a constant.
+    let mut values: [Option<(u8, i32)>; 16] = std::array::from_fn(|number| Some((number as u8, 0)));
+    let mut windows: Vec<Window> = Vec::new();
+    let mut certain = true;
+    for decoded in block.iter_mut() {
+        if let Some((root, offset, size)) = near_operand(decoded, &values) {
+            let write = writes_memory(decoded);
+            let place = windows.iter().position(|window| {
+                let (low, high) = (window.low.min(offset), window.high.max(offset + size));
+                window.root == root && high - low <= WINDOW_LIMIT && (certain || !write || window.write)
+            });
+            if let Some(place) = place {
+                let window = &mut windows[place];
+                window.low = window.low.min(offset);
+                window.high = window.high.max(offset + size);
+                window.write |= write;
+                window.accesses += 1;
+                decoded.window = Some(place as u8);
+            } else if certain && windows.len() < 32 {
+                decoded.window = Some(windows.len() as u8);
+                windows.push(Window { root, low: offset, high: offset + size, write, accesses: 1 });
+            }
+        }
+        certain &= decoded.class != Class::JumpIf;
+        follow_values(decoded, &mut values, factory);
+    }
+    keep_best(block, windows)
+}
+
+/// Keeps the windows with most accesses, and gives them new numbers.
+fn keep_best(block: &mut [Decoded], windows: Vec<Window>) -> Vec<Window> {
+    let mut order: Vec<usize> = (0..windows.len()).filter(|&old| windows[old].accesses > 1).collect();
+    order.sort_by_key(|&old| std::cmp::Reverse(windows[old].accesses));
+    order.truncate(MAX_WINDOWS);
+    for decoded in block.iter_mut() {
+        decoded.window = decoded
+            .window
+            .and_then(|old| order.iter().position(|&kept| kept == usize::from(old)))
+            .map(|new| new as u8);
+    }
+    order.into_iter().map(|old| windows[old]).collect()
+}
+
+/// Root, offset and size of a memory operand with a base register only, whose value is known.
+fn near_operand(decoded: &Decoded, values: &[Option<(u8, i32)>; 16]) -> Option<(u8, i32, i32)> {
+    let instruction = &decoded.instruction;
+    if decoded.class != Class::Copy || instruction.mnemonic() == Mnemonic::Lea || !is_based(instruction) {
+        return None;
+    }
+    let base = instruction.memory_base() as usize - Register::RAX as usize;
+    let (root, delta) = values[base]?;
+    let displacement = i32::try_from(instruction.memory_displacement64() as i64).ok()?;
+    let offset = delta.checked_add(displacement)?;
+    let size = instruction.memory_size().size() as i32;
+    (offset.abs() < 1 << 20).then_some((root, offset, size))
+}
+
+/// Whether the memory operand has a base register other than RSP, of 64 bits, and neither index nor segment base.
+pub fn is_based(instruction: &Instruction) -> bool {
+    let base = instruction.memory_base();
+    (0..instruction.op_count()).any(|operand| instruction.op_kind(operand) == OpKind::Memory)
+        && base.is_gpr64()
+        && base != Register::RSP
+        && instruction.memory_index() == Register::None
+        && !matches!(instruction.memory_segment(), Register::FS | Register::GS)
+}
+
+/// What the registers hold after the instruction.
+fn follow_values(
+    decoded: &Decoded,
+    values: &mut [Option<(u8, i32)>; 16],
+    factory: &mut InstructionInfoFactory,
+) {
+    let instruction = &decoded.instruction;
+    let next = match decoded.class {
+        Class::Copy => moved_value(instruction, values),
+        Class::Nothing | Class::JumpIf | Class::Jump => return,
+        Class::Push | Class::Pushf | Class::Pop => {
+            values[4] = None;
+            None
+        }
+        _ => {
+            values.fill(None);
+            return;
+        }
+    };
+    for used in factory.info(instruction).used_registers() {
+        if used.register().is_gpr() && !matches!(used.access(), OpAccess::Read | OpAccess::CondRead) {
+            values[used.register().full_register() as usize - Register::RAX as usize] = None;
+        }
+    }
+    if let Some((number, value)) = next {
+        values[number] = Some(value);
+    }
+}
+
+/// Where an instruction gives a register the value of another one plus a constant: the register, and the value.
+fn moved_value(instruction: &Instruction, values: &[Option<(u8, i32)>; 16]) -> Option<(usize, (u8, i32))> {
+    if instruction.op0_kind() != OpKind::Register || !instruction.op0_register().is_gpr64() {
+        return None;
+    }
+    let number = |register: Register| register as usize - Register::RAX as usize;
+    let target = number(instruction.op0_register());
+    let constant = matches!(instruction.op1_kind(), OpKind::Immediate8to64 | OpKind::Immediate32to64);
+    let (from, moved) = match instruction.mnemonic() {
+        Mnemonic::Add if constant => (target, instruction.immediate(1) as i64),
+        Mnemonic::Sub if constant => (target, (instruction.immediate(1) as i64).checked_neg()?),
+        Mnemonic::Inc => (target, 1),
+        Mnemonic::Dec => (target, -1),
+        Mnemonic::Mov
+            if instruction.op1_kind() == OpKind::Register && instruction.op1_register().is_gpr64() =>
+        {
+            (number(instruction.op1_register()), 0)
+        }
+        Mnemonic::Lea
+            if instruction.memory_base().is_gpr64() && instruction.memory_index() == Register::None =>
+        {
+            (number(instruction.memory_base()), instruction.memory_displacement64() as i64)
+        }
+        _ => return None,
+    };
+    let (root, delta) = values[from]?;
+    let delta = i32::try_from(i64::from(delta).checked_add(moved)?).ok()?;
+    (delta.abs() < 1 << 20).then_some((target, (root, delta)))
 }
 
 /// Offset from RSP, size and direction of an access to the stack at a fixed offset. PUSH of a memory operand and

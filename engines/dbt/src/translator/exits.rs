@@ -1,5 +1,7 @@
 //! What is done where translated code left.
 
+use std::sync::atomic::Ordering;
+
 use bivisor_machine::engine::{EngineError, Exit};
 use bivisor_x86::cpu::Access;
 use bivisor_x86::env::Env;
@@ -44,22 +46,35 @@ impl DbtVcpu {
                     return Next::Resume(retry, site.block, self.loaded_within(site.block));
                 }
                 self.statistics.access_slow += 1;
-                self.step(base.wrapping_add(next.into()), Some(next_host), &site)
+                self.step(base.wrapping_add(next.into()), next_host, &site)
+            }
+            SiteKind::Window { root, write, size, low, retry, .. } => {
+                let first = self.cpu.state.gpr[usize::from(root & 15)].wrapping_add(low as i64 as u64);
+                let last = first.wrapping_add(u64::from(size)).wrapping_sub(1);
+                if first & PAGE_MASK == last & PAGE_MASK && self.fill(first, 1, write) {
+                    return Next::Resume(retry, site.block, self.loaded_within(site.block));
+                }
+                let crosses = first & PAGE_MASK != last & PAGE_MASK;
+                let then = self.enter_variant(&site, crosses);
+                if !crosses {
+                    self.drop_windows(site.block);
+                }
+                then
             }
             SiteKind::String { is_move, next, retry, next_host } => {
                 if self.fill_for_string(is_move) {
                     return Next::Resume(retry, site.block, self.loaded_within(site.block));
                 }
-                self.step(base.wrapping_add(next.into()), Some(next_host), &site)
+                self.step(base.wrapping_add(next.into()), next_host, &site)
             }
             SiteKind::Stack { low, size, retry, .. } => self.stack_miss(low, size, retry, &site),
             SiteKind::Interpret { next, next_host } => {
-                self.step(base.wrapping_add(next.into()), Some(next_host), &site)
+                self.step(base.wrapping_add(next.into()), next_host, &site)
             }
             SiteKind::Cpuid { next, next_host } => {
                 let next = base.wrapping_add(next.into());
                 let asked = (self.cpu.state.gpr[0] as u32, self.cpu.state.gpr[1] as u32);
-                let then = self.step(next, Some(next_host), &site);
+                let then = self.step(next, next_host, &site);
                 if self.cpu.state.rip == next {
                     self.remember_cpuid(asked);
                 }
@@ -83,10 +98,16 @@ impl DbtVcpu {
                     return self.step(rip, None, &site);
                 }
                 self.cpu.state.rip = target;
+                if self.context().event.load(Ordering::SeqCst) != 0 {
+                    let key = Key::of(&self.cpu);
+                    self.found_hot(key);
+                }
                 Next::Dispatch
             }
             SiteKind::Event { target } => {
                 self.cpu.state.rip = base.wrapping_add(target as i64 as u64);
+                let key = Key::of(&self.cpu);
+                self.found_hot(key);
                 Next::Dispatch
             }
             SiteKind::LoadVectors => {
@@ -138,7 +159,11 @@ impl DbtVcpu {
         if let Some(exit) = exit {
             return Next::Leave(Ok(exit));
         }
-        let Some(next_host) = next_host else { return Next::Dispatch };
+        let Some(next_host) = next_host else {
+            // What ends a block may change what CPUID tells.
+            self.context().forget_cpuid();
+            return Next::Dispatch;
+        };
         let same = self.cpu.state.rip == next
             && self.epoch == epoch
             && self.flushes == flushes
@@ -204,11 +229,15 @@ impl DbtVcpu {
         if first & PAGE_MASK == last & PAGE_MASK && self.fill(first, 1, true) {
             let addend = self.addend(first);
             let context = self.context();
-            context.stack_page = first & PAGE_MASK;
-            context.stack_addend = addend;
+            context.stack_page.store(first & PAGE_MASK, Ordering::SeqCst);
+            context.stack_addend.store(addend, Ordering::SeqCst);
             return Next::Resume(retry, site.block, self.loaded_within(site.block));
         }
-        // The same block, with each stack access by itself.
+        self.enter_variant(site, first & PAGE_MASK != last & PAGE_MASK)
+    }
+
+    /// The same block, with each access checked by itself. `link`: the site is to lead there from now on.
+    fn enter_variant(&mut self, site: &Site, link: bool) -> Next {
         let Some((offset, key)) = self.cache.block(site.block).map(|block| (block.offset, block.key)) else {
             return Next::Dispatch;
         };
@@ -220,7 +249,7 @@ impl DbtVcpu {
         match variant.and_then(|number| Some((number, self.cache.block(number)?.entry))) {
             Some((number, entry)) => {
                 let kept = self.cache.block(site.block).is_some_and(|block| block.offset == offset);
-                if kept && first & PAGE_MASK != last & PAGE_MASK {
+                if kept && link {
                     let own = self.context().site;
                     self.cache.link(own, number, self.windows.context());
                 }
@@ -251,7 +280,7 @@ impl DbtVcpu {
     fn addend(&self, linear: u64) -> u64 {
         let class = usize::from(Key::of(&self.cpu).class());
         let tlbs = self.windows.mapping().tlbs(self.spaces.current());
-        tlbs.class[class].entry(linear).addend.load(std::sync::atomic::Ordering::Relaxed)
+        tlbs.class[class].entry(linear).addend.load(Ordering::Relaxed)
     }
 
     /// Enters a page into the inline TLB. False if the access must be made by the interpreter: it faults, crosses

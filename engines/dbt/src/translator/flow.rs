@@ -76,13 +76,13 @@ impl Builder<'_> {
         self.bring_flags_back();
         // The displacement of a near jump has 32 bits.
         let target = target as i32;
-        if target <= self.guest as i32 {
-            self.check_event(target, live);
-        }
         if (0..PAGE as i32).contains(&target) {
             let fixup = self.e.jump();
             self.link(fixup, target as u16);
             return;
+        }
+        if target <= self.guest as i32 {
+            self.check_event(target, live);
         }
         self.e.load(Width::W64, ADDRESS, page_base());
         self.e.lea(Width::W64, ADDRESS, at(ADDRESS, target));
@@ -94,11 +94,13 @@ impl Builder<'_> {
 
     fn link(&mut self, fixup: Fixup, target: u16) {
         let patch = (self.request.start + Emitter::displacement_position(fixup)) as u32;
-        self.leave_from(fixup, SiteKind::Jump { target, patch, stub: 0 });
+        // Events are looked for once in every loop: where a jump backwards arrives.
+        let backwards = usize::from(target) <= self.guest;
+        self.leave_from(fixup, SiteKind::Jump { target, backwards, patch, stub: 0 });
     }
 
     /// Leaves if an event waits: once in every loop.
-    fn check_event(&mut self, target: i32, live: u32) {
+    pub fn check_event(&mut self, target: i32, live: u32) {
         let fixup = if live == 0 {
             self.e.compare_zero8(context::event());
             self.e.jump_if(condition::NE)
@@ -114,7 +116,7 @@ impl Builder<'_> {
         let target = decoded.instruction.near_branch64() as i64;
         let condition = encoding(decoded.instruction.condition_code() as u8);
         let taken = self.e.jump_if(condition);
-        if (0..PAGE as i64).contains(&target) && target > self.guest as i64 {
+        if (0..PAGE as i64).contains(&target) {
             self.link(taken, target as u16);
         } else {
             self.tails.push(Tail { from: taken, target, guest: self.guest, live: decoded.live_taken });

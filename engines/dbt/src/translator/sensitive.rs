@@ -8,7 +8,7 @@ use bivisor_x86::state::{CpuState, Msrs, SegReg, Segment};
 use iced_x86::{Mnemonic, OpKind, Register};
 
 use super::analysis::{self, Decoded};
-use super::block::{Builder, NotRenamed};
+use super::block::{Addend, Builder, NotRenamed};
 use super::context::{
     self, ADDEND, ADDRESS, ARITHMETIC, CPUID_ENTRIES, CpuidEntry, NO_STACK_PAGE, Selectors, TEMPORARY,
     cpuid_key, cpuid_result,
@@ -120,7 +120,7 @@ impl Builder<'_> {
     /// SWAPGS.
     pub fn swapgs(&mut self) {
         const KERNEL: usize = MSR + offset_of!(Msrs, kernel_gs_base);
-        self.addend_is_stack = false;
+        self.addend = Addend::Anything;
         self.load_state();
         self.e.load(Width::W64, ADDRESS, context::gs_base());
         self.e.load(Width::W64, ADDEND, state(KERNEL));
@@ -189,7 +189,7 @@ impl Builder<'_> {
         self.put_flags_aside();
         self.e.compare_zero8(context::base_instructions());
         let disabled = self.e.jump_if(condition::E);
-        let interpret = SiteKind::Interpret { next: self.next_guest as u16, next_host: 0 };
+        let interpret = SiteKind::Interpret { next: self.next_guest as u16, next_host: None };
         self.leave_from(disabled, interpret);
         let (place, register) = match instruction.mnemonic() {
             Mnemonic::Rdfsbase | Mnemonic::Wrfsbase => (context::fs_base(), SegReg::Fs),
@@ -243,7 +243,7 @@ impl Builder<'_> {
         if decoded.live_before != 0 {
             self.put_flags_aside();
         }
-        self.addend_is_stack = false;
+        self.addend = Addend::Anything;
         self.e.lea(Width::W32, ADDEND, indexed(reg::RAX, reg::RCX, 0, 0));
         self.e.and_imm(Width::W32, ADDEND, CPUID_ENTRIES as i32 - 1);
         self.e.shl(Width::W32, ADDEND, size_of::<CpuidEntry>().trailing_zeros() as u8);
@@ -253,7 +253,7 @@ impl Builder<'_> {
         self.e.or(Width::W64, ADDRESS, TEMPORARY);
         self.e.compare(Width::W64, ADDRESS, cpuid_key(ADDEND));
         let fixup = self.e.jump_if(condition::NE);
-        self.leave_from(fixup, SiteKind::Cpuid { next: self.next_guest as u16, next_host: 0 });
+        self.leave_from(fixup, SiteKind::Cpuid { next: self.next_guest as u16, next_host: None });
         for (word, register) in [reg::RAX, reg::RBX, reg::RCX, reg::RDX].into_iter().enumerate() {
             self.e.load(Width::W32, register, cpuid_result(ADDEND, word));
         }
@@ -336,7 +336,7 @@ impl Builder<'_> {
 
     /// Puts the arithmetic flags of a register aside. Changes ADDEND.
     fn flags_word(&mut self, flags: Reg) {
-        self.addend_is_stack = false;
+        self.addend = Addend::Anything;
         // Bit 11 to bit 0, the low byte to bits 8 to 15.
         self.e.copy(Width::W32, ADDEND, flags);
         self.e.shr(Width::W32, ADDEND, 11);
@@ -378,9 +378,9 @@ impl Builder<'_> {
         let retry = (self.request.start + self.instruction_start) as u32;
         self.leave_from(
             rest,
-            SiteKind::String { is_move, next: self.next_guest as u16, retry, next_host: 0 },
+            SiteKind::String { is_move, next: self.next_guest as u16, retry, next_host: None },
         );
-        self.addend_is_stack = false;
+        self.addend = Addend::Anything;
     }
 
     /// BT, BTS, BTR, BTC with the bit's number in a register, which may lead outside of the operand.

@@ -55,6 +55,10 @@ pub fn emit() -> (Vec<u8>, Parts) {
     let mut blocks = SharedCode { exit, load_vectors, ..SharedCode::default() };
     for class in 0..3u8 {
         blocks.stack_window[usize::from(class)] = routines::stack_window(&mut e, class);
+        for write in [false, true] {
+            let place = (usize::from(class), usize::from(write));
+            blocks.slot[place.0][place.1] = routines::slot(&mut e, class, write);
+        }
         for scale in 0..4u8 {
             let place = (usize::from(class), usize::from(scale));
             blocks.repeat_movs[place.0][place.1] = routines::repeat_string(&mut e, class, scale, true);

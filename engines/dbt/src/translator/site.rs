@@ -28,8 +28,8 @@ pub enum SiteKind {
         next: u16,
         /// Code of the instruction from its start.
         retry: u32,
-        /// Code of the next instruction.
-        next_host: u32,
+        /// Code of the next instruction, if the block goes on there.
+        next_host: Option<u32>,
     },
     /// The block's stack accesses don't all lie in one page of the inline TLB.
     Stack {
@@ -44,6 +44,23 @@ pub enum SiteKind {
         /// The code that leaves, which that jump goes to as long as it isn't linked.
         stub: u32,
     },
+    /// A window of the block doesn't lie in one page of the inline TLB.
+    Window {
+        /// Number of the register that it lies near.
+        root: u8,
+        /// It is written.
+        write: bool,
+        /// Bytes.
+        size: u16,
+        /// First byte, from the register's value.
+        low: i32,
+        /// Code of the check.
+        retry: u32,
+        /// Displacement of the jump that is taken where it lies in two pages.
+        patch: u32,
+        /// The code that leaves, which that jump goes to as long as it isn't linked.
+        stub: u32,
+    },
     /// A repeated string instruction that needs a page, or is too odd, for the shared code.
     String {
         /// It is MOVS, not STOS.
@@ -52,22 +69,22 @@ pub enum SiteKind {
         next: u16,
         /// Code of the instruction from its start.
         retry: u32,
-        /// Code of the next instruction.
-        next_host: u32,
+        /// Code of the next instruction, if the block goes on there.
+        next_host: Option<u32>,
     },
     /// The interpreter executes the instruction, and the block goes on.
     Interpret {
         /// Offset in the page of the next instruction.
         next: u16,
-        /// Its code.
-        next_host: u32,
+        /// Its code, if the block goes on there.
+        next_host: Option<u32>,
     },
     /// CPUID whose result isn't remembered yet.
     Cpuid {
         /// Offset in the page of the next instruction.
         next: u16,
         /// Its code.
-        next_host: u32,
+        next_host: Option<u32>,
     },
     /// The interpreter executes the instruction.
     InterpretLast,
@@ -75,6 +92,8 @@ pub enum SiteKind {
     Jump {
         /// Offset in the page of the target.
         target: u16,
+        /// It goes backwards, or stays.
+        backwards: bool,
         /// Displacement of the jump.
         patch: u32,
         /// The code that leaves, which the jump goes to as long as it isn't linked.

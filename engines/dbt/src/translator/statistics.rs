@@ -39,6 +39,8 @@ counters! {
     access: "exits: inline TLB misses",
     access_slow: "of those: accesses that the interpreter made",
     stack: "exits: stack window misses",
+    window: "exits: window misses",
+    hot: "lines of code found hot",
     string: "exits: string instructions",
     interpret: "exits: instructions for the interpreter",
     jump: "exits: jumps within a page to be linked",
@@ -59,6 +61,7 @@ impl Statistics {
         let counter = match kind {
             SiteKind::Access { .. } => &mut self.access,
             SiteKind::Stack { .. } => &mut self.stack,
+            SiteKind::Window { .. } => &mut self.window,
             SiteKind::String { .. } => &mut self.string,
             SiteKind::Interpret { .. } | SiteKind::Cpuid { .. } | SiteKind::InterpretLast => {
                 &mut self.interpret

@@ -13,13 +13,13 @@ use bivisor_x86::env::Env;
 use bivisor_x86::paging::Place;
 use bivisor_x86::registers::{Cr4, Rflags};
 use bivisor_x86::state::{CpuState, Mode};
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::analysis;
 use super::block::{self, OVERHANG, PAGE, Request, Translation};
 use super::cache::Cache;
 use super::context::{
-    Context, EVENT_BIT, JumpEntry, NO_STACK_PAGE, VECTORS_IN_CONTEXT, VECTORS_IN_STATE, jump_index,
+    Context, EVENT_BIT, JumpEntry, SLOTS, VECTORS_IN_CONTEXT, VECTORS_IN_STATE, jump_index,
 };
 use super::exits::Next;
 use super::fault::{self, FAULT_SITE, Running};
@@ -28,8 +28,9 @@ use super::site::{Site, SiteKind};
 use super::spaces::{SharedTlbs, Spaces};
 use super::statistics::Statistics;
 use super::windows::Windows;
-use crate::code_tracker::CodeWrite;
+use crate::code_tracker::{self, CodeWrite};
 use crate::env::VcpuEnv;
+use crate::host_cpu;
 use crate::interp_vcpu::{self, ended};
 use crate::peers::Peer;
 
@@ -48,6 +49,16 @@ const VOLATILE_ENTRIES: u32 = 500;
 const GLOBAL_SPACE: u16 = u16::MAX;
 /// So often supervisor code is found to be global, or not, until all of it is taken to be.
 const OTHERWISE: u32 = 200;
+/// Host time stamps between two looks at what the guest is executing: about a millisecond.
+const SAMPLING_PERIOD: u64 = 2_000_000;
+/// Slots that a block takes at most.
+const SLOTS_OF_A_BLOCK: usize = 64;
+/// Bytes before and behind an instruction that is found executing that are taken to be hot, too.
+const HOT_BEFORE: u64 = 256;
+/// See [`HOT_BEFORE`].
+const HOT_BEHIND: u64 = 512;
+/// Misses of a slot between two ticks of the guest from which on it is not worth its while.
+const ROAMING_MISSES: u64 = 2_000;
 /// Words of the filter of pages with code: linear page numbers are reduced to its bits.
 const FILTER_WORDS: usize = 1024;
 
@@ -86,8 +97,18 @@ pub struct DbtVcpu {
     fault_address: Box<u64>,
     /// How often the inline TLB was emptied or switched.
     pub(super) flushes: u64,
+    /// [`SharedTlbs::resets`] when translated code was last entered at a block's start.
+    resets: u64,
     /// Instruction pointer and count of the last string instruction whose pages were entered into the inline TLB.
     pub(super) last_string: (u64, u64),
+    /// Host time stamp when the guest was last looked at for hot code.
+    sampled: u64,
+    /// Lines of 64 bytes of code, by page of RAM, that the guest was found executing.
+    hot: FxHashMap<u64, u64>,
+    /// Instructions, by offset in RAM, that access too many pages for a slot.
+    roaming: FxHashSet<u64>,
+    /// Blocks, by offset in RAM, whose windows lie where the inline TLB can't be used: a device, or written code.
+    windowless: FxHashSet<u64>,
     pub(super) statistics: Statistics,
     /// Supervisor code is taken to lie in global pages.
     global_kernel: bool,
@@ -131,6 +152,9 @@ impl Waker for Observer {
 impl Peer for Observer {
     fn forget_writes(&self, page: u64) -> bool {
         self.tlbs.forget_writes(self.ram + page)
+    }
+    fn forget_windows(&self) {
+        self.tlbs.forget_windows();
     }
     fn passages(&self) -> &AtomicU64 {
         // SAFETY: `tlbs` keeps the memory alive; an atomic, which everybody may access.
@@ -196,7 +220,12 @@ impl DbtVcpu {
             volatile: FxHashMap::default(),
             fault_address: Box::new(0),
             flushes: 0,
+            resets: 0,
             last_string: (0, 0),
+            sampled: 0,
+            hot: FxHashMap::default(),
+            roaming: FxHashSet::default(),
+            windowless: FxHashSet::default(),
             global_kernel: false,
             otherwise: 0,
             statistics: Statistics::default(),
@@ -259,13 +288,13 @@ impl DbtVcpu {
             self.flushes += 1;
             self.statistics.tlb_flushes += 1;
             self.spaces.flush_all(self.cpu.address_space());
-            self.windows.context().stack_page = NO_STACK_PAGE;
+            self.spaces.shared().forget_windows();
             self.forget_jumps();
         } else {
             if let Some(linear) = changes.page {
                 self.statistics.page_flushes += 1;
                 self.spaces.flush_page(linear);
-                self.windows.context().stack_page = NO_STACK_PAGE;
+                self.spaces.shared().forget_windows();
                 if self.may_hold_code(linear) {
                     self.forget_jumps();
                 }
@@ -274,7 +303,7 @@ impl DbtVcpu {
                 self.flushes += 1;
                 self.statistics.switches += 1;
                 self.spaces.select(self.cpu.address_space());
-                self.windows.context().stack_page = NO_STACK_PAGE;
+                self.spaces.shared().forget_windows();
                 self.unlink(false);
             }
         }
@@ -294,7 +323,6 @@ impl DbtVcpu {
     /// Stores to the page of RAM go the slow way from now on.
     fn protect(&mut self, page: u64) {
         self.spaces.protect(self.ram.as_ptr() as u64 + page);
-        self.windows.context().stack_page = NO_STACK_PAGE;
     }
 
     fn filter_place(linear: u64) -> (usize, u64) {
@@ -337,6 +365,9 @@ impl DbtVcpu {
     /// All translations go.
     fn clear_cache(&mut self) {
         self.statistics.cleared += 1;
+        // Other code will use the slots.
+        self.spaces.shared().forget_windows();
+        self.spaces.shared().use_slots(0);
         self.cache.clear();
         self.linked.clear();
         self.linked_globally.clear();
@@ -361,9 +392,6 @@ impl DbtVcpu {
             if volatility.writes >= VOLATILE_WRITES {
                 *volatility = Volatility { writes: VOLATILE_WRITES / 2, entries_left: VOLATILE_ENTRIES };
             }
-            // The jump cache may lead into them.
-            self.biases.clear();
-            self.forgotten += 1;
         }
     }
 
@@ -411,7 +439,8 @@ impl DbtVcpu {
         self.follow_changes();
         let mut bytes = [0; PAGE + OVERHANG];
         self.env.load_bytes(page, &mut bytes[..PAGE]);
-        if let Some(translation) = block::translate(&self.request(&bytes[..PAGE], offset, key)) {
+        let roams = |place: usize| self.roaming.contains(&(page + place as u64));
+        if let Some(translation) = block::translate(&self.request(&bytes[..PAGE], offset, key, &roams)) {
             return self.insert(offset, key, None, translation);
         }
         // The first instruction may cross into the next page.
@@ -422,7 +451,8 @@ impl DbtVcpu {
         self.env.mark_code(second);
         self.follow_changes();
         self.env.load_bytes(second, &mut bytes[PAGE..]);
-        let translation = block::translate(&self.request(&bytes, offset, key))?;
+        let roams = |place: usize| self.roaming.contains(&(page + place as u64));
+        let translation = block::translate(&self.request(&bytes, offset, key, &roams))?;
         self.insert(offset, key, Some(second), translation)
     }
 
@@ -436,10 +466,18 @@ impl DbtVcpu {
         self.statistics.translated += 1;
         self.statistics.guest_bytes += translation.length as u64;
         self.statistics.host_bytes += translation.code.len() as u64;
-        self.cache.insert(offset, key, second, translation, self.windows.context())
+        let number = self.cache.insert(offset, key, second, translation, self.windows.context());
+        self.spaces.shared().use_slots(self.cache.slots().len());
+        number
     }
 
-    fn request<'a>(&'a self, page: &'a [u8], offset: u64, key: Key) -> Request<'a> {
+    fn request<'a>(
+        &'a self,
+        page: &'a [u8],
+        offset: u64,
+        key: Key,
+        roams: &'a dyn Fn(usize) -> bool,
+    ) -> Request<'a> {
         Request {
             page,
             offset: (offset & !PAGE_MASK) as usize,
@@ -450,6 +488,69 @@ impl DbtVcpu {
             block: self.cache.next_block(),
             first_link: self.cache.next_link(),
             shared: self.cache.shared(),
+            first_slot: self.is_hot(offset, key).then(|| self.cache.slots().len() as u32),
+            roams,
+        }
+    }
+
+    /// Whether a block that begins here is worth slots: hot code of user mode.
+    fn is_hot(&self, offset: u64, key: Key) -> bool {
+        let lines = self.hot.get(&(offset & PAGE_MASK)).copied().unwrap_or(0);
+        key.class() == USER
+            && !self.windowless.contains(&offset)
+            && lines & code_tracker::lines(offset, 1) != 0
+            && self.cache.slots().len() + SLOTS_OF_A_BLOCK < SLOTS
+    }
+
+    /// The guest was found executing here: the code around is translated anew, when it is next executed, with slots.
+    pub(super) fn found_hot(&mut self, key: Key) {
+        let now = host_cpu::tsc();
+        if now.wrapping_sub(self.sampled) < SAMPLING_PERIOD {
+            return;
+        }
+        self.sampled = now;
+        let rip = self.cpu.state.rip;
+        let Ok(Place::Ram(offset)) = self.cpu.probe(&mut self.env, rip, Access::Execute) else { return };
+        self.look_for_roaming();
+        if key.class() != USER {
+            return;
+        }
+        if self.cache.slots().len() + SLOTS_OF_A_BLOCK >= SLOTS {
+            self.hot.clear();
+            self.clear_cache();
+        }
+        let page = offset & PAGE_MASK;
+        let first = (offset & !PAGE_MASK).saturating_sub(HOT_BEFORE);
+        let around = code_tracker::lines(first, (offset & !PAGE_MASK) - first + HOT_BEHIND);
+        let lines = self.hot.entry(page).or_default();
+        let new = around & !*lines;
+        *lines |= new;
+        if new != 0 {
+            self.statistics.hot += u64::from(new.count_ones());
+            self.cache.drop_lines(page, new, self.windows.context());
+        }
+    }
+
+    /// A window of the block can't be used: it is translated anew without.
+    pub(super) fn drop_windows(&mut self, block: u32) {
+        let Some(offset) = self.cache.block(block).map(|block| block.offset) else { return };
+        self.windowless.insert(offset);
+        let lines = code_tracker::lines(offset, 1);
+        self.cache.drop_lines(offset & PAGE_MASK, lines, self.windows.context());
+    }
+
+    /// Instructions that miss their slots too often get none from now on.
+    fn look_for_roaming(&mut self) {
+        let mut pages = Vec::new();
+        for (slot, &place) in self.spaces.shared().slots().iter().zip(self.cache.slots()) {
+            if slot.misses.load(Ordering::Relaxed) > ROAMING_MISSES && self.roaming.insert(place) {
+                pages.push(place);
+            }
+            slot.misses.store(0, Ordering::Relaxed);
+        }
+        for place in pages {
+            let lines = code_tracker::lines(place, 1);
+            self.cache.drop_lines(place & PAGE_MASK, lines, self.windows.context());
         }
     }
 
@@ -618,6 +719,7 @@ impl DbtVcpu {
         let block = if long && self.cpu.runs_plainly() { self.block(key) } else { None };
         let Some((number, block)) = block.and_then(|number| Some((number, self.cache.block(number)?))) else {
             *(if long { &mut self.statistics.not_translated } else { &mut self.statistics.other_modes }) += 1;
+            self.windows.context().forget_cpuid();
             return Ok(self.interpret(if long { 1 } else { INTERPRETED }, true));
         };
         let (entry, lookup_entry, crosses) = (block.entry, block.lookup_entry, block.second.is_some());
@@ -637,6 +739,7 @@ impl DbtVcpu {
             let complement = rip.wrapping_add(bias).wrapping_neg();
             context.jumps[jump_index(rip)] = JumpEntry { complement, host };
         }
+        self.resets = self.spaces.shared().resets();
         let mut place = if crosses { lookup_entry } else { entry };
         let mut load = Load::Mode;
         let mut number = number;
@@ -645,6 +748,8 @@ impl DbtVcpu {
             match self.left(site, number) {
                 Next::Dispatch => return Ok(None),
                 Next::Leave(exit) => return exit.map(Some),
+                // What the block has checked at its start must still hold.
+                Next::Resume(..) if self.spaces.shared().resets() != self.resets => return Ok(None),
                 Next::Resume(host, block, what) => (place, number, load) = (host, block, what),
             }
         }
