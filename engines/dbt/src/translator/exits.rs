@@ -238,11 +238,12 @@ impl DbtVcpu {
 
     /// The same block, with each access checked by itself. `link`: the site is to lead there from now on.
     fn enter_variant(&mut self, site: &Site, link: bool) -> Next {
-        let Some((offset, key)) = self.cache.block(site.block).map(|block| (block.offset, block.key)) else {
-            return Next::Dispatch;
-        };
-        let key = key.with_no_stack();
+        let Some(block) = self.cache.block(site.block) else { return Next::Dispatch };
+        let (offset, key) = (block.offset, block.key.with_no_stack());
         let variant = match self.cache.find(offset, key) {
+            // Its one instruction crosses into another page: only the jump cache may enter such a block, and it knows
+            // the one that led here.
+            _ if block.second.is_some() => None,
             Some(variant) => Some(variant),
             None => self.translate(offset, key),
         };
