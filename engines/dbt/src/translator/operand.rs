@@ -371,11 +371,14 @@ impl Builder<'_> {
     }
 
     pub fn encode(&mut self, instruction: &Instruction) -> Result<(), NotRenamed> {
-        self.encoder.encode(instruction, 0).map_err(|_| NotRenamed)?;
+        let encoded = self.encoder.encode(instruction, 0);
+        // In any case: what can't be encoded may leave its first bytes behind.
         let bytes = self.encoder.take_buffer();
-        self.e.code.extend_from_slice(&bytes);
+        if encoded.is_ok() {
+            self.e.code.extend_from_slice(&bytes);
+        }
         self.encoder.set_buffer(bytes_cleared(bytes));
-        Ok(())
+        encoded.map(|_| ()).map_err(|_| NotRenamed)
     }
 
     fn lea(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {

@@ -42,8 +42,10 @@ pub fn effect(instruction: &Instruction) -> Effect {
         && instruction.op1_kind() == OpKind::Register
         && instruction.op1_register().size() == 2;
     // iced-x86 takes rotations through CF by 9 bits of 8, or 17 of 16, for none at all.
-    let through_carry = matches!(instruction.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr);
-    let also = if through_carry { Rflags::OF.bits() } else { 0 };
+    let by_more = matches!(instruction.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr)
+        && instruction.op_kind(1) == OpKind::Immediate8
+        && instruction.immediate8() & 0x1f > 1;
+    let also = if by_more { Rflags::OF.bits() } else { 0 };
     Effect {
         read: if goes_elsewhere { everything } else { mask(instruction.rflags_read() & ALL) },
         written: if is_conditional(instruction) { 0 } else { mask(instruction.rflags_modified() & ALL) },
