@@ -9,7 +9,7 @@ use super::context::{
 };
 use super::emit::{Emitter, Fixup, Width, at, condition, indexed, reg};
 use super::operand::{host_register, number};
-use super::site::SiteKind;
+use super::site::{SiteKind, Undo};
 
 impl Builder<'_> {
     /// Reads the target of an indirect jump or call into ADDRESS.
@@ -43,7 +43,7 @@ impl Builder<'_> {
             self.push_return_address(decoded);
             self.e.load(Width::W64, ADDRESS, context::target());
         }
-        self.look_up();
+        self.look_up(Undo::Call);
         Ok(())
     }
 
@@ -53,11 +53,11 @@ impl Builder<'_> {
         let extra =
             if decoded.instruction.op_count() > 0 { decoded.instruction.immediate16().into() } else { 0 };
         self.e.lea(Width::W64, GUEST_RSP, at(GUEST_RSP, 8 + extra));
-        self.look_up();
+        self.look_up(Undo::Return(8 + extra as u32));
     }
 
     /// Goes on at the linear address in ADDRESS, by the jump cache. Leaves the guest's flags alone.
-    pub fn look_up(&mut self) {
+    pub fn look_up(&mut self, undo: Undo) {
         self.bring_flags_back();
         self.e.lea(Width::W32, TEMPORARY, indexed(ADDRESS, ADDRESS, 0, 0));
         self.e.zero_extend16(TEMPORARY, TEMPORARY);
@@ -68,7 +68,7 @@ impl Builder<'_> {
         self.e.lea(Width::W64, reg::RCX, indexed(reg::RCX, ADDEND, 0, 0));
         let hit = self.e.jump_if_rcx_zero(false);
         self.e.load(Width::W64, reg::RCX, saved());
-        let site = self.new_site(SiteKind::Lookup);
+        let site = self.new_site(SiteKind::Lookup(undo));
         self.leave_code(site);
         self.e.bind(hit);
         self.e.load(Width::W64, reg::RCX, saved());

@@ -2,7 +2,7 @@
 
 use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
 
-use super::analysis::{self, Decoded};
+use super::analysis::{self, Class, Decoded};
 use super::block::{Addend, Builder, NotRenamed, PAGE, Retry};
 use super::context::{
     self, ADDEND, ADDRESS, GUEST_RSP, TEMPORARY, TLB_INDEX_MASK, TLB_INDEX_SHIFT, page_base, stack_addend,
@@ -371,11 +371,14 @@ impl Builder<'_> {
     }
 
     pub fn encode(&mut self, instruction: &Instruction) -> Result<(), NotRenamed> {
-        self.encoder.encode(instruction, 0).map_err(|_| NotRenamed)?;
+        let encoded = self.encoder.encode(instruction, 0);
+        // In any case: what can't be encoded may leave its first bytes behind.
         let bytes = self.encoder.take_buffer();
-        self.e.code.extend_from_slice(&bytes);
+        if encoded.is_ok() {
+            self.e.code.extend_from_slice(&bytes);
+        }
         self.encoder.set_buffer(bytes_cleared(bytes));
-        Ok(())
+        encoded.map(|_| ()).map_err(|_| NotRenamed)
     }
 
     fn lea(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
@@ -472,6 +475,10 @@ impl Builder<'_> {
 
     pub fn push_return_address(&mut self, decoded: &Decoded) {
         let place = self.stack_operand(decoded, -8, true);
+        if decoded.class == Class::CallIndirect {
+            self.e.load(Width::W64, TEMPORARY, place);
+            self.e.store(Width::W64, context::overwritten(), TEMPORARY);
+        }
         self.e.load(Width::W64, TEMPORARY, page_base());
         self.e.lea(Width::W64, TEMPORARY, at(TEMPORARY, self.next_guest as i32));
         self.e.store(Width::W64, place, TEMPORARY);
