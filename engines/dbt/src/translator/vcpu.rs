@@ -19,7 +19,7 @@ use super::analysis;
 use super::block::{self, OVERHANG, PAGE, Request, Translation};
 use super::cache::Cache;
 use super::context::{
-    Context, EVENT_BIT, JumpEntry, SLOTS, VECTORS_IN_CONTEXT, VECTORS_IN_STATE, jump_index,
+    Context, EVENT_BIT, JumpEntry, NO_STACK_PAGE, SLOTS, VECTORS_IN_CONTEXT, VECTORS_IN_STATE, jump_index,
 };
 use super::exits::Next;
 use super::fault::{self, FAULT_SITE, Running};
@@ -631,6 +631,8 @@ impl DbtVcpu {
         // An event that comes from here on makes the first lookup miss.
         if context.jump_bias.load(Ordering::Relaxed) != bias {
             context.jump_bias.store(bias, Ordering::SeqCst);
+            // The stack window may be another privilege class's, or another mode's.
+            context.stack_page.store(NO_STACK_PAGE, Ordering::SeqCst);
         }
         if context.event.load(Ordering::SeqCst) != 0 {
             context.jump_bias.fetch_or(EVENT_BIT, Ordering::SeqCst);
