@@ -1,4 +1,5 @@
-//! A virtual processor of the engine `dbt`: 64-bit code is translated, everything else is interpreted.
+//! A virtual processor of the engine `dbt`: 64-bit code and 32-bit code in flat segments are translated, everything else is
+//! interpreted.
 #![allow(unsafe_code)]
 
 use std::mem::transmute;
@@ -19,7 +20,7 @@ use super::analysis;
 use super::block::{self, OVERHANG, PAGE, Request, Translation};
 use super::cache::Cache;
 use super::context::{
-    Context, EVENT_BIT, JumpEntry, SLOTS, VECTORS_IN_CONTEXT, VECTORS_IN_STATE, jump_index,
+    Context, EVENT_BIT, JumpEntry, NO_STACK_PAGE, SLOTS, VECTORS_IN_CONTEXT, VECTORS_IN_STATE, jump_index,
 };
 use super::exits::Next;
 use super::fault::{self, FAULT_SITE, Running};
@@ -417,6 +418,9 @@ impl DbtVcpu {
     /// Offset in RAM of the page behind that of an instruction pointer, if it may be executed.
     fn second_page(&mut self, rip: u64) -> Option<u64> {
         let next = (rip & PAGE_MASK).wrapping_add(PAGE as u64);
+        if next > u64::from(u32::MAX) && self.cpu.state.mode() != Mode::Long64 {
+            return None;
+        }
         match self.cpu.probe(&mut self.env, next, Access::Execute) {
             Ok(Place::Ram(offset)) => Some(offset & PAGE_MASK),
             _ => None,
@@ -636,6 +640,8 @@ impl DbtVcpu {
         // An event that comes from here on makes the first lookup miss.
         if context.jump_bias.load(Ordering::Relaxed) != bias {
             context.jump_bias.store(bias, Ordering::SeqCst);
+            // The stack window may be another privilege class's, or another mode's.
+            context.stack_page.store(NO_STACK_PAGE, Ordering::SeqCst);
         }
         if context.event.load(Ordering::SeqCst) != 0 {
             context.jump_bias.fetch_or(EVENT_BIT, Ordering::SeqCst);
@@ -714,13 +720,14 @@ impl DbtVcpu {
             return Ok(Some(exit));
         }
         self.statistics.dispatched += 1;
-        let long = self.cpu.state.mode() == Mode::Long64;
         let key = Key::of(&self.cpu);
-        let block = if long && self.cpu.runs_plainly() { self.block(key) } else { None };
+        let translatable = key.code32() || self.cpu.state.mode() == Mode::Long64;
+        let block = if translatable && self.cpu.runs_plainly() { self.block(key) } else { None };
         let Some((number, block)) = block.and_then(|number| Some((number, self.cache.block(number)?))) else {
-            *(if long { &mut self.statistics.not_translated } else { &mut self.statistics.other_modes }) += 1;
+            let statistics = &mut self.statistics;
+            *(if translatable { &mut statistics.not_translated } else { &mut statistics.other_modes }) += 1;
             self.windows.context().forget_cpuid();
-            return Ok(self.interpret(if long { 1 } else { INTERPRETED }, true));
+            return Ok(self.interpret(if translatable { 1 } else { INTERPRETED }, true));
         };
         let (entry, lookup_entry, crosses) = (block.entry, block.lookup_entry, block.second.is_some());
         let rip = self.cpu.state.rip;
