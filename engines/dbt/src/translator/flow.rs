@@ -31,15 +31,14 @@ impl Builder<'_> {
     }
 
     pub fn call_indirect(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
-        if decoded.stack_delta.is_none() && decoded.instruction.op0_kind() == OpKind::Memory {
-            // Two pages checked one after the other may take each other's place in the TLB for ever.
-            return Err(NotRenamed);
-        }
         self.read_target(decoded)?;
         if decoded.stack_delta.is_some() {
             self.push_return_address(decoded);
         } else {
             self.e.store(Width::W64, context::target(), ADDRESS);
+            // Once the stack's page is there, this goes on here: the page of the target must not be needed again, since
+            // the two may have to take turns in one entry of the TLB.
+            self.instruction_start = self.e.position();
             self.push_return_address(decoded);
             self.e.load(Width::W64, ADDRESS, context::target());
         }

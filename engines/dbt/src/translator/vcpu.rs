@@ -52,6 +52,10 @@ const GLOBAL_SPACE: u16 = u16::MAX;
 const OTHERWISE: u32 = 200;
 /// Host time stamps between two looks at what the guest is executing: about a millisecond.
 const SAMPLING_PERIOD: u64 = 2_000_000;
+/// Log2 of the bytes of a region of code.
+const SEEN_SHIFT: u32 = 8;
+/// A region that is found executing this often, before another is, is hot.
+const SEEN_OFTEN: u32 = 3;
 /// Slots that a block takes at most.
 const SLOTS_OF_A_BLOCK: usize = 64;
 /// Bytes before and behind an instruction that is found executing that are taken to be hot, too.
@@ -104,6 +108,8 @@ pub struct DbtVcpu {
     pub(super) last_string: (u64, u64),
     /// Host time stamp when the guest was last looked at for hot code.
     sampled: u64,
+    /// How often the guest was found executing in these regions of RAM lately.
+    seen: FxHashMap<u64, u32>,
     /// Lines of 64 bytes of code, by page of RAM, that the guest was found executing.
     hot: FxHashMap<u64, u64>,
     /// Instructions, by offset in RAM, that access too many pages for a slot.
@@ -224,6 +230,7 @@ impl DbtVcpu {
             resets: 0,
             last_string: (0, 0),
             sampled: 0,
+            seen: FxHashMap::default(),
             hot: FxHashMap::default(),
             roaming: FxHashSet::default(),
             windowless: FxHashSet::default(),
@@ -519,9 +526,14 @@ impl DbtVcpu {
         if key.class() != USER {
             return;
         }
+        let seen = self.seen.entry(offset >> SEEN_SHIFT).or_default();
+        *seen += 1;
+        if *seen < SEEN_OFTEN {
+            return;
+        }
+        self.seen.clear();
         if self.cache.slots().len() + SLOTS_OF_A_BLOCK >= SLOTS {
-            self.hot.clear();
-            self.clear_cache();
+            self.start_hot_code_anew();
         }
         let page = offset & PAGE_MASK;
         let first = (offset & !PAGE_MASK).saturating_sub(HOT_BEFORE);
@@ -533,6 +545,16 @@ impl DbtVcpu {
             self.statistics.hot += u64::from(new.count_ones());
             self.cache.drop_lines(page, new, self.windows.context());
         }
+    }
+
+    /// The slots are used up: what is hot now gets them.
+    fn start_hot_code_anew(&mut self) {
+        for (page, lines) in std::mem::take(&mut self.hot) {
+            self.cache.drop_lines(page, lines, self.windows.context());
+        }
+        self.spaces.shared().forget_windows();
+        self.spaces.shared().use_slots(0);
+        self.cache.free_slots();
     }
 
     /// A window of the block can't be used: it is translated anew without.
