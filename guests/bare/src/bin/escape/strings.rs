@@ -109,6 +109,13 @@ fn borders(s: &mut Suite) {
         (short(got), seen),
         (None, (0x8888_8888_8888_8888, 0x88)),
     );
+    let got = trapping!("std", "mov eax, 0x99999999", "rep stosd", => "cld"; inout("rcx") 4u64 => _, inout("rdi") TOP + 0xffc => _);
+    let seen = (read::<u64>(upper + 0xff8), read::<u64>(upper + 0xff0));
+    s.check(
+        "REP STOSD downwards from there",
+        (short(got), seen),
+        (None, (0x9999_9999_9999_9999, 0x9999_9999_9999_9999)),
+    );
     write(upper + 0xff8, 0x0706_0504_0302_0100u64);
     write(0, 0x0f0e_0d0c_0b0a_0908u64);
     let value: u64 = read(u64::MAX - 2);
