@@ -87,6 +87,8 @@ pub trait Vcpu: Send {
     fn run(&mut self) -> Result<Exit, EngineError>;
     /// Sets what a debugger wants from the next run on.
     fn set_debug(&mut self, debug: &DebugControl) -> Result<(), EngineError>;
+    /// Also counts what takes time to count, from now on.
+    fn count_all(&mut self) {}
     /// What the engine has counted since the vCPU was made, with words for each count.
     fn statistics(&self) -> alloc::vec::Vec<(String, u64)> {
         alloc::vec::Vec::new()

@@ -59,15 +59,13 @@ pub fn run() -> (String, u8) {
         report.push_str("\nMachines can't run on this host.\n");
         return (report, status::HOST);
     }
-    report.push_str(
-        "\n`bivisor run` works here; --engine auto takes dbt for one CPU if it is usable, else interp.\n",
-    );
+    report.push_str("\n`bivisor run` works here; --engine auto takes dbt if it is usable, else interp.\n");
     (report, status::SUCCESS)
 }
 
 fn translator() -> Finding {
     if bivisor_dbt::host_can_translate() {
-        let text = "usable for machines of one CPU: translates 64-bit code; needs no virtualization hardware, no privilege";
+        let text = "usable: translates 64-bit code; needs no virtualization hardware, no privilege";
         return Finding::new(Verdict::Good, "engine dbt", text);
     }
     Finding::new(Verdict::Lacking, "engine dbt", "not usable: it needs a CPU with BMI2 and AVX")

@@ -8,9 +8,6 @@ use crate::config::EngineChoice;
 /// An engine that is not to be had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EngineUnavailable {
-    /// The translator runs one virtual processor only, so far.
-    #[error("the engine dbt runs one CPU so far: say --cpus 1, or --engine interp")]
-    DbtManyCpus,
     /// The KVM engine does not exist yet.
     #[error(
         "the engine kvm is not built yet, whatever this host's /dev/kvm: leave --engine away, or say --engine interp"
@@ -18,12 +15,11 @@ pub enum EngineUnavailable {
     Kvm,
 }
 
-/// Makes the engine that was asked for, for a machine of this many CPUs.
-pub fn make(choice: EngineChoice, cpus: u32) -> Result<Box<dyn Engine>, EngineUnavailable> {
+/// Makes the engine that was asked for.
+pub fn make(choice: EngineChoice) -> Result<Box<dyn Engine>, EngineUnavailable> {
     match choice {
-        EngineChoice::Auto if cpus == 1 && host_can_translate() => Ok(Box::new(SoftwareEngine::translator())),
+        EngineChoice::Auto if host_can_translate() => Ok(Box::new(SoftwareEngine::translator())),
         EngineChoice::Auto | EngineChoice::Interp => Ok(Box::new(SoftwareEngine::interpreter())),
-        EngineChoice::Dbt if cpus > 1 => Err(EngineUnavailable::DbtManyCpus),
         EngineChoice::Dbt => Ok(Box::new(SoftwareEngine::translator())),
         EngineChoice::Kvm => Err(EngineUnavailable::Kvm),
     }

@@ -37,7 +37,7 @@ impl Ending {
 pub fn run(args: &RunArgs, verbose: bool) -> Result<u8, Failure> {
     let config = VmConfig::new(args).map_err(Failure::configuration)?;
     config.check_memory(memory::host_memory()).map_err(Failure::configuration)?;
-    engines::make(config.engine, config.cpus).map_err(Failure::configuration)?;
+    engines::make(config.engine).map_err(Failure::configuration)?;
     let guest = Guest::find(&config).map_err(Failure::configuration)?;
     let clock = Arc::new(LinuxClock::start());
     set_yield(|| {

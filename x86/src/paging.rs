@@ -60,7 +60,8 @@ struct Walk {
     writable: bool,
     no_execute: bool,
     global: bool,
-    large: bool,
+    /// [`tlb::LARGE`], [`tlb::GIANT`] or nothing.
+    size_flag: u64,
     /// Bytes per entry.
     entry_size: usize,
     steps: [Step; 4],
@@ -75,7 +76,7 @@ impl Walk {
             writable: true,
             no_execute: false,
             global: false,
-            large: false,
+            size_flag: 0,
             entry_size,
             steps: [Step::default(); 4],
             depth: 0,
@@ -106,10 +107,10 @@ impl Walk {
     }
 
     /// The entry with value `entry` maps the page.
-    fn finish(mut self, entry: u64, gpa: u64, large: bool) -> Self {
+    fn finish(mut self, entry: u64, gpa: u64, size_flag: u64) -> Self {
         self.gpa = gpa & !0xfff;
         self.global = entry & GLOBAL != 0;
-        self.large = large;
+        self.size_flag = size_flag;
         self
     }
 
@@ -290,9 +291,7 @@ impl Cpu {
             if walk.global && self.state.cr4_has(Cr4::PGE) {
                 permissions |= tlb::GLOBAL;
             }
-            if walk.large {
-                permissions |= tlb::LARGE;
-            }
+            permissions |= walk.size_flag;
             return Ok(self.enter(env, linear, walk.gpa, permissions));
         }
     }
@@ -424,7 +423,7 @@ impl Cpu {
             let unused = if self.gigabyte_pages { 0x3fff_e000 } else { PAGE_SIZE };
             checked(pdpte, reserved | unused)?;
             let gpa = pdpte & ADDRESS & !0x3fff_ffff | linear & 0x3fff_ffff;
-            return Ok(walk.finish(pdpte, gpa, true));
+            return Ok(walk.finish(pdpte, gpa, tlb::GIANT));
         }
         checked(pdpte, reserved)?;
         self.walk_directory(env, walk, pdpte, linear, reserved)
@@ -455,7 +454,7 @@ impl Cpu {
                 return Err(WalkFault::ReservedBit);
             }
             let gpa = pde & ADDRESS & !0x1f_ffff | linear & 0x1f_ffff;
-            return Ok(walk.finish(pde, gpa, true));
+            return Ok(walk.finish(pde, gpa, tlb::LARGE));
         }
         if pde & reserved != 0 {
             return Err(WalkFault::ReservedBit);
@@ -464,7 +463,7 @@ impl Cpu {
         if pte & reserved != 0 {
             return Err(WalkFault::ReservedBit);
         }
-        Ok(walk.finish(pte, pte & ADDRESS, false))
+        Ok(walk.finish(pte, pte & ADDRESS, 0))
     }
 
     fn walk_2level<E: Env>(&self, env: &E, linear: u64) -> Result<Walk, WalkFault> {
@@ -477,10 +476,10 @@ impl Cpu {
             if pde & (1 << 21) != 0 || high & !self.physical_mask() != 0 {
                 return Err(WalkFault::ReservedBit);
             }
-            return Ok(walk.finish(pde, pde & 0xffc0_0000 | high | linear & 0x3f_ffff, true));
+            return Ok(walk.finish(pde, pde & 0xffc0_0000 | high | linear & 0x3f_ffff, tlb::LARGE));
         }
         let pte = walk.step(env, pde & 0xffff_f000 | ((linear >> 12 & 0x3ff) * 4))?;
-        Ok(walk.finish(pte, pte & 0xffff_f000, false))
+        Ok(walk.finish(pte, pte & 0xffff_f000, 0))
     }
 }
 

@@ -18,8 +18,13 @@ const PAGE_MASK: u64 = !0xfff;
 pub(crate) const GLOBAL: u64 = 1 << 9;
 /// Bit of an entry's data: the translation comes from a page larger than 4 KiB.
 pub(crate) const LARGE: u64 = 1 << 10;
-/// Linear addresses that INVLPG of an address in a large page drops: 1 GiB around it.
-const LARGE_MASK: u64 = !0x3fff_ffff;
+pub(crate) const GIANT: u64 = 1 << 11;
+/// Log2 of the bytes around an address that INVLPG drops in a large page: the largest is of 4 MiB.
+const LARGE_SHIFT: u32 = 22;
+/// The same in a page of 1 GiB.
+const GIANT_SHIFT: u32 = 30;
+/// Bits of the filter of regions with large pages.
+const REGIONS: usize = 4096;
 
 /// For whom an access is made, as far as page permissions tell the difference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,11 +50,17 @@ const fn index(linear: u64) -> usize {
     ((linear >> 12 ^ linear >> 18) & (ENTRIES as u64 - 1)) as usize
 }
 
+/// Word and bit of the filter of large pages for the region of 1 << `shift` bytes that an address lies in.
+const fn region(linear: u64, shift: u32) -> (usize, u64) {
+    let number = (linear >> shift).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52;
+    (number as usize / 64, 1 << (number % 64))
+}
+
 #[derive(Clone, Copy)]
 struct Entry {
     /// Linear page | context; context 0: empty.
     tag: u64,
-    /// Offset in RAM of the page | permission bits | GLOBAL | LARGE.
+    /// Offset in RAM of the page | permission bits | GLOBAL | LARGE | GIANT.
     data: u64,
 }
 
@@ -74,8 +85,8 @@ pub(crate) struct Tlb {
     /// Context of each PCID; 0: none yet.
     contexts: Box<[u16; 4096]>,
     last_drawn: u16,
-    /// A large page has been cached since the last full flush.
-    has_large: bool,
+    /// Regions in which large pages have been cached since the last full flush: a filter, some regions share a bit.
+    large_regions: Box<[u64; REGIONS / 64]>,
     changes: TlbChanges,
 }
 
@@ -86,7 +97,7 @@ impl Tlb {
             entries: Box::new([EMPTY; ENTRIES]),
             contexts: Box::new([0; 4096]),
             last_drawn: 0,
-            has_large: false,
+            large_regions: Box::new([0; REGIONS / 64]),
             changes: TlbChanges::default(),
         };
         tlb.select(0);
@@ -115,9 +126,14 @@ impl Tlb {
         None
     }
 
-    /// Enters a translation: offset in RAM of the page, permission bits, GLOBAL, LARGE.
+    /// Enters a translation: offset in RAM of the page, permission bits, GLOBAL, LARGE, GIANT.
     pub(crate) fn insert(&mut self, linear: u64, data: u64) {
-        self.has_large |= data & LARGE != 0;
+        for (flag, shift) in [(LARGE, LARGE_SHIFT), (GIANT, GIANT_SHIFT)] {
+            if data & flag != 0 {
+                let (word, bit) = region(linear, shift);
+                self.large_regions[word] |= bit;
+            }
+        }
         let tag = linear & PAGE_MASK | self.context;
         self.entries[index(linear)] = Entry { tag, data };
     }
@@ -144,7 +160,7 @@ impl Tlb {
 
     /// Whether the entry for the page, if there is one, is global.
     pub(crate) fn is_global(&self, linear: u64) -> bool {
-        let entry = &self.entries[(linear >> 12) as usize & (ENTRIES - 1)];
+        let entry = &self.entries[index(linear)];
         entry.tag == (linear & PAGE_MASK | self.context) && entry.data & GLOBAL != 0
     }
 
@@ -184,11 +200,15 @@ impl Tlb {
         if (entry.tag ^ linear) & PAGE_MASK == 0 {
             *entry = EMPTY;
         }
-        if self.has_large {
-            // The part of the page that holds `linear` need not be cached while others are.
-            for entry in self.entries.iter_mut() {
-                if entry.data & LARGE != 0 && (entry.tag ^ linear) & LARGE_MASK == 0 {
-                    *entry = EMPTY;
+        for (flag, shift) in [(LARGE, LARGE_SHIFT), (GIANT, GIANT_SHIFT)] {
+            let (word, bit) = region(linear, shift);
+            if self.large_regions[word] & bit != 0 {
+                // The part of the page that holds `linear` need not be cached while others are, here or elsewhere.
+                self.changes.flushed = true;
+                for entry in self.entries.iter_mut() {
+                    if entry.data & flag != 0 && (entry.tag ^ linear) >> shift == 0 {
+                        *entry = EMPTY;
+                    }
                 }
             }
         }
@@ -199,7 +219,7 @@ impl Tlb {
         self.entries.fill(EMPTY);
         self.contexts.fill(0);
         self.last_drawn = 0;
-        self.has_large = false;
+        self.large_regions.fill(0);
     }
 }
 

@@ -1,36 +1,69 @@
 //! Which pages of RAM hold instructions that some virtual processor has cached, and when they were written.
 #![allow(unsafe_code)]
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// Shift from an offset in RAM to a page number.
 const PAGE_SHIFT: u32 = 12;
-/// Bit of a page's word: instructions of the page are cached somewhere. The other bits count its generations.
+/// Bit of a page's word: instructions of the page are cached somewhere.
 const CACHED: u32 = 1;
-/// Epochs whose pages are remembered.
+/// Bits of a page's word that count its writes while it is marked.
+const WRITES: u32 = 31 << 1;
+/// The other bits count the page's generations.
+const GENERATION_SHIFT: u32 = 6;
+/// Log2 of the bytes of a line, of which a page has 64.
+const LINE_SHIFT: u64 = 6;
+/// Epochs whose writes are remembered.
 const RECENT: usize = 1024;
 /// `membarrier` command: a full barrier on every running thread of this process.
 const MEMBARRIER_PRIVATE_EXPEDITED: i32 = 1 << 3;
 /// `membarrier` command: announces the use of the former.
 const MEMBARRIER_REGISTER_PRIVATE_EXPEDITED: i32 = 1 << 4;
 
+/// A write to a page that holds cached instructions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CodeWrite {
+    /// Offset in RAM of the page.
+    pub page: u64,
+    /// Its lines of 64 bytes that were written, a bit each; all of them if everything cached of the page is to go.
+    pub lines: u64,
+}
+
+/// Lines of its page that the bytes from an offset on lie in, as far as they lie in that page.
+pub fn lines(offset: u64, length: u64) -> u64 {
+    let first = offset & 0xfff;
+    let last = (first + length.max(1) - 1).min(0xfff);
+    let (first, last) = (first >> LINE_SHIFT, last >> LINE_SHIFT);
+    u64::MAX << first & u64::MAX >> (63 - last)
+}
+
 /// The record of cached code, shared by all virtual processors of a machine.
 ///
 /// The order that makes it right between threads: who caches marks the page first and reads the instructions then;
 /// who writes stores first and looks for the mark then. A barrier on all threads, issued by the one who marks,
 /// keeps a writer's store from being delayed past its look, so that stores need no barrier of their own.
+///
+/// A page stays marked when it is written, since its other instructions stay cached; after a few writes the mark goes
+/// and with it all that is cached of the page, so that memory that holds data now is written at full speed.
 pub struct CodeTracker {
     pages: Box<[AtomicU32]>,
     epoch: AtomicU64,
-    /// The pages of the last epochs: that of epoch n stands at n modulo the length.
-    recent: Mutex<[u64; RECENT]>,
+    /// The writes of the last epochs: that of epoch n stands at n modulo the length.
+    recent: Mutex<Box<[CodeWrite; RECENT]>>,
     has_barrier: bool,
+    /// Several threads store to RAM.
+    is_shared: AtomicBool,
 }
 
 fn membarrier(command: i32) -> bool {
     // SAFETY: the system call takes two integers and touches no memory of ours.
     unsafe { libc::syscall(libc::SYS_membarrier, command, 0) == 0 }
+}
+
+/// A full barrier on every running thread of this process, once a record has been made.
+pub fn barrier() {
+    membarrier(MEMBARRIER_PRIVATE_EXPEDITED);
 }
 
 impl CodeTracker {
@@ -40,9 +73,15 @@ impl CodeTracker {
         Self {
             pages: (0..pages).map(|_| AtomicU32::new(0)).collect(),
             epoch: AtomicU64::new(0),
-            recent: Mutex::new([0; RECENT]),
+            recent: Mutex::new(Box::new([CodeWrite::default(); RECENT])),
             has_barrier: membarrier(MEMBARRIER_REGISTER_PRIVATE_EXPEDITED),
+            is_shared: AtomicBool::new(false),
         }
+    }
+
+    /// From now on another thread stores to RAM, too. Call before it starts.
+    pub fn share(&self) {
+        self.is_shared.store(true, Ordering::SeqCst);
     }
 
     fn page(&self, offset: u64) -> Option<&AtomicU32> {
@@ -53,12 +92,15 @@ impl CodeTracker {
     /// and whether nothing of the page was cached before.
     pub fn mark(&self, offset: u64) -> (u32, bool) {
         let Some(page) = self.page(offset) else { return (0, false) };
-        let before = page.fetch_or(CACHED, Ordering::SeqCst);
-        let is_new = before & CACHED == 0;
-        if is_new && self.has_barrier {
-            membarrier(MEMBARRIER_PRIVATE_EXPEDITED);
+        let mut before = page.load(Ordering::SeqCst);
+        if before & CACHED == 0 {
+            before = page.fetch_or(CACHED, Ordering::SeqCst);
         }
-        (before >> 1, is_new)
+        let is_new = before & CACHED == 0;
+        if is_new && self.has_barrier && self.is_shared.load(Ordering::Relaxed) {
+            barrier();
+        }
+        (before >> GENERATION_SHIFT, is_new)
     }
 
     /// Whether instructions of the page at this offset are cached.
@@ -68,7 +110,7 @@ impl CodeTracker {
 
     /// The page's generation.
     pub fn generation(&self, offset: u64) -> u32 {
-        self.page(offset).map_or(0, |page| page.load(Ordering::Acquire) >> 1)
+        self.page(offset).map_or(0, |page| page.load(Ordering::Acquire) >> GENERATION_SHIFT)
     }
 
     /// A count that grows whenever a generation changes.
@@ -76,39 +118,46 @@ impl CodeTracker {
         self.epoch.load(Ordering::Acquire)
     }
 
-    /// Notes a store to the page at this offset; call after storing.
+    /// Notes a store of bytes to the page at this offset; call after storing. Whether instructions of it are cached.
     #[inline]
-    pub fn written(&self, offset: u64) {
-        if let Some(page) = self.page(offset)
-            && page.load(Ordering::Relaxed) & CACHED != 0
-        {
-            self.new_generation(page, offset);
+    pub fn written(&self, offset: u64, length: u64) -> bool {
+        match self.page(offset) {
+            Some(page) if page.load(Ordering::Relaxed) & CACHED != 0 => {
+                self.new_generation(page, offset, length)
+            }
+            _ => false,
         }
     }
 
-    /// Offsets of the pages whose generation changed after `epoch` (got from [`CodeTracker::epoch`]), up to the
-    /// returned one; `None` if they were too many to remember.
-    pub fn written_since(&self, epoch: u64) -> (u64, Option<Vec<u64>>) {
+    /// The writes after `epoch` (got from [`CodeTracker::epoch`]), up to the returned one; `None` if they were too
+    /// many to remember.
+    pub fn written_since(&self, epoch: u64) -> (u64, Option<Vec<CodeWrite>>) {
         let recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
         let now = self.epoch.load(Ordering::Acquire);
         let count = now.wrapping_sub(epoch);
-        let pages = (count <= RECENT as u64)
+        let writes = (count <= RECENT as u64)
             .then(|| (epoch..now).map(|epoch| recent[epoch as usize % RECENT]).collect());
-        (now, pages)
+        (now, writes)
     }
 
     #[cold]
-    fn new_generation(&self, page: &AtomicU32, offset: u64) {
-        // Clears the mark (bit 0 is set, so adding one carries into the count).
+    fn new_generation(&self, page: &AtomicU32, offset: u64, length: u64) -> bool {
+        let mut last = false;
         let changed = page.fetch_update(Ordering::SeqCst, Ordering::Relaxed, |word| {
-            (word & CACHED != 0).then(|| word.wrapping_add(1))
+            last = word & WRITES == WRITES;
+            let next = (word & !(CACHED | WRITES)).wrapping_add(1 << GENERATION_SHIFT);
+            let kept = if last { 0 } else { (word & WRITES) + (1 << 1) | CACHED };
+            (word & CACHED != 0).then_some(next | kept)
         });
-        if changed.is_ok() {
-            let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
-            let epoch = self.epoch.load(Ordering::Acquire);
-            recent[epoch as usize % RECENT] = offset >> PAGE_SHIFT << PAGE_SHIFT;
-            self.epoch.store(epoch.wrapping_add(1), Ordering::SeqCst);
+        if changed.is_err() {
+            return false;
         }
+        let lines = if last { u64::MAX } else { lines(offset, length) };
+        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        let epoch = self.epoch.load(Ordering::Acquire);
+        recent[epoch as usize % RECENT] = CodeWrite { page: offset >> PAGE_SHIFT << PAGE_SHIFT, lines };
+        self.epoch.store(epoch.wrapping_add(1), Ordering::SeqCst);
+        true
     }
 }
 
@@ -122,21 +171,45 @@ mod tests {
         let (first, is_new) = tracker.mark(0x1234);
         assert!(is_new && !tracker.mark(0x1000).1);
         let epoch = tracker.epoch();
-        tracker.written(0x2000);
+        assert!(!tracker.written(0x2000, 8));
         assert_eq!((tracker.generation(0x1000), tracker.epoch()), (first, epoch));
-        tracker.written(0x1fff);
+        assert!(tracker.written(0x1fff, 1));
         assert_ne!(tracker.generation(0x1000), first);
-        assert_ne!(tracker.epoch(), epoch);
-        let second = tracker.generation(0x1000);
-        tracker.written(0x1000);
-        assert_eq!(tracker.generation(0x1000), second, "nothing is cached any more");
+        let write = CodeWrite { page: 0x1000, lines: 1 << 63 };
+        assert_eq!(tracker.written_since(epoch), (epoch + 1, Some(vec![write])));
+    }
+
+    #[test]
+    fn after_some_writes_nothing_is_cached_any_more() {
+        let tracker = CodeTracker::new(0x3000);
+        tracker.mark(0x1000);
+        let mut epoch = 0;
+        while tracker.is_cached(0x1000) {
+            epoch = tracker.epoch();
+            assert!(tracker.written(0x1000, 4));
+        }
+        assert_eq!(epoch, 31);
+        let all = CodeWrite { page: 0x1000, lines: u64::MAX };
+        assert_eq!(tracker.written_since(epoch), (32, Some(vec![all])));
+        assert!(!tracker.written(0x1000, 4));
+        let generation = tracker.generation(0x1000);
+        assert_eq!(tracker.mark(0x1000), (generation, true));
+    }
+
+    #[test]
+    fn lines_of_a_page() {
+        assert_eq!(lines(0x1000, 1), 1);
+        assert_eq!(lines(0x103f, 2), 3);
+        assert_eq!(lines(0x1fff, 8), 1 << 63);
+        assert_eq!(lines(0, 0x1000), u64::MAX);
+        assert_eq!(lines(64, 0), 2);
     }
 
     #[test]
     fn offsets_outside_of_ram_are_ignored() {
         let tracker = CodeTracker::new(0x1000);
         assert_eq!(tracker.mark(u64::MAX), (0, false));
-        tracker.written(0x1000);
+        assert!(!tracker.written(0x1000, 1));
         assert_eq!(tracker.epoch(), 0);
     }
 }

@@ -10,6 +10,7 @@ use bivisor_x86::cpu::Cpu;
 use crate::code_tracker::CodeTracker;
 use crate::env::VcpuEnv;
 use crate::interp_vcpu::InterpVcpu;
+use crate::peers::Peers;
 use crate::translator::vcpu::DbtVcpu;
 
 /// How guest instructions are executed.
@@ -24,17 +25,18 @@ pub struct SoftwareEngine {
     kind: Kind,
     /// The record of cached code, made for the first virtual processor's RAM and shared by all.
     code: Mutex<Option<(Arc<GuestMemory>, Arc<CodeTracker>)>>,
+    peers: Arc<Peers>,
 }
 
 impl SoftwareEngine {
     /// The engine `interp`.
     pub fn interpreter() -> Self {
-        Self { kind: Kind::Interpreter, code: Mutex::default() }
+        Self { kind: Kind::Interpreter, code: Mutex::default(), peers: Arc::default() }
     }
 
     /// The engine `dbt`.
     pub fn translator() -> Self {
-        Self { kind: Kind::Translator, code: Mutex::default() }
+        Self { kind: Kind::Translator, code: Mutex::default(), peers: Arc::default() }
     }
 
     fn tracker(&self, memory: &Arc<GuestMemory>) -> Result<Arc<CodeTracker>, EngineError> {
@@ -58,9 +60,12 @@ impl Engine for SoftwareEngine {
 
     fn create_vcpu(&self, index: u32, setup: VcpuSetup) -> Result<Box<dyn Vcpu>, EngineError> {
         let tracker = self.tracker(&setup.memory)?;
+        if index > 0 {
+            tracker.share();
+        }
         let ram = NonNull::new(setup.memory.host_base())
             .ok_or_else(|| EngineError("the machine's RAM has no address".into()))?;
-        let env = VcpuEnv::new(setup.memory, setup.bus, tracker)
+        let env = VcpuEnv::new(setup.memory, setup.bus, tracker, Arc::clone(&self.peers), index)
             .map_err(|error| EngineError(format!("the host gives no memory for generated code: {error}")))?;
         let mut cpu = Cpu::new(setup.model);
         cpu.apic_id = index;

@@ -9,22 +9,25 @@ use bivisor_machine::memory::GuestMemory;
 use bivisor_x86::env::{Compared, Env, Event, HostExecution, HostInstruction};
 use bivisor_x86::state::CpuState;
 
-use crate::code_tracker::CodeTracker;
+use crate::code_tracker::{CodeTracker, CodeWrite};
 use crate::host_cpu;
 use crate::host_unit::HostUnit;
+use crate::peers::{Peer, Peers};
 
 /// The surroundings of one virtual processor.
 pub struct VcpuEnv {
     memory: Arc<GuestMemory>,
     bus: Arc<dyn VcpuBus>,
     code: Arc<CodeTracker>,
+    peers: Arc<Peers>,
+    index: u32,
     host_unit: HostUnit,
     /// Pages that this processor was the first to cache instructions of, until somebody asks.
     newly_marked: Cell<Vec<u64>>,
 }
 
 impl VcpuEnv {
-    /// The surroundings of a virtual processor with this RAM and bus.
+    /// The surroundings of the virtual processor of this number, with this RAM and bus.
     ///
     /// # Errors
     /// The host gives no memory for executing vector instructions.
@@ -32,8 +35,18 @@ impl VcpuEnv {
         memory: Arc<GuestMemory>,
         bus: Arc<dyn VcpuBus>,
         code: Arc<CodeTracker>,
+        peers: Arc<Peers>,
+        index: u32,
     ) -> std::io::Result<Self> {
-        Ok(Self { memory, bus, code, host_unit: HostUnit::new()?, newly_marked: Cell::default() })
+        Ok(Self {
+            memory,
+            bus,
+            code,
+            peers,
+            index,
+            host_unit: HostUnit::new()?,
+            newly_marked: Cell::default(),
+        })
     }
 
     /// What to add to the host's time-stamp counter to get the guest's.
@@ -52,9 +65,22 @@ impl VcpuEnv {
         self.newly_marked.take()
     }
 
-    /// Pages with cached code that were written after an epoch, see [`CodeTracker::written_since`].
-    pub fn written_since(&self, epoch: u64) -> (u64, Option<Vec<u64>>) {
+    /// Writes to cached code after an epoch, see [`CodeTracker::written_since`].
+    pub fn written_since(&self, epoch: u64) -> (u64, Option<Vec<CodeWrite>>) {
         self.code.written_since(epoch)
+    }
+
+    /// Announces the processor to the others of its machine.
+    pub fn add_peer(&self, peer: Arc<dyn Peer>) {
+        self.peers.add(self.index, peer);
+    }
+
+    /// Tells the record of cached code, and whoever may have cached it, of a store.
+    #[inline]
+    fn written(&self, offset: u64, length: u64) {
+        if self.code.written(offset, length) {
+            self.peers.wake(self.index);
+        }
     }
 
     /// Whether instructions of the page at this offset in RAM are cached somewhere.
@@ -69,7 +95,7 @@ macro_rules! store {
         #[inline]
         fn $name(&self, offset: u64, value: $ty) {
             self.memory.$name(offset, value);
-            self.code.written(offset);
+            self.written(offset, size_of::<$ty>() as u64);
         }
     };
 }
@@ -101,15 +127,17 @@ impl Env for VcpuEnv {
     store!(store64, u64);
     fn store_bytes(&self, offset: u64, from: &[u8]) {
         self.memory.store_bytes(offset, from);
-        self.code.written(offset);
+        self.written(offset, from.len() as u64);
     }
     fn copy_elements(&self, from: u64, to: u64, count: u64, size: u64, down: bool) {
         self.memory.copy_elements(from, to, count, size, down);
-        self.code.written(to);
+        let length = count.saturating_mul(size);
+        let first = if down { to.wrapping_add(size).wrapping_sub(length) } else { to };
+        self.written(first, length);
     }
     fn fill_elements(&self, to: u64, value: u64, count: u64, size: u64) {
         self.memory.fill_elements(to, value, count, size);
-        self.code.written(to);
+        self.written(to, count.saturating_mul(size));
     }
     fn compare_elements(
         &self,
@@ -126,18 +154,19 @@ impl Env for VcpuEnv {
     }
     fn compare_exchange(&self, offset: u64, size: usize, expected: u64, new: u64) -> u64 {
         let old = self.memory.compare_exchange(offset, size, expected, new);
-        self.code.written(offset);
+        self.written(offset, size as u64);
         old
     }
     fn compare_exchange128(&self, offset: u64, expected: u128, new: u128) -> u128 {
         let old = self.memory.compare_exchange128(offset, expected, new);
-        self.code.written(offset);
+        self.written(offset, 16);
         old
     }
 
     fn mark_code(&self, offset: u64) -> u32 {
         let (generation, is_new) = self.code.mark(offset);
         if is_new {
+            self.peers.forget_writes(self.index, offset & !0xfff);
             let mut marked = self.newly_marked.take();
             marked.push(offset & !0xfff);
             self.newly_marked.set(marked);

@@ -10,6 +10,7 @@ pub mod env;
 pub mod host_cpu;
 pub mod host_unit;
 pub mod interp_vcpu;
+pub mod peers;
 pub mod translator;
 
 pub use engine::SoftwareEngine;

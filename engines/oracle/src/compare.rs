@@ -6,11 +6,11 @@ use std::sync::LazyLock;
 use bivisor_x86::registers::{Rflags, gpr};
 use iced_x86::{Formatter, Instruction, IntelFormatter, Mnemonic, OpKind, RflagsBits};
 
-use crate::layout::{Case, Change, DATA, Outcome};
+use crate::layout::{Case, Change, DATA, Outcome, State};
 use bivisor_x86::state::MXCSR_MASK;
 
 /// Names of the general registers in encoding order.
-const NAMES: [&str; 16] = [
+pub const NAMES: [&str; 16] = [
     "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
     "r15",
 ];
@@ -20,12 +20,14 @@ const UNDERFLOW: u16 = 16;
 const PRECISION: u16 = 32;
 const FLAGS: u16 = 0x3f;
 /// Bit 17 of MXCSR.
-const MISALIGNED_SSE: u32 = 1 << 17;
-/// First linear address of the upper half, about whose pages Linux tells nothing.
-const UPPER_HALF: u64 = 1 << 63;
+pub const MISALIGNED_SSE: u32 = 1 << 17;
+/// Bytes of x87 pointers that are compared: not all processors make them canonical.
+const POINTER_SIZE: usize = 6;
+/// The last page of the lower half, and all of the upper half: Linux does not tell whether they are mapped.
+const UNTOLD_PAGES: u64 = 0x7fff_ffff_f000;
 
 /// Parts of the x87, SSE and AVX state that are compared.
-static PARTS: LazyLock<Vec<(String, usize, usize)>> = LazyLock::new(|| parts().collect());
+pub static PARTS: LazyLock<Vec<(String, usize, usize)>> = LazyLock::new(|| parts().collect());
 
 /// These parts: name, offset, size.
 fn parts() -> impl Iterator<Item = (String, usize, usize)> {
@@ -34,8 +36,8 @@ fn parts() -> impl Iterator<Item = (String, usize, usize)> {
         ("fsw", 2, 2),
         ("ftw", 4, 1),
         ("fop", 6, 2),
-        ("fip", 8, 8),
-        ("fdp", 16, 8),
+        ("fip", 8, POINTER_SIZE),
+        ("fdp", 16, POINTER_SIZE),
         ("mxcsr", 24, 4),
     ];
     let control = control.into_iter().map(|(name, at, size)| (name.to_string(), at, size));
@@ -46,7 +48,7 @@ fn parts() -> impl Iterator<Item = (String, usize, usize)> {
 }
 
 /// Bytes as one number, most significant first.
-fn hex(bytes: &[u8]) -> String {
+pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().rev().fold(String::new(), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");
         text
@@ -54,7 +56,7 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 /// Flags that the manuals leave undefined after this instruction.
-fn undefined_flags(instruction: &Instruction) -> u64 {
+pub fn undefined_flags(instruction: &Instruction) -> u64 {
     let bits = instruction.rflags_undefined();
     [
         (RflagsBits::OF, Rflags::OF),
@@ -79,13 +81,19 @@ fn undefined_by_count(case: &Case, instruction: &Instruction) -> u64 {
 }
 
 /// Whether the operand is an x87, SSE or AVX state.
-fn is_state_operand(instruction: &Instruction) -> bool {
+pub fn is_state_operand(instruction: &Instruction) -> bool {
     use Mnemonic as M;
     let legacy =
         [M::Fxsave, M::Fxsave64, M::Fxrstor, M::Fxrstor64, M::Fnsave, M::Frstor, M::Fnstenv, M::Fldenv];
     let extended =
         [M::Xsave, M::Xsave64, M::Xsaveopt, M::Xsaveopt64, M::Xsavec, M::Xsavec64, M::Xrstor, M::Xrstor64];
     legacy.contains(&instruction.mnemonic()) || extended.contains(&instruction.mnemonic())
+}
+
+/// Whether it is CMPS, which reads two operands.
+pub fn compares_strings(instruction: &Instruction) -> bool {
+    matches!(instruction.mnemonic(), Mnemonic::Cmpsb | Mnemonic::Cmpsw | Mnemonic::Cmpsd | Mnemonic::Cmpsq)
+        && instruction.op0_kind() != OpKind::Register
 }
 
 /// Whether the same was stored. The host's MXCSR_MASK in a stored state may have a bit (17, misaligned SSE
@@ -105,10 +113,10 @@ fn same_changes(native: &Outcome, interpreted: &Outcome, is_state: bool) -> bool
 /// Whether MXCSR is the same but for flags that the interpreter takes from the masked operation: the precision flag
 /// after an unmasked overflow or underflow, and those of a dot product's additions after an exception of its
 /// multiplications.
-fn same_mxcsr(case: &Case, instruction: &Instruction, native: &Outcome, interpreted: &Outcome) -> bool {
+pub fn same_mxcsr(before: &[u8], instruction: &Instruction, native: &State, interpreted: &State) -> bool {
     let word = |area: &[u8]| u16::from_le_bytes([area[24], area[25]]);
     let flags = word(&native.xsave) | word(&interpreted.xsave);
-    let unmasked = !word(&case.xsave) >> 7 & (OVERFLOW | UNDERFLOW);
+    let unmasked = !word(before) >> 7 & (OVERFLOW | UNDERFLOW);
     let difference = word(&native.xsave) ^ word(&interpreted.xsave);
     let is_dot_product =
         matches!(instruction.mnemonic(), Mnemonic::Dpps | Mnemonic::Dppd | Mnemonic::Vdpps | Mnemonic::Vdppd);
@@ -123,14 +131,99 @@ fn ignored_flags(case: &Case, instruction: &Instruction) -> u64 {
 }
 
 /// Whether two different exceptions are both right.
-fn is_accepted(case: &Case, instruction: &Instruction, native: &Outcome, interpreted: &Outcome) -> bool {
+fn is_accepted(case: &Case, instruction: &Instruction, native: &State, interpreted: &State) -> bool {
     let is_gather = instruction.memory_index().is_vector_register();
     match (native.vector, interpreted.vector) {
         // A gather that is single-stepped may trap in the middle, before the element that faults.
         (1, 14) => is_gather && native.rip == case.rip,
+        // The first operand may fault in one way, the second in another.
+        (12..=14 | 17, 12..=14 | 17) => compares_strings(instruction),
         // How long an undefined opcode is, more than 15 bytes or less, nobody tells.
         (13, 6) | (6, 13) => instruction.is_invalid(),
         _ => false,
+    }
+}
+
+/// What need not be equal in two states.
+pub struct Rules {
+    /// Names of the two sides.
+    pub names: [&'static str; 2],
+    /// Two different exceptions are both right.
+    pub any_exception: bool,
+    /// So far apart may the addresses of page faults be.
+    pub fault_slack: u64,
+    /// Bits of a page fault's error code that may differ.
+    pub hidden_error: u64,
+    /// Flags that may differ.
+    pub ignored_flags: u64,
+    /// MXCSR may differ.
+    pub any_mxcsr: bool,
+    /// The pointers to the last x87 instruction may differ.
+    pub any_pointers: bool,
+}
+
+/// How two states differ, a line each.
+pub fn state_differences(one: &State, other: &State, rules: &Rules) -> Vec<String> {
+    let mut lines = Vec::new();
+    let [first, second] = rules.names;
+    let mut differ = |name: &str, one: String, other: String| {
+        lines.push(format!("{name:>12}  {first} {one}  {second} {other}"));
+    };
+    if one.vector != other.vector && rules.any_exception {
+        // The rest counts.
+    } else if one.vector != other.vector {
+        differ("exception", exception(one), exception(other));
+    } else if one.vector == 14 {
+        let hidden = rules.hidden_error | if one.cr2 >= UNTOLD_PAGES { 1 } else { 0 };
+        if one.cr2.abs_diff(other.cr2) > rules.fault_slack || (one.error ^ other.error) & !hidden != 0 {
+            differ("page fault", exception(one), exception(other));
+        }
+    } else if one.error != other.error && one.vector != 1 {
+        differ("error code", format!("{:#x}", one.error), format!("{:#x}", other.error));
+    }
+    if one.rip != other.rip {
+        differ("rip", format!("{:#x}", one.rip), format!("{:#x}", other.rip));
+    }
+    let flags = one.rflags ^ other.rflags;
+    let resume = if one.vector != other.vector { Rflags::RF.bits() | Rflags::TF.bits() } else { 0 };
+    if flags & !rules.ignored_flags & !resume != 0 {
+        differ("rflags", flag_names(one.rflags), flag_names(other.rflags));
+    }
+    for (i, name) in NAMES.iter().enumerate() {
+        if one.gpr[i] != other.gpr[i] {
+            differ(name, format!("{:#x}", one.gpr[i]), format!("{:#x}", other.gpr[i]));
+        }
+    }
+    if one.xsave != other.xsave {
+        for &(ref name, at, size) in PARTS.iter() {
+            let (one, other) = (&one.xsave[at..at + size], &other.xsave[at..at + size]);
+            // AMD processors tell the pointers to the last x87 instruction only with an exception pending.
+            let untold = matches!(&**name, "fop" | "fip" | "fdp")
+                && (rules.any_pointers || one.iter().all(|&byte| byte == 0));
+            if one != other && !untold && !(name == "mxcsr" && rules.any_mxcsr) {
+                differ(name, hex(one), hex(other));
+            }
+        }
+    }
+    lines
+}
+
+/// What may differ after this case.
+fn rules(case: &Case, instruction: &Instruction, native: &State, interpreted: &State) -> Rules {
+    // Which byte of a large operand faults first, or which of two operands, is the processor's own affair.
+    let (fault_slack, hidden_error) = match () {
+        () if is_state_operand(instruction) => (0x400, 1),
+        () if compares_strings(instruction) => (u64::MAX, 1),
+        () => (0, 0),
+    };
+    Rules {
+        names: ["native", "interpreter"],
+        any_exception: is_accepted(case, instruction, native, interpreted),
+        fault_slack,
+        hidden_error,
+        ignored_flags: ignored_flags(case, instruction),
+        any_mxcsr: same_mxcsr(&case.xsave, instruction, native, interpreted),
+        any_pointers: false,
     }
 }
 
@@ -141,66 +234,26 @@ pub fn differences(
     native: &Outcome,
     interpreted: &Outcome,
 ) -> Vec<String> {
-    let mut lines = Vec::new();
-    let mut differ = |name: &str, native: String, interpreted: String| {
-        lines.push(format!("{name:>12}  native {native}  interpreter {interpreted}"));
-    };
-    if native.vector != interpreted.vector && is_accepted(case, instruction, native, interpreted) {
-        // The rest counts.
-    } else if native.vector != interpreted.vector {
-        differ("exception", exception(native), exception(interpreted));
-    } else if native.vector == 14 {
-        // Linux hides whether addresses in the upper half are mapped.
-        let hidden = if native.cr2 >= UPPER_HALF { 1 } else { 0 };
-        // Which byte of a large operand faults first, and so in which page, is the processor's own affair.
-        let (slack, hidden) = if is_state_operand(instruction) { (0x400, 1) } else { (0, hidden) };
-        if native.cr2.abs_diff(interpreted.cr2) > slack || (native.error ^ interpreted.error) & !hidden != 0 {
-            differ("page fault", exception(native), exception(interpreted));
-        }
-    } else if native.error != interpreted.error && native.vector != 1 {
-        differ("error code", format!("{:#x}", native.error), format!("{:#x}", interpreted.error));
-    }
-    if native.rip != interpreted.rip {
-        differ("rip", format!("{:#x}", native.rip), format!("{:#x}", interpreted.rip));
-    }
-    let flags = native.rflags ^ interpreted.rflags;
-    let resume = if native.vector != interpreted.vector { Rflags::RF.bits() | Rflags::TF.bits() } else { 0 };
-    if flags & !ignored_flags(case, instruction) & !resume != 0 {
-        differ("rflags", flag_names(native.rflags), flag_names(interpreted.rflags));
-    }
-    for (i, name) in NAMES.iter().enumerate() {
-        if native.gpr[i] != interpreted.gpr[i] {
-            differ(name, format!("{:#x}", native.gpr[i]), format!("{:#x}", interpreted.gpr[i]));
-        }
-    }
-    if native.xsave != interpreted.xsave {
-        for &(ref name, at, size) in PARTS.iter() {
-            let (one, other) = (&native.xsave[at..at + size], &interpreted.xsave[at..at + size]);
-            // AMD processors tell the pointers to the last x87 instruction only with an exception pending.
-            let untold = matches!(&**name, "fop" | "fip" | "fdp") && one.iter().all(|&byte| byte == 0);
-            if one != other
-                && !untold
-                && !(name == "mxcsr" && same_mxcsr(case, instruction, native, interpreted))
-            {
-                differ(name, hex(one), hex(other));
-            }
-        }
-    }
+    let rules = rules(case, instruction, &native.state, &interpreted.state);
+    let mut lines = state_differences(&native.state, &interpreted.state, &rules);
     if !same_changes(native, interpreted, is_state_operand(instruction)) {
-        differ("memory", changes(native), changes(interpreted));
+        let (native, interpreted) = (changes(native), changes(interpreted));
+        lines.push(format!("{:>12}  native {native}  interpreter {interpreted}", "memory"));
     }
     lines
 }
 
-fn exception(outcome: &Outcome) -> String {
-    match outcome.vector {
+/// The exception and what it tells.
+pub fn exception(state: &State) -> String {
+    match state.vector {
         1 => "none".into(),
-        14 => format!("#14({:#x}) at {:#x}", outcome.error, outcome.cr2),
-        vector => format!("#{vector}({:#x})", outcome.error),
+        14 => format!("#14({:#x}) at {:#x}", state.error, state.cr2),
+        vector => format!("#{vector}({:#x})", state.error),
     }
 }
 
-fn flag_names(flags: u64) -> String {
+/// Flags as a number and by name.
+pub fn flag_names(flags: u64) -> String {
     let names = Rflags::from_bits_truncate(flags).iter_names().map(|(name, _)| name).collect::<Vec<_>>();
     format!("{flags:#x} ({})", names.join(" "))
 }

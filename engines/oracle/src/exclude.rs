@@ -6,6 +6,7 @@ use iced_x86::{Instruction, Mnemonic, OpCodeOperandKind, OpCodeTableKind};
 /// Reasons that are given more than once.
 const SEGMENT_LOAD: &str = "loads segment registers, whose descriptors are the host's";
 const LOOP_PREFIX: &str = "Zen lets the prefix choose the condition";
+const BIT_FIELD: &str = "the result is undefined where the field does not lie in 64 bits";
 const HIDDEN: &str = "hidden by the guest's CPU model";
 
 /// Instructions by mnemonic that are not tried.
@@ -93,6 +94,9 @@ pub fn exclusion(instruction: &Instruction, model: &CpuModel) -> Option<&'static
     if instruction.is_invalid() {
         return None;
     }
+    if is_undefined_bit_field(instruction) {
+        return Some(BIT_FIELD);
+    }
     let info = instruction.op_code();
     let loads_segment = match mnemonic {
         Mnemonic::Mov => info.op0_kind() == OpCodeOperandKind::seg_reg,
@@ -115,14 +119,30 @@ pub fn exclusion(instruction: &Instruction, model: &CpuModel) -> Option<&'static
     None
 }
 
+/// Whether it is EXTRQ or INSERTQ with a field that does not lie in 64 bits, or one given by a register's value.
+fn is_undefined_bit_field(instruction: &Instruction) -> bool {
+    let field = match (instruction.mnemonic(), instruction.op_count()) {
+        (Mnemonic::Extrq, 3) => [1, 2],
+        (Mnemonic::Insertq, 4) => [2, 3],
+        (mnemonic, _) => return matches!(mnemonic, Mnemonic::Extrq | Mnemonic::Insertq),
+    };
+    let [length, index] = field.map(|operand| instruction.immediate(operand) & 63);
+    index + length > 64 || (length == 0 && index > 0)
+}
+
 /// Further things that are not tried or not compared, and why; beside [`EXCLUDED`] for users.
 const RULES: &[(&str, &str)] = &[
     ("MOV and POP to segment registers, far CALL and JMP", SEGMENT_LOAD),
     ("LOOPE and LOOPNE with a repetition prefix", LOOP_PREFIX),
+    ("EXTRQ and INSERTQ by a register, or with such a field", BIT_FIELD),
     ("instructions listed in instructions.md", HIDDEN),
     (
         "undefined opcodes beginning with 0F 00 to 0F 03",
         "the host takes some of them for system instructions",
+    ),
+    (
+        "undefined opcodes among AVX-512's mask instructions",
+        "hosts with AVX-512 do not look at all the bits that should be clear",
     ),
     ("VEX encodings that only the W bit makes undefined", "Zen does not look at the bit everywhere"),
     ("modes other than 64-bit, privilege levels other than 3", "the host's programs run in no other"),
@@ -130,7 +150,10 @@ const RULES: &[(&str, &str)] = &[
         "flags that iced-x86 files as undefined, and those of SHLD and SHRD by more than 16 bits of 16",
         "undefined",
     ),
-    ("x87 instruction and operand pointers", "AMD processors tell them only with an exception pending"),
+    (
+        "x87 instruction and operand pointers",
+        "AMD processors tell them only with an exception pending, and not all make them canonical",
+    ),
     (
         "MXCSR.PE after an unmasked overflow or underflow",
         "taken from the masked operation, whose rounding may differ",
@@ -141,6 +164,8 @@ const RULES: &[(&str, &str)] = &[
         "where in FXSAVE's, XSAVE's or FNSAVE's operand a page fault is reported",
         "the order of its accesses is not told",
     ),
+    ("which operand of CMPS faults, where both do", "the order of its accesses is not told"),
+    ("MASKMOVDQU with alignment checks", "processors differ in whether an empty mask is checked"),
     ("a gather that is stepped and faults", "it may trap in between instead"),
     ("#UD or #GP for undefined opcodes of about 15 bytes", "how long they would be is not told"),
 ];

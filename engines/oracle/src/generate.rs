@@ -47,9 +47,9 @@ pub fn images() -> Box<[Image; IMAGES]> {
                 fill(&mut random, &mut image[..DATA_SIZE]);
             }
             for slot in image[MXCSR_SLOTS as usize..XSAVE_SLOT as usize].chunks_exact_mut(4) {
-                slot.copy_from_slice(&mxcsr(&mut random).to_le_bytes());
+                slot.copy_from_slice(&mxcsr(&mut random, 3).to_le_bytes());
             }
-            image[XSAVE_SLOT as usize..][..XSAVE_SIZE].copy_from_slice(&xsave(&mut random));
+            image[XSAVE_SLOT as usize..][..XSAVE_SIZE].copy_from_slice(&xsave(&mut random, 4));
             let header = &mut image[XSAVE_SLOT as usize + 512..][..64];
             header.fill(0);
             header[0] = number as u8 & 7;
@@ -66,27 +66,27 @@ pub fn images() -> Box<[Image; IMAGES]> {
     }
 }
 
-fn fill(random: &mut Random, bytes: &mut [u8]) {
+pub(crate) fn fill(random: &mut Random, bytes: &mut [u8]) {
     for vector in bytes.chunks_exact_mut(16) {
         vector.copy_from_slice(&random.vector());
     }
 }
 
-/// A valid MXCSR: mostly all exceptions masked.
-fn mxcsr(random: &mut Random) -> u32 {
+/// A valid MXCSR: all exceptions masked but once in `unmasked` times.
+pub(crate) fn mxcsr(random: &mut Random, unmasked: u64) -> u32 {
     let controls = random.bits() as u32 & 0xe040;
-    let masks = if random.once_in(3) { random.bits() as u32 & 0x1f80 } else { 0x1f80 };
+    let masks = if random.once_in(unmasked) { random.bits() as u32 & 0x1f80 } else { 0x1f80 };
     let flags = if random.once_in(2) { random.bits() as u32 & 0x3f } else { 0 };
     let simple = random.once_in(2);
     if simple { masks | flags } else { controls | masks | flags }
 }
 
-/// x87, SSE and AVX state.
-fn xsave(random: &mut Random) -> [u8; XSAVE_SIZE] {
+/// x87, SSE and AVX state. Exceptions may be unmasked once in `unmasked` times.
+pub(crate) fn xsave(random: &mut Random, unmasked: u64) -> [u8; XSAVE_SIZE] {
     let mut area = [0; XSAVE_SIZE];
     let control = match random.below(4) {
-        0 => random.bits() as u16 & 0x0f3f | 0x40,
-        1 => random.bits() as u16 & 0x0f00 | 0x7f,
+        _ if random.once_in(unmasked) => random.bits() as u16 & 0x0f3f | 0x40,
+        0 | 1 => random.bits() as u16 & 0x0f00 | 0x7f,
         _ => 0x37f,
     };
     let mut status = random.bits() as u16 & 0x7f7f;
@@ -105,7 +105,7 @@ fn xsave(random: &mut Random) -> [u8; XSAVE_SIZE] {
     area[2..4].copy_from_slice(&status.to_le_bytes());
     area[4] = tags;
     // The pointers to the last x87 instruction stay zero: AMD processors drop them in signal frames.
-    area[24..28].copy_from_slice(&mxcsr(random).to_le_bytes());
+    area[24..28].copy_from_slice(&mxcsr(random, unmasked).to_le_bytes());
     area[28..32].copy_from_slice(&0xffffu32.to_le_bytes());
     for register in area[32..160].chunks_exact_mut(16) {
         let (significand, exponent) =
@@ -136,13 +136,13 @@ impl Generator {
     /// The next case.
     pub fn next(&mut self, model: &CpuModel, images: &[Image; IMAGES]) -> Generated {
         loop {
-            let mut code = self.bytes();
+            let mut code = random_bytes(&mut self.random);
             let rip = CODE + 0x800 + self.random.below(64);
             let mut decoder = Decoder::with_ip(64, &code, rip, self.decoder_options);
             let instruction = decoder.decode();
             let offsets = decoder.get_constant_offsets(&instruction);
             if instruction.is_invalid()
-                && (!self.random.once_in(16) || is_system_group(&code) || self.is_valid_with_other_w(&code))
+                && (!self.random.once_in(16) || is_untold(&code, self.decoder_options))
             {
                 continue;
             }
@@ -150,7 +150,7 @@ impl Generator {
                 continue;
             }
             let mut gpr = self.registers();
-            let mut case_xsave = xsave(&mut self.random);
+            let mut case_xsave = xsave(&mut self.random, 4);
             if self.random.once_in(16) {
                 self.image = self.random.below(IMAGES as u64) as u32;
             }
@@ -168,7 +168,7 @@ impl Generator {
             let case = Case {
                 xsave: case_xsave,
                 gpr,
-                rflags: self.flags(),
+                rflags: self.flags(&instruction),
                 rip,
                 code,
                 image,
@@ -179,18 +179,11 @@ impl Generator {
         }
     }
 
-    /// Whether only the W bit of a VEX prefix makes the instruction undefined: Zen does not look at it everywhere.
-    fn is_valid_with_other_w(&self, code: &[u8; 16]) -> bool {
-        (0..code.len() - 2).filter(|&at| code[at] == 0xc4).any(|at| {
-            let mut other = *code;
-            other[at + 2] ^= 0x80;
-            !Decoder::with_ip(64, &other, CODE, self.decoder_options).decode().is_invalid()
-        })
-    }
-
-    fn flags(&mut self) -> u64 {
+    fn flags(&mut self, instruction: &Instruction) -> u64 {
         let mut writable = Rflags::ARITHMETIC | Rflags::DF;
-        if self.random.once_in(16) {
+        // Processors differ in whether an access with an empty mask must be aligned.
+        let is_masked = matches!(instruction.mnemonic(), Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu);
+        if self.random.once_in(16) && !is_masked {
             writable |= Rflags::AC;
         }
         self.random.bits() & writable.bits() | Rflags::IF.bits() | Rflags::FIXED.bits()
@@ -209,61 +202,89 @@ impl Generator {
         gpr[gpr::RBP] = DATA + 0x200 + self.random.below(DATA_SIZE as u64 - 0x400) & mask;
         gpr
     }
+}
 
-    /// Bytes that are likely to be an instruction.
-    fn bytes(&mut self) -> [u8; 16] {
-        let random = &mut self.random;
-        let mut rest = [0; 16];
-        for word in rest.chunks_exact_mut(8) {
-            word.copy_from_slice(&random.bits().to_le_bytes());
-        }
-        if random.once_in(24) {
-            return rest;
-        }
-        let mut code = Vec::with_capacity(32);
-        while random.once_in(4) {
-            code.push(random.pick(&PREFIXES));
-        }
-        if random.once_in(20) {
-            code.push(0xf0);
-        }
-        let opcode = random.bits() as u8;
-        let kind = random.below(16);
-        let is_legacy = kind < 11;
-        if is_legacy {
-            if kind > 4 && random.once_in(2) {
-                code.push(random.pick(&[0x66, 0xf2, 0xf3]));
-            }
-            if random.once_in(2) {
-                code.push(0x40 | random.bits() as u8 & 15);
-            }
-        }
-        match kind {
-            0..=3 => code.push(opcode),
-            4 => code.push(0xd8 | opcode & 7),
-            5..=7 => code.extend([0x0f, opcode]),
-            8 | 9 => code.extend([0x0f, 0x38, opcode]),
-            10 => code.extend([0x0f, 0x3a, opcode]),
-            11 | 12 => code.extend([0xc5, random.bits() as u8, opcode]),
-            _ => {
-                let map = 1 + random.below(3) as u8;
-                let registers = random.bits() as u8 & 0xe0;
-                code.extend([0xc4, registers | map, random.bits() as u8, opcode]);
-            }
-        }
-        let modrm = random.bits() as u8;
-        code.push(if random.once_in(3) { modrm | 0xc0 } else { modrm });
-        code.extend(rest);
-        code.truncate(16);
-        rest.copy_from_slice(&code);
-        rest
+/// Bytes that are likely to be an instruction.
+pub(crate) fn random_bytes(random: &mut Random) -> [u8; 16] {
+    let mut rest = [0; 16];
+    for word in rest.chunks_exact_mut(8) {
+        word.copy_from_slice(&random.bits().to_le_bytes());
     }
+    if random.once_in(24) {
+        return rest;
+    }
+    let mut code = Vec::with_capacity(32);
+    while random.once_in(4) {
+        code.push(random.pick(&PREFIXES));
+    }
+    if random.once_in(20) {
+        code.push(0xf0);
+    }
+    let opcode = random.bits() as u8;
+    let kind = random.below(16);
+    let is_legacy = kind < 11;
+    if is_legacy {
+        if kind > 4 && random.once_in(2) {
+            code.push(random.pick(&[0x66, 0xf2, 0xf3]));
+        }
+        if random.once_in(2) {
+            code.push(0x40 | random.bits() as u8 & 15);
+        }
+    }
+    match kind {
+        0..=3 => code.push(opcode),
+        4 => code.push(0xd8 | opcode & 7),
+        5..=7 => code.extend([0x0f, opcode]),
+        8 | 9 => code.extend([0x0f, 0x38, opcode]),
+        10 => code.extend([0x0f, 0x3a, opcode]),
+        11 | 12 => code.extend([0xc5, random.bits() as u8, opcode]),
+        _ => {
+            let map = 1 + random.below(3) as u8;
+            let registers = random.bits() as u8 & 0xe0;
+            code.extend([0xc4, registers | map, random.bits() as u8, opcode]);
+        }
+    }
+    let modrm = random.bits() as u8;
+    code.push(if random.once_in(3) { modrm | 0xc0 } else { modrm });
+    code.extend(rest);
+    code.truncate(16);
+    rest.copy_from_slice(&code);
+    rest
+}
+
+/// Whether these undefined bytes may be an instruction for some processors.
+pub(crate) fn is_untold(code: &[u8; 16], decoder_options: u32) -> bool {
+    is_system_group(code) || is_mask_instruction(code) || is_valid_with_other_w(code, decoder_options)
+}
+
+/// Whether only the W bit of a VEX prefix makes the instruction undefined: Zen does not look at it everywhere.
+fn is_valid_with_other_w(code: &[u8; 16], decoder_options: u32) -> bool {
+    (0..code.len() - 2).filter(|&at| code[at] == 0xc4).any(|at| {
+        let mut other = *code;
+        other[at + 2] ^= 0x80;
+        !Decoder::with_ip(64, &other, CODE, decoder_options).decode().is_invalid()
+    })
 }
 
 /// Whether these bytes may be of the system instructions 0F 00 to 0F 03, of which processors take more than the
 /// decoder does, prefixes included.
 fn is_system_group(code: &[u8; 16]) -> bool {
     code.windows(2).any(|pair| matches!(pair, [0x0f, 0..=3]))
+}
+
+/// Whether these bytes may be of AVX-512's mask instructions (VEX maps 0F and 0F3A): hosts that have them don't look
+/// at all the bits which the decoder wants to see clear.
+fn is_mask_instruction(code: &[u8; 16]) -> bool {
+    let in_map = |map: u8, opcode: u8| match map {
+        1 => matches!(opcode, 0x41..=0x4b | 0x90..=0x93 | 0x98 | 0x99),
+        3 => matches!(opcode, 0x30..=0x33),
+        _ => false,
+    };
+    code.windows(4).any(|bytes| match *bytes {
+        [0xc5, _, opcode, _] => in_map(1, opcode),
+        [0xc4, map, _, opcode] => in_map(map & 0x1f, opcode),
+        _ => false,
+    })
 }
 
 /// Instructions that show the trap flag, or that are repeated: natively they always execute with TF set.

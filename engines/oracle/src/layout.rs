@@ -62,10 +62,10 @@ pub struct Change {
     pub value: u64,
 }
 
-/// State after an instruction.
+/// State after an instruction or a sequence of them.
 #[repr(C, align(64))]
 #[derive(Clone)]
-pub struct Outcome {
+pub struct State {
     /// x87, SSE and AVX state.
     pub xsave: [u8; XSAVE_SIZE],
     /// General registers.
@@ -80,6 +80,21 @@ pub struct Outcome {
     pub error: u64,
     /// Linear address of a page fault.
     pub cr2: u64,
+}
+
+impl State {
+    /// Nothing.
+    pub const fn empty() -> Self {
+        Self { xsave: [0; XSAVE_SIZE], gpr: [0; 16], rflags: 0, rip: 0, vector: 0, error: 0, cr2: 0 }
+    }
+}
+
+/// What an instruction did.
+#[repr(C, align(64))]
+#[derive(Clone)]
+pub struct Outcome {
+    /// The state after it.
+    pub state: State,
     /// How many `changes` there are.
     pub change_count: u32,
     /// Changed words of the data pages.
@@ -90,13 +105,7 @@ impl Outcome {
     /// Nothing.
     pub const fn empty() -> Self {
         Self {
-            xsave: [0; XSAVE_SIZE],
-            gpr: [0; 16],
-            rflags: 0,
-            rip: 0,
-            vector: 0,
-            error: 0,
-            cr2: 0,
+            state: State::empty(),
             change_count: 0,
             changes: [Change { offset: 0, value: 0 }; MAX_CHANGES],
         }

@@ -1,6 +1,8 @@
 //! The oracle: random instructions of user mode are executed natively, in a child process, and by the interpreter,
 //! and every register, flag, exception and byte of memory is compared.
 
+pub mod blocks;
+mod child;
 pub mod compare;
 pub mod exclude;
 pub mod generate;
@@ -8,6 +10,7 @@ pub mod interpreted;
 pub mod layout;
 pub mod native;
 pub mod random;
+pub mod system;
 
 use std::arch::x86_64::__cpuid_count;
 use std::collections::HashSet;
@@ -31,6 +34,15 @@ pub struct Difference {
     pub report: String,
 }
 
+/// The CPU model of guests: what of the host's processor is offered.
+fn host_model() -> CpuModel {
+    let read_host = |function, index| {
+        let leaf = __cpuid_count(function, index);
+        [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]
+    };
+    CpuModel::from_host(read_host, 1, 1_000_000_000)
+}
+
 /// The two ways of executing, side by side.
 pub struct Oracle {
     native: Native,
@@ -48,11 +60,7 @@ impl Oracle {
     /// # Errors
     /// The host gives no memory or process.
     pub fn new(seed: u64) -> Result<Self> {
-        let read_host = |function, index| {
-            let leaf = __cpuid_count(function, index);
-            [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]
-        };
-        let model = Arc::new(CpuModel::from_host(read_host, 1, 1_000_000_000));
+        let model = Arc::new(host_model());
         let images = images();
         Ok(Self {
             native: Native::start(&images)?,

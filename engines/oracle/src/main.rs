@@ -5,8 +5,10 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use bivisor_oracle::blocks::guest::EngineKind;
+use bivisor_oracle::blocks::{Against, Blocks, Difference, Options};
 use bivisor_oracle::{Oracle, exclude};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 
 /// Compares random instructions between the host's processor and the interpreter.
 #[derive(Parser)]
@@ -17,9 +19,27 @@ struct Arguments {
     /// Where the random numbers start.
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Differences to report in full for each mnemonic.
+    /// Differences to report in full for each mnemonic, or for each of the kinds that sequences show.
     #[arg(long, default_value_t = 1)]
     reports: u64,
+    /// Try sequences of instructions instead of single ones.
+    #[arg(long)]
+    blocks: bool,
+    /// The engine that sequences are tried on.
+    #[arg(long, value_enum, default_value_t = Engine::Dbt, requires = "blocks")]
+    engine: Engine,
+    /// What it is compared with.
+    #[arg(long, value_enum, default_value_t = Side::Native, requires = "blocks")]
+    against: Side,
+    /// Number of the first trial, for repeating one.
+    #[arg(long, default_value_t = 0, requires = "blocks")]
+    first: u64,
+    /// Sequences with a difference that are made small; others are only counted.
+    #[arg(long, default_value_t = 100, requires = "blocks")]
+    explained: u64,
+    /// Do not compare arithmetic flags after a fault.
+    #[arg(long, requires = "blocks")]
+    dead_flags_ignored: bool,
     /// List the kinds of instruction that no random number has hit.
     #[arg(long)]
     untried: bool,
@@ -28,13 +48,28 @@ struct Arguments {
     exclusions: bool,
 }
 
+/// An engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Engine {
+    Dbt,
+    Interp,
+}
+
+/// What an engine is compared with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Side {
+    Native,
+    Interp,
+}
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     if arguments.exclusions {
         print!("{}", exclude::table());
         return ExitCode::SUCCESS;
     }
-    match run(&arguments) {
+    let result = if arguments.blocks { run_blocks(&arguments) } else { run(&arguments) };
+    match result {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
@@ -77,6 +112,51 @@ fn run(arguments: &Arguments) -> std::io::Result<bool> {
     }
     for (mnemonic, count) in &by_mnemonic {
         println!("{count:8} {mnemonic}");
+    }
+    Ok(differences == 0)
+}
+
+/// The same for sequences.
+fn run_blocks(arguments: &Arguments) -> std::io::Result<bool> {
+    let start = Instant::now();
+    let mut blocks = Blocks::new(Options {
+        engine: if arguments.engine == Engine::Dbt { EngineKind::Dbt } else { EngineKind::Interp },
+        against: if arguments.against == Side::Native { Against::Native } else { Against::Interp },
+        seed: arguments.seed,
+        first: arguments.first,
+        dead_flags_ignored: arguments.dead_flags_ignored,
+        explained: arguments.explained,
+    })?;
+    let mut by_title: BTreeMap<String, u64> = BTreeMap::new();
+    let mut shown = 0;
+    let totals = blocks.run(
+        arguments.count,
+        |difference| {
+            let Difference { trial, title, report } = difference;
+            let count = by_title.entry(title.clone()).or_default();
+            *count += 1;
+            if *count <= arguments.reports {
+                println!("\r--- {title}; trial {trial} of seed {}\n{report}", arguments.seed);
+            }
+        },
+        |totals| {
+            if totals.instructions >= shown + (1 << 18) {
+                shown = totals.instructions;
+                eprint!("\r{shown} instructions, {:.0} s ", start.elapsed().as_secs_f64());
+                let _ = std::io::stderr().flush();
+            }
+        },
+    )?;
+    let seconds = start.elapsed().as_secs_f64();
+    let bivisor_oracle::blocks::Totals { instructions, runs, trials, differences, by_vector, endless } =
+        totals;
+    eprintln!("\r{instructions} instructions in {seconds:.1} s, {differences} differences");
+    eprintln!("{runs} runs in {trials} trials; {endless} runs were left out, because some did not end");
+    for (vector, count) in by_vector.iter().enumerate().filter(|(_, count)| **count > 0) {
+        eprintln!("{count:8} ended by #{vector}");
+    }
+    for (title, count) in &by_title {
+        println!("{count:8} {title}");
     }
     Ok(differences == 0)
 }

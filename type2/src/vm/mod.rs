@@ -113,7 +113,7 @@ impl Session {
             )
         })?;
         let memory = Arc::new(memory);
-        let engine = engines::make(config.engine, config.cpus).map_err(Failure::configuration)?;
+        let engine = engines::make(config.engine).map_err(Failure::configuration)?;
         let gate = Arc::new(Gate::new());
         let alarm = HostAlarm::new(parts.clock.clone());
         let machine = Machine::new(
@@ -284,6 +284,9 @@ fn make_vcpus(machine: &Machine, engine: &dyn Engine, parts: &Parts) -> Result<V
         let mut vcpu = engine.create_vcpu(index, setup).map_err(|error| failed(&error))?;
         let state = if index == 0 { &loaded.state } else { &machine.waiting_state() };
         vcpu.set_state(state).map_err(|error| failed(&error))?;
+        if parts.config.stats {
+            vcpu.count_all();
+        }
         vcpus.push(Arc::new(Mutex::new(vcpu)));
     }
     Ok(vcpus)

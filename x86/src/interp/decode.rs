@@ -14,14 +14,7 @@ pub(crate) struct InstructionDecoder {
 impl InstructionDecoder {
     /// With what the model's vendor and features make of some opcodes.
     pub(crate) fn new(model: &CpuModel) -> Self {
-        let unless = |set: CpuidFeature, option: u32| if model.offers(set) { 0 } else { option };
-        let vendor = if model.vendor == Vendor::Amd { DecoderOptions::AMD } else { DecoderOptions::NONE };
-        Self {
-            options: vendor
-                | unless(CpuidFeature::BMI1, DecoderOptions::NO_MPFX_0FBC)
-                | unless(CpuidFeature::LZCNT, DecoderOptions::NO_MPFX_0FBD)
-                | unless(CpuidFeature::WBNOINVD, DecoderOptions::NO_WBNOINVD),
-        }
+        Self { options: decoder_options(model) }
     }
 
     /// Decodes the instruction at the start of `bytes` as code of `bits` (16, 32 or 64); `None` if more bytes are
@@ -54,6 +47,22 @@ impl InstructionDecoder {
         }
         Some(op)
     }
+}
+
+/// What iced-x86 must be told to decode as processors of this model do, but for [`is_peculiar`].
+pub fn decoder_options(model: &CpuModel) -> u32 {
+    let unless = |set: CpuidFeature, option: u32| if model.offers(set) { 0 } else { option };
+    let vendor = if model.vendor == Vendor::Amd { DecoderOptions::AMD } else { DecoderOptions::NONE };
+    vendor
+        | unless(CpuidFeature::BMI1, DecoderOptions::NO_MPFX_0FBC)
+        | unless(CpuidFeature::LZCNT, DecoderOptions::NO_MPFX_0FBD)
+        | unless(CpuidFeature::WBNOINVD, DecoderOptions::NO_WBNOINVD)
+}
+
+/// Whether processors of this model see another instruction in these bytes than iced-x86 does.
+pub fn is_peculiar(instruction: &Instruction, bytes: &[u8], model: &CpuModel) -> bool {
+    (instruction.code() == Code::Pause && is_exchange(bytes))
+        || (is_prefetch_of_register(instruction) && model.vendor == Vendor::Amd)
 }
 
 /// Whether what iced-x86 takes for PAUSE has REX.B: then it is XCHG R8, RAX, and F3 means nothing.

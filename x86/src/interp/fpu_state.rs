@@ -294,7 +294,8 @@ impl Cpu {
     /// Address of the area of FXSAVE and FXRSTOR. #AC comes before #GP here, but on Zen it asks for four bytes only.
     fn fxsave_address(&self, op: &Op) -> Result<(SegReg, u64), Exception> {
         let (segment, offset) = self.effective_address(op);
-        self.check_alignment(self.address_of(segment, offset), 4)?;
+        let linear = self.checked_address(segment, offset, 1, Access::Read)?;
+        self.check_alignment(linear, 4)?;
         self.area_address(op, 16)
     }
 

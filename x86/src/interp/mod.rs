@@ -10,7 +10,7 @@ mod control;
 mod coverage_tests;
 mod data;
 mod decimal;
-mod decode;
+pub mod decode;
 mod dispatch;
 mod flag_instructions;
 pub(crate) mod flags;

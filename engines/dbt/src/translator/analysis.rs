@@ -7,6 +7,7 @@ use iced_x86::{
     OpAccess, OpKind, Register, RflagsBits,
 };
 
+use super::code32;
 use super::key::{Key, SUPERVISOR, SUPERVISOR_AC, USER};
 
 /// The arithmetic flags, as iced-x86 numbers them.
@@ -66,6 +67,12 @@ pub enum Class {
     Cpuid,
     /// MOV of a segment register's selector.
     ReadSelector,
+    /// MOV of CR0, CR2, CR3 or CR4 to a general register, in supervisor mode.
+    ReadControl,
+    /// CLD.
+    Cld,
+    /// STD.
+    Std,
     /// RDFSBASE and RDGSBASE, of 64 bits.
     ReadBase,
     /// WRFSBASE and WRGSBASE, of 64 bits.
@@ -77,6 +84,20 @@ pub enum Class {
 }
 
 impl Class {
+    /// Whether it is a jump that is translated.
+    pub fn is_jump(self) -> bool {
+        matches!(
+            self,
+            Self::Call
+                | Self::CallIndirect
+                | Self::Return
+                | Self::Jump
+                | Self::JumpIndirect
+                | Self::JumpIf
+                | Self::JumpIfRcxZero
+        )
+    }
+
     /// Whether the block ends here.
     pub fn is_last(self) -> bool {
         matches!(
@@ -110,7 +131,30 @@ pub struct Decoded {
     pub stack_delta: Option<i32>,
     /// Access of each operand.
     pub access: [OpAccess; 4],
+    /// Bytes that the stack moves by: 8, or 4 in 32-bit code.
+    pub stack_step: i32,
+    /// Number of the window that its memory operand lies in.
+    pub window: Option<u8>,
 }
+
+/// Bytes near the value that a register has at the block's start, which several of its accesses touch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Number of the register.
+    pub root: u8,
+    /// First byte, from the register's value.
+    pub low: i32,
+    /// Behind the last byte.
+    pub high: i32,
+    /// Whether any is written.
+    pub write: bool,
+    accesses: u32,
+}
+
+/// Windows of a block at most.
+pub const MAX_WINDOWS: usize = 4;
+/// Bytes of a window at most.
+const WINDOW_LIMIT: i32 = 512;
 
 /// Offsets from RSP at the block's start that its tracked stack accesses touch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,7 +170,7 @@ pub struct StackRange {
 /// A stack range larger than this is not tracked: it would often cross a page.
 const STACK_RANGE_LIMIT: i32 = 1024;
 
-/// Classifies a 64-bit instruction.
+/// Classifies a 64-bit instruction, or one of 32-bit code as [`super::code32::widen`] leaves it.
 pub fn classify(instruction: &Instruction, model: &CpuModel, key: Key) -> Class {
     if !instruction.has_lock_prefix()
         && let Some(class) = sensitive(instruction, model, key)
@@ -175,7 +219,7 @@ fn sensitive(instruction: &Instruction, model: &CpuModel, key: Key) -> Option<Cl
         Mnemonic::Rdtsc if key.tsc() => Class::Rdtsc,
         Mnemonic::Rdtscp if key.tsc() && model.offers_instruction(instruction) => Class::Rdtscp,
         Mnemonic::Cpuid => Class::Cpuid,
-        Mnemonic::Syscall if !supervisor => Class::Syscall,
+        Mnemonic::Syscall if !supervisor && !key.code32() => Class::Syscall,
         Mnemonic::Sysretq if supervisor => Class::Sysret,
         Mnemonic::Swapgs if supervisor => Class::Swapgs,
         Mnemonic::Cli if supervisor => Class::Cli,
@@ -183,6 +227,15 @@ fn sensitive(instruction: &Instruction, model: &CpuModel, key: Key) -> Option<Cl
         Mnemonic::Stac if key.class() == SUPERVISOR && model.offers_instruction(instruction) => {
             Class::SwitchAc
         }
+        Mnemonic::Clac if key.class() == SUPERVISOR && model.offers_instruction(instruction) => {
+            Class::Nothing
+        }
+        Mnemonic::Stac if key.class() == SUPERVISOR_AC && model.offers_instruction(instruction) => {
+            Class::Nothing
+        }
+        Mnemonic::Cld => Class::Cld,
+        Mnemonic::Std => Class::Std,
+        Mnemonic::Mov if supervisor && reads_control(instruction) => Class::ReadControl,
         Mnemonic::Clac if key.class() == SUPERVISOR_AC && model.offers_instruction(instruction) => {
             Class::SwitchAc
         }
@@ -206,14 +259,15 @@ fn sensitive(instruction: &Instruction, model: &CpuModel, key: Key) -> Option<Cl
     })
 }
 
+fn reads_control(instruction: &Instruction) -> bool {
+    matches!(instruction.code(), Code::Mov_r64_cr | Code::Mov_r32_cr)
+        && matches!(instruction.op1_register(), Register::CR0 | Register::CR2 | Register::CR3 | Register::CR4)
+}
+
 fn reads_selector(instruction: &Instruction) -> bool {
     instruction.op1_kind() == OpKind::Register
         && instruction.op1_register().is_segment_register()
-        && match instruction.op0_kind() {
-            OpKind::Memory => true,
-            OpKind::Register => instruction.op0_register().size() >= 4,
-            _ => false,
-        }
+        && matches!(instruction.op0_kind(), OpKind::Memory | OpKind::Register)
 }
 
 /// A string instruction with REP, 64-bit addresses, and segments whose base is zero.
@@ -389,10 +443,20 @@ pub fn unit(instruction: &Instruction) -> Unit {
     }
     if registers().any(|register| register.is_vector_register())
         || matches!(instruction.mnemonic(), Mnemonic::Vzeroupper | Mnemonic::Vzeroall)
+        || converts_to_integer(instruction.mnemonic())
     {
         return if instruction.encoding() == iced_x86::EncodingKind::Legacy { Unit::Sse } else { Unit::Avx };
     }
     Unit::General
+}
+
+/// Conversions to a general register: with an operand in memory they name no vector register, but obey MXCSR.
+fn converts_to_integer(mnemonic: Mnemonic) -> bool {
+    use Mnemonic::*;
+    matches!(
+        mnemonic,
+        Cvtss2si | Cvttss2si | Cvtsd2si | Cvttsd2si | Vcvtss2si | Vcvttss2si | Vcvtsd2si | Vcvttsd2si
+    )
 }
 
 fn known_x87(instruction: &Instruction) -> bool {
@@ -563,6 +627,10 @@ fn flag_effects(instruction: &Instruction) -> (u32, u32) {
     if shift_or_rotate && (by_cl || instruction.op_count() > 1 && immediate_count() == 0) {
         return (ALL_FLAGS, 0);
     }
+    // So does a repetition of no times.
+    if instruction.has_rep_prefix() || instruction.has_repne_prefix() {
+        return (ALL_FLAGS, 0);
+    }
     (read, modified)
 }
 
@@ -584,7 +652,13 @@ pub fn mark_live_flags(block: &mut [Decoded], live_out: u32) {
             | Class::SwitchAc
             | Class::Syscall => (ALL_FLAGS, 0),
             Class::Sysret => (0, ALL_FLAGS),
-            Class::Nothing | Class::Cli | Class::Swapgs | Class::ReadSelector => (0, 0),
+            Class::Nothing
+            | Class::Cli
+            | Class::Cld
+            | Class::Std
+            | Class::Swapgs
+            | Class::ReadControl
+            | Class::ReadSelector => (0, 0),
             Class::ReadBase => (ALL_FLAGS, 0),
             Class::JumpIf => {
                 let (read, _) = flag_effects(&decoded.instruction);
@@ -626,12 +700,14 @@ pub fn track_stack(block: &mut [Decoded]) -> Option<StackRange> {
         decoded.stack_delta = delta;
         let Some(current) = delta else { continue };
         if let Some((offset, size, write)) = stack_access(decoded) {
-            let low = current + offset;
+            let (mut low, mut high) = (current + offset, current + offset + size);
+            if decoded.stack_step == code32::STACK_STEP {
+                // ESP itself lies in the page, too: it has not wrapped since the check.
+                (low, high) = (low.min(current), high.max(current));
+            }
             let candidate = match range {
-                None => StackRange { low, high: low + size, write },
-                Some(r) => {
-                    StackRange { low: r.low.min(low), high: r.high.max(low + size), write: r.write | write }
-                }
+                None => StackRange { low, high, write },
+                Some(r) => StackRange { low: r.low.min(low), high: r.high.max(high), write: r.write | write },
             };
             if candidate.high - candidate.low > STACK_RANGE_LIMIT {
                 delta = None;
@@ -645,12 +721,142 @@ pub fn track_stack(block: &mut [Decoded]) -> Option<StackRange> {
     range
 }
 
+/// Finds windows: memory operands at fixed offsets from what registers hold at the block's start. A window begins with an
+/// access that is made whenever the block is, so that its page is one that the guest accesses anyway.
+pub fn track_windows(block: &mut [Decoded], factory: &mut InstructionInfoFactory) -> Vec<Window> {
+    // Each register's value: another's at the block's start, plus a constant.
+    let mut values: [Option<(u8, i32)>; 16] = std::array::from_fn(|number| Some((number as u8, 0)));
+    let mut windows: Vec<Window> = Vec::new();
+    let mut certain = true;
+    for decoded in block.iter_mut() {
+        if let Some((root, offset, size)) = near_operand(decoded, &values) {
+            let write = writes_memory(decoded);
+            let place = windows.iter().position(|window| {
+                let (low, high) = (window.low.min(offset), window.high.max(offset + size));
+                window.root == root && high - low <= WINDOW_LIMIT && (certain || !write || window.write)
+            });
+            if let Some(place) = place {
+                let window = &mut windows[place];
+                window.low = window.low.min(offset);
+                window.high = window.high.max(offset + size);
+                window.write |= write;
+                window.accesses += 1;
+                decoded.window = Some(place as u8);
+            } else if certain && windows.len() < 32 {
+                decoded.window = Some(windows.len() as u8);
+                windows.push(Window { root, low: offset, high: offset + size, write, accesses: 1 });
+            }
+        }
+        certain &= decoded.class != Class::JumpIf;
+        follow_values(decoded, &mut values, factory);
+    }
+    keep_best(block, windows)
+}
+
+/// Keeps the windows with most accesses, and gives them new numbers.
+fn keep_best(block: &mut [Decoded], windows: Vec<Window>) -> Vec<Window> {
+    let mut order: Vec<usize> = (0..windows.len()).filter(|&old| windows[old].accesses > 1).collect();
+    order.sort_by_key(|&old| std::cmp::Reverse(windows[old].accesses));
+    order.truncate(MAX_WINDOWS);
+    for decoded in block.iter_mut() {
+        decoded.window = decoded
+            .window
+            .and_then(|old| order.iter().position(|&kept| kept == usize::from(old)))
+            .map(|new| new as u8);
+    }
+    order.into_iter().map(|old| windows[old]).collect()
+}
+
+/// Root, offset and size of a memory operand with a base register only, whose value is known.
+fn near_operand(decoded: &Decoded, values: &[Option<(u8, i32)>; 16]) -> Option<(u8, i32, i32)> {
+    let instruction = &decoded.instruction;
+    if decoded.class != Class::Copy || instruction.mnemonic() == Mnemonic::Lea || !is_based(instruction) {
+        return None;
+    }
+    let base = instruction.memory_base() as usize - Register::RAX as usize;
+    let (root, delta) = values[base]?;
+    let displacement = i32::try_from(instruction.memory_displacement64() as i64).ok()?;
+    let offset = delta.checked_add(displacement)?;
+    let size = instruction.memory_size().size() as i32;
+    (offset.abs() < 1 << 20).then_some((root, offset, size))
+}
+
+/// Whether the memory operand has a base register other than RSP, of 64 bits, and neither index nor segment base.
+pub fn is_based(instruction: &Instruction) -> bool {
+    let base = instruction.memory_base();
+    (0..instruction.op_count()).any(|operand| instruction.op_kind(operand) == OpKind::Memory)
+        && base.is_gpr64()
+        && base != Register::RSP
+        && instruction.memory_index() == Register::None
+        && !matches!(instruction.memory_segment(), Register::FS | Register::GS)
+}
+
+/// What the registers hold after the instruction.
+fn follow_values(
+    decoded: &Decoded,
+    values: &mut [Option<(u8, i32)>; 16],
+    factory: &mut InstructionInfoFactory,
+) {
+    let instruction = &decoded.instruction;
+    let next = match decoded.class {
+        Class::Copy => moved_value(instruction, values),
+        Class::Nothing | Class::JumpIf | Class::Jump => return,
+        Class::Push | Class::Pushf | Class::Pop => {
+            values[4] = None;
+            None
+        }
+        _ => {
+            values.fill(None);
+            return;
+        }
+    };
+    for used in factory.info(instruction).used_registers() {
+        if used.register().is_gpr() && !matches!(used.access(), OpAccess::Read | OpAccess::CondRead) {
+            values[used.register().full_register() as usize - Register::RAX as usize] = None;
+        }
+    }
+    if let Some((number, value)) = next {
+        values[number] = Some(value);
+    }
+}
+
+/// Where an instruction gives a register the value of another one plus a constant: the register, and the value.
+fn moved_value(instruction: &Instruction, values: &[Option<(u8, i32)>; 16]) -> Option<(usize, (u8, i32))> {
+    if instruction.op0_kind() != OpKind::Register || !instruction.op0_register().is_gpr64() {
+        return None;
+    }
+    let number = |register: Register| register as usize - Register::RAX as usize;
+    let target = number(instruction.op0_register());
+    let constant = matches!(instruction.op1_kind(), OpKind::Immediate8to64 | OpKind::Immediate32to64);
+    let (from, moved) = match instruction.mnemonic() {
+        Mnemonic::Add if constant => (target, instruction.immediate(1) as i64),
+        Mnemonic::Sub if constant => (target, (instruction.immediate(1) as i64).checked_neg()?),
+        Mnemonic::Inc => (target, 1),
+        Mnemonic::Dec => (target, -1),
+        Mnemonic::Mov
+            if instruction.op1_kind() == OpKind::Register && instruction.op1_register().is_gpr64() =>
+        {
+            (number(instruction.op1_register()), 0)
+        }
+        Mnemonic::Lea
+            if instruction.memory_base().is_gpr64() && instruction.memory_index() == Register::None =>
+        {
+            (number(instruction.memory_base()), instruction.memory_displacement64() as i64)
+        }
+        _ => return None,
+    };
+    let (root, delta) = values[from]?;
+    let delta = i32::try_from(i64::from(delta).checked_add(moved)?).ok()?;
+    (delta.abs() < 1 << 20).then_some((target, (root, delta)))
+}
+
 /// Offset from RSP, size and direction of an access to the stack at a fixed offset. PUSH of a memory operand and
 /// CALL through memory may make another one.
 pub fn stack_access(decoded: &Decoded) -> Option<(i32, i32, bool)> {
+    let step = decoded.stack_step;
     match decoded.class {
-        Class::Push | Class::Pushf | Class::Call | Class::CallIndirect => Some((-8, 8, true)),
-        Class::Pop | Class::Return => Some((0, 8, false)),
+        Class::Push | Class::Pushf | Class::Call | Class::CallIndirect => Some((-step, step, true)),
+        Class::Pop | Class::Return => Some((0, step, false)),
         Class::Copy => {
             let (offset, size) = rsp_operand(&decoded.instruction)?;
             Some((offset, size, writes_memory(decoded)))
@@ -692,9 +898,9 @@ fn rsp_operand(instruction: &Instruction) -> Option<(i32, i32)> {
 fn after(decoded: &Decoded, delta: i32) -> Option<i32> {
     let instruction = &decoded.instruction;
     let moved = match decoded.class {
-        Class::Push | Class::Pushf => -8,
+        Class::Push | Class::Pushf => -i64::from(decoded.stack_step),
         Class::Pop if instruction.op0_register() == Register::RSP => return None,
-        Class::Pop => 8,
+        Class::Pop => decoded.stack_step.into(),
         Class::Nothing
         | Class::JumpIf
         | Class::BitString
@@ -702,11 +908,13 @@ fn after(decoded: &Decoded, delta: i32) -> Option<i32> {
         | Class::Swapgs
         | Class::WriteBase
         | Class::Cli
+        | Class::Cld
+        | Class::Std
         | Class::Sti
         | Class::Rdtsc
         | Class::Rdtscp
         | Class::Cpuid => 0,
-        Class::Copy | Class::ReadSelector | Class::ReadBase => {
+        Class::Copy | Class::ReadControl | Class::ReadSelector | Class::ReadBase => {
             let writes_rsp = (0..instruction.op_count().min(4)).any(|operand| {
                 instruction.op_kind(operand) == OpKind::Register
                     && instruction.op_register(operand).full_register() == Register::RSP
@@ -714,12 +922,10 @@ fn after(decoded: &Decoded, delta: i32) -> Option<i32> {
             });
             match instruction.mnemonic() {
                 _ if !writes_rsp => 0,
-                Mnemonic::Add if is_64bit_immediate(instruction) => instruction.immediate(1) as i64,
-                Mnemonic::Sub if is_64bit_immediate(instruction) => {
-                    (instruction.immediate(1) as i64).checked_neg()?
-                }
+                Mnemonic::Add => stack_constant(decoded)?,
+                Mnemonic::Sub => stack_constant(decoded)?.checked_neg()?,
                 Mnemonic::Lea
-                    if instruction.op0_register() == Register::RSP
+                    if i32::try_from(instruction.op0_register().size()) == Ok(decoded.stack_step)
                         && instruction.memory_base() == Register::RSP
                         && instruction.memory_index() == Register::None =>
                 {
@@ -739,10 +945,16 @@ pub fn changes_stack(decoded: &Decoded) -> bool {
     matches!(decoded.class, Class::Copy | Class::Pop | Class::Leave) && after(decoded, 0).is_none()
 }
 
-fn is_64bit_immediate(instruction: &Instruction) -> bool {
-    instruction.op0_kind() == OpKind::Register
+/// What an addition to or subtraction from the stack pointer adds or subtracts, if that is constant.
+fn stack_constant(decoded: &Decoded) -> Option<i64> {
+    let instruction = &decoded.instruction;
+    if decoded.stack_step == code32::STACK_STEP {
+        return code32::stack_constant(instruction);
+    }
+    let constant = instruction.op0_kind() == OpKind::Register
         && instruction.op0_register() == Register::RSP
-        && matches!(instruction.op1_kind(), OpKind::Immediate8to64 | OpKind::Immediate32to64)
+        && matches!(instruction.op1_kind(), OpKind::Immediate8to64 | OpKind::Immediate32to64);
+    constant.then(|| instruction.immediate(1) as i64)
 }
 
 /// Accesses of the operands.
@@ -783,4 +995,30 @@ pub fn is_state_image(mnemonic: Mnemonic) -> bool {
             | Xsetbv
             | Wait
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iced_x86::{Decoder, DecoderOptions};
+
+    fn decode(bytes: &[u8]) -> Instruction {
+        Decoder::new(64, bytes, DecoderOptions::NONE).decode()
+    }
+
+    #[test]
+    fn a_conversion_from_memory_to_a_general_register_works_on_vectors() {
+        // cvtsd2si eax, [rbp]; vcvttss2si rax, [rbp]
+        assert_eq!(unit(&decode(&[0xf2, 0x0f, 0x2d, 0x45, 0x00])), Unit::Sse);
+        assert_eq!(unit(&decode(&[0xc4, 0xe1, 0xfa, 0x2c, 0x45, 0x00])), Unit::Avx);
+    }
+
+    #[test]
+    fn a_repetition_may_keep_all_flags() {
+        // repe cmpsb; jmp .
+        let code = [decode(&[0xf3, 0xa6]), decode(&[0xeb, 0xfe])];
+        assert_eq!(live_at_start(code.into_iter()), ALL_FLAGS);
+        // cmpsb
+        assert_eq!(live_at_start([decode(&[0xa6])].into_iter()), 0);
+    }
 }

@@ -5,13 +5,19 @@
 //! [`super::sensitive`] what would trap or tell of the host.
 
 use bivisor_x86::cpuid::CpuModel;
-use iced_x86::{Decoder, DecoderOptions, Encoder, InstructionInfoFactory};
+use bivisor_x86::interp::decode::{decoder_options, is_peculiar};
+use iced_x86::{Decoder, Encoder, Instruction, InstructionInfoFactory};
 
-use super::analysis::{self, Class, Decoded, StackRange, Unit};
-use super::context::{self, ADDRESS, GUEST_RSP, TEMPORARY, block_flags, page_base, saved, stack_page};
+use super::analysis::{self, Class, Decoded, StackRange, Unit, Window};
+use super::code32::{self, Widened};
+use super::context::{
+    self, ADDEND, ADDRESS, GUEST_RSP, TEMPORARY, block_flags, page_base, saved, stack_page,
+};
 use super::emit::{Emitter, Fixup, Mem, Width, at, condition, reg};
 use super::key::{Key, USER};
-use super::site::{FaultPoint, Site, SiteKind};
+use super::operand::host_register;
+use super::site::{FaultPoint, Site, SiteKind, Undo};
+use crate::code_tracker;
 
 /// Instructions of a block at most.
 const MAX_INSTRUCTIONS: usize = 48;
@@ -33,10 +39,12 @@ pub struct SharedCode {
     pub load_vectors: usize,
     /// Called: looks for another page for the stack window, by privilege class.
     pub stack_window: [usize; 3],
-    /// Called: REP MOVS, by privilege class and log2 of the element's size.
-    pub repeat_movs: [[usize; 4]; 3],
+    /// Called: looks for another page for a slot, by privilege class, and whether it is written.
+    pub slot: [[usize; 2]; 3],
+    /// Called: REP MOVS, by code of 64 or 32 bits, privilege class, and log2 of the element's size.
+    pub repeat_movs: [[[usize; 4]; 3]; 2],
     /// Called: REP STOS, likewise.
-    pub repeat_stos: [[usize; 4]; 3],
+    pub repeat_stos: [[[usize; 4]; 3]; 2],
 }
 
 /// Where a block comes from and goes to.
@@ -59,6 +67,10 @@ pub struct Request<'a> {
     pub first_link: u32,
     /// The shared code.
     pub shared: SharedCode,
+    /// The first free slot, if the code is hot.
+    pub first_slot: Option<u32>,
+    /// Whether the instruction at this offset of the page accesses too many pages for a slot.
+    pub roams: &'a dyn Fn(usize) -> bool,
 }
 
 /// A translated block.
@@ -67,7 +79,9 @@ pub struct Translation {
     pub code: Vec<u8>,
     /// Offset in `code` of the entry for jumps that know the linear address only ([`ADDRESS`] holds it).
     pub lookup_entry: usize,
-    /// Offset in `code` of the entry for direct jumps.
+    /// Offset in `code` of the entry for direct jumps backwards.
+    pub loop_entry: usize,
+    /// Offset in `code` of the entry for direct jumps forwards.
     pub entry: usize,
     /// The places where the code may leave.
     pub sites: Vec<Site>,
@@ -81,12 +95,31 @@ pub struct Translation {
     pub x87: bool,
     /// Links used.
     pub links: u32,
+    /// Offsets in the page of the instructions that the slots used are for.
+    pub slots: Vec<u16>,
+    /// Lines of the page, of 64 bytes, that the block depends on: its own, and those at jumps' targets that were looked
+    /// at for flags.
+    pub lines: u64,
 }
 
 /// Code to be put behind the block: reached by a jump from within.
 struct Stub {
     from: Fixup,
     site: u32,
+    /// The memory operand whose address is to be worked out first.
+    address: Option<Mem>,
+    /// What the shared code tries first.
+    retry: Option<Retry>,
+}
+
+/// What the shared code tries for a slot before the stub leaves.
+#[derive(Clone, Copy)]
+pub(super) struct Retry {
+    pub routine: usize,
+    pub slot: u32,
+    pub size: i32,
+    /// Position in the block's code to go on at.
+    pub back: usize,
 }
 
 /// The taken side of a conditional jump, to be put behind the block.
@@ -110,8 +143,13 @@ pub(super) struct Builder<'a> {
     pub fault_points: Vec<FaultPoint>,
     /// The guest's flags are in `block_flags`, the host's are anything.
     pub flags_aside: bool,
-    /// ADDEND holds the stack's addend.
-    pub addend_is_stack: bool,
+    /// What ADDEND is known to hold.
+    pub addend: Addend,
+    windows: Vec<Window>,
+    /// Offsets in the page of the instructions that slots were taken for.
+    pub slots: Vec<u16>,
+    /// The last instruction was STI.
+    pub in_shadow: bool,
     stack: Option<StackRange>,
     /// Host code offset of the current instruction, and its offset in the page.
     pub instruction_start: usize,
@@ -122,15 +160,26 @@ pub(super) struct Builder<'a> {
     pub links: u32,
 }
 
+/// What the scratch register for addends holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Addend {
+    Anything,
+    Stack,
+    Slot(u32),
+}
+
 /// The operands of an instruction can't be renamed: it is interpreted.
 pub(super) struct NotRenamed;
 
 /// Translates the block at the requested place, or `None` if its first instruction can't be translated.
 pub fn translate(request: &Request<'_>) -> Option<Translation> {
-    let mut block = decode(request);
+    let mut lines = 0;
+    let mut factory = InstructionInfoFactory::new();
+    let mut block = decode(request, &mut factory, &mut lines);
     let last = block.last()?;
     let length = last.instruction.next_ip() as usize - request.offset;
-    let live_out = live_out(request, last);
+    lines |= code_tracker::lines(request.offset as u64, length as u64);
+    let live_out = live_out(request, last, &mut lines);
     let uses_vectors = block.iter().any(|d| d.class == Class::Copy && is_vector(d));
     let uses_x87 =
         block.iter().any(|d| d.class == Class::Copy && analysis::unit(&d.instruction) == Unit::X87);
@@ -139,6 +188,8 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
     if stack.is_none() {
         block.iter_mut().for_each(|decoded| decoded.stack_delta = None);
     }
+    let plain = request.first_slot.is_none() || request.key.no_stack();
+    let windows = if plain { Vec::new() } else { analysis::track_windows(&mut block, &mut factory) };
     let mut builder = Builder {
         request,
         e: Emitter { code: Vec::with_capacity(block.len() * 48) },
@@ -149,7 +200,10 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
         tails: Vec::new(),
         fault_points: Vec::new(),
         flags_aside: false,
-        addend_is_stack: false,
+        addend: Addend::Anything,
+        windows,
+        slots: Vec::new(),
+        in_shadow: false,
         stack,
         instruction_start: 0,
         guest: request.offset,
@@ -158,7 +212,7 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
         links: 0,
     };
     let crosses = request.offset + length > PAGE;
-    let entry = builder.prologue(&block, uses_vectors, uses_x87, crosses);
+    let (loop_entry, entry) = builder.prologue(&block, uses_vectors, uses_x87, crosses);
     for decoded in &block {
         builder.instruction(decoded);
     }
@@ -169,6 +223,7 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
     Some(Translation {
         code: builder.e.code,
         lookup_entry: 0,
+        loop_entry,
         entry,
         sites: builder.sites,
         fault_points: builder.fault_points,
@@ -176,6 +231,8 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
         vectors: uses_vectors,
         x87: uses_x87,
         links: builder.links,
+        slots: builder.slots,
+        lines,
     })
 }
 
@@ -183,25 +240,39 @@ fn is_vector(decoded: &Decoded) -> bool {
     analysis::unit(&decoded.instruction) != Unit::General
 }
 
-fn decode(request: &Request<'_>) -> Vec<Decoded> {
-    let mut decoder =
-        Decoder::with_ip(64, &request.page[request.offset..], request.offset as u64, DecoderOptions::NONE);
-    let mut factory = InstructionInfoFactory::new();
+fn decode(request: &Request<'_>, factory: &mut InstructionInfoFactory, looked_at: &mut u64) -> Vec<Decoded> {
+    let options = decoder_options(request.model);
+    let bits = code_bits(request.key);
+    let mut decoder = Decoder::with_ip(bits, &request.page[request.offset..], request.offset as u64, options);
     let mut block = Vec::with_capacity(16);
     let mut branches = 0;
     while block.len() < MAX_INSTRUCTIONS && decoder.can_decode() && (decoder.ip() as usize) < PAGE {
-        let instruction = decoder.decode();
+        let mut instruction = decoder.decode();
         if instruction.is_invalid() {
             // Cut off by the page's end, or no instruction at all: the interpreter decides.
             break;
         }
-        let class = analysis::classify(&instruction, request.model, request.key);
-        let access = analysis::operand_accesses(&mut factory, &instruction);
+        let bytes = &request.page[instruction.ip() as usize..instruction.next_ip() as usize];
+        let class = if is_peculiar(&instruction, bytes, request.model) {
+            Class::Interpret
+        } else {
+            classify(&mut instruction, request)
+        };
+        let access = analysis::operand_accesses(factory, &instruction);
         let live_taken = match class {
-            Class::JumpIf => live_at(request, instruction.near_branch64() as usize),
+            Class::JumpIf => live_at(request, instruction.near_branch64() as usize, looked_at),
             _ => 0,
         };
-        block.push(Decoded { instruction, class, live_before: 0, live_taken, stack_delta: None, access });
+        block.push(Decoded {
+            instruction,
+            class,
+            live_before: 0,
+            live_taken,
+            stack_delta: None,
+            access,
+            stack_step: request.key.stack_step(),
+            window: None,
+        });
         branches += usize::from(class == Class::JumpIf);
         // An instruction that crosses into the next page stands alone.
         // Where RSP gets another value, the next block begins with a check of the stack there.
@@ -213,44 +284,67 @@ fn decode(request: &Request<'_>) -> Vec<Decoded> {
     block
 }
 
+fn code_bits(key: Key) -> u32 {
+    if key.code32() { 32 } else { 64 }
+}
+
+/// The instruction's class; one of 32-bit code becomes its 64-bit equivalent.
+fn classify(instruction: &mut Instruction, request: &Request<'_>) -> Class {
+    if request.key.code32() {
+        match code32::widened(instruction, request.key) {
+            Widened::As(wide) => *instruction = wide,
+            Widened::Interpreted => return Class::Interpret,
+            Widened::InterpretedLast => return Class::InterpretLast,
+        }
+    }
+    analysis::classify(instruction, request.model, request.key)
+}
+
 /// Flags that may be read after the block.
-fn live_out(request: &Request<'_>, last: &Decoded) -> u32 {
+fn live_out(request: &Request<'_>, last: &Decoded, looked_at: &mut u64) -> u32 {
     let next = last.instruction.next_ip() as usize;
     let target = last.instruction.near_branch64() as usize;
     match last.class {
-        Class::JumpIfRcxZero => live_at(request, target) | live_at(request, next),
-        Class::Jump | Class::Call => live_at(request, target),
+        Class::JumpIfRcxZero => live_at(request, target, looked_at) | live_at(request, next, looked_at),
+        Class::Jump | Class::Call => live_at(request, target, looked_at),
         class if class.is_last() => analysis::ALL_FLAGS,
-        _ => live_at(request, next),
+        _ => live_at(request, next, looked_at),
     }
 }
 
 /// Flags live at an offset of the page; all of them where that isn't in this page.
-fn live_at(request: &Request<'_>, offset: usize) -> u32 {
+fn live_at(request: &Request<'_>, offset: usize, looked_at: &mut u64) -> u32 {
     let page = request.page.get(..PAGE).unwrap_or_default();
     let Some(bytes) = page.get(offset..) else { return analysis::ALL_FLAGS };
-    let mut decoder = Decoder::with_ip(64, bytes, offset as u64, DecoderOptions::NONE);
+    let bits = code_bits(request.key);
+    let mut decoder = Decoder::with_ip(bits, bytes, offset as u64, decoder_options(request.model));
     let ahead = std::iter::from_fn(|| decoder.can_decode().then(|| decoder.decode())).take(LOOK_AHEAD);
-    analysis::live_at_start(ahead)
+    let live = analysis::live_at_start(ahead);
+    *looked_at |= code_tracker::lines(offset as u64, decoder.ip() - offset as u64);
+    live
 }
 
 impl Builder<'_> {
     /// Code before the first instruction: what a lookup has to set, the vector registers, the check of the stack.
-    /// Returns the entry for direct jumps.
-    fn prologue(&mut self, block: &[Decoded], vectors: bool, x87: bool, crosses: bool) -> usize {
+    /// Returns the entries for direct jumps backwards, where events are looked for, and forwards.
+    fn prologue(&mut self, block: &[Decoded], vectors: bool, x87: bool, crosses: bool) -> (usize, usize) {
         self.e.lea(Width::W64, TEMPORARY, at(ADDRESS, -(self.request.offset as i32)));
         self.e.store(Width::W64, page_base(), TEMPORARY);
-        let mut entry = self.e.position();
+        let live = block.first().map_or(analysis::ALL_FLAGS, |first| first.live_before);
+        let mut loop_entry = self.e.position();
+        let entry;
         if crosses {
             // Only the jump cache knows whether the next page is still the same one.
             let over = self.e.jump();
-            entry = self.e.position();
+            (loop_entry, entry) = (self.e.position(), self.e.position());
             self.e.load(Width::W64, ADDRESS, page_base());
             self.e.lea(Width::W64, ADDRESS, at(ADDRESS, self.request.offset as i32));
-            self.look_up();
+            self.look_up(Undo::Never);
             self.e.bind(over);
+        } else {
+            self.check_event(self.request.offset as i32, live);
+            entry = self.e.position();
         }
-        let live = block.first().map_or(analysis::ALL_FLAGS, |first| first.live_before);
         if x87 {
             // Loading x87 takes long and is rare: leave, and come back with everything loaded.
             let fixup = self.unless_zero(context::x87_in_memory());
@@ -262,7 +356,10 @@ impl Builder<'_> {
         if let Some(range) = self.stack {
             self.check_stack(range, live);
         }
-        entry
+        for number in 0..self.windows.len() {
+            self.check_window(self.windows[number], live);
+        }
+        (loop_entry, entry)
     }
 
     /// A jump taken if the byte is not zero; flags are left alone.
@@ -293,8 +390,61 @@ impl Builder<'_> {
         self.stack_stub = Some((fixup, site));
     }
 
+    /// One check for all accesses of a window: they lie in the page of its slot. The windows' slots are the block's first.
+    fn check_window(&mut self, window: Window, live: u32) {
+        if live != 0 {
+            self.put_flags_aside();
+        }
+        let retry = (self.request.start + self.e.position()) as u32;
+        let size = window.high - window.low;
+        let slot = self.new_slot();
+        let root = if window.root >= 12 {
+            self.e.load(Width::W64, ADDRESS, context::spilled(window.root));
+            ADDRESS
+        } else {
+            host_register(window.root)
+        };
+        self.e.lea(self.width(), ADDRESS, at(root, window.low));
+        self.e.sub_mem(Width::W64, ADDRESS, context::slot_page(slot));
+        self.e.compare_imm(Width::W64, ADDRESS, PAGE as i32 - size);
+        let from = self.e.jump_if(condition::A);
+        let site = self.new_site(SiteKind::Window {
+            root: window.root,
+            write: window.write,
+            size: size as u16,
+            low: window.low,
+            retry,
+            patch: 0,
+            stub: 0,
+        });
+        let routine = self.request.shared.slot[usize::from(self.class())][usize::from(window.write)];
+        let back = self.e.position();
+        self.stubs.push(Stub { from, site, address: None, retry: Some(Retry { routine, slot, size, back }) });
+    }
+
+    /// A free slot, for the current instruction.
+    pub fn new_slot(&mut self) -> u32 {
+        self.slots.push(self.guest as u16);
+        self.request.first_slot.unwrap_or(0) + self.slots.len() as u32 - 1
+    }
+
+    /// The slot of a window.
+    pub fn window_slot(&self, window: u8) -> u32 {
+        self.request.first_slot.unwrap_or(0) + u32::from(window)
+    }
+
     pub fn class(&self) -> u8 {
         self.request.key.class()
+    }
+
+    /// Width of addresses, and of what is on the stack.
+    pub fn width(&self) -> Width {
+        if self.request.key.code32() { Width::W32 } else { Width::W64 }
+    }
+
+    /// Bytes that the stack moves by.
+    pub fn stack_step(&self) -> i32 {
+        self.request.key.stack_step()
     }
 
     pub fn new_site(&mut self, kind: SiteKind) -> u32 {
@@ -312,7 +462,19 @@ impl Builder<'_> {
     /// Makes a jump lead to code behind the block that leaves by a new site.
     pub fn leave_from(&mut self, from: Fixup, kind: SiteKind) {
         let site = self.new_site(kind);
-        self.stubs.push(Stub { from, site });
+        self.stubs.push(Stub { from, site, address: None, retry: None });
+    }
+
+    /// The same, after the address of a memory operand was worked out, and the shared code has tried.
+    pub fn leave_from_access(
+        &mut self,
+        from: Fixup,
+        kind: SiteKind,
+        address: Option<Mem>,
+        retry: Option<Retry>,
+    ) {
+        let site = self.new_site(kind);
+        self.stubs.push(Stub { from, site, address, retry });
     }
 
     pub fn put_flags_aside(&mut self) {
@@ -343,27 +505,40 @@ impl Builder<'_> {
         self.next_guest = instruction.next_ip() as usize;
         self.instruction_start = self.e.position();
         self.vector = is_vector(decoded) || analysis::is_state_image(instruction.mnemonic());
+        let slots = self.slots.len();
         let (sites, stubs, tails) = (self.sites.len(), self.stubs.len(), self.tails.len());
         if decoded.live_before == 0 {
             // Nobody reads what was put aside.
             self.flags_aside = false;
         }
         let flags_aside = self.flags_aside;
+        let shadowed = self.in_shadow;
+        if shadowed && decoded.class.is_jump() {
+            self.leave_shadow();
+        }
+        let interpreted = matches!(decoded.class, Class::Interpret | Class::InterpretLast);
         if self.translated(decoded).is_err() {
             // Whatever was emitted for it only touched scratch registers, but it must not run.
             self.e.code.truncate(self.instruction_start);
             self.sites.truncate(sites);
+            self.slots.truncate(slots);
+            self.addend = Addend::Anything;
             self.stubs.truncate(stubs);
             self.tails.truncate(tails);
             self.flags_aside = flags_aside;
             self.interpret(decoded.class.is_last());
         }
+        if shadowed && self.in_shadow && !interpreted && decoded.class != Class::Sti {
+            self.leave_shadow();
+        }
+        self.in_shadow &= decoded.class == Class::Sti;
         // The block has no code behind its last instruction, even if that goes to the next one.
         let goes_on = !decoded.class.is_last();
         let next_host = goes_on.then_some((self.request.start + self.e.position()) as u32);
         let mut comes_back = false;
         for site in &mut self.sites[sites..] {
             if let SiteKind::Access { next_host: place, .. }
+            | SiteKind::Cpuid { next_host: place, .. }
             | SiteKind::String { next_host: place, .. }
             | SiteKind::Interpret { next_host: place, .. } = &mut site.kind
             {
@@ -372,7 +547,9 @@ impl Builder<'_> {
             }
         }
         // Whoever comes back has changed the scratch registers.
-        self.addend_is_stack &= !comes_back;
+        if comes_back {
+            self.addend = Addend::Anything;
+        }
     }
 
     fn translated(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
@@ -391,7 +568,7 @@ impl Builder<'_> {
             Class::Jump => self.jump_to(decoded.instruction.near_branch64() as i64, decoded.live_before),
             Class::JumpIndirect => {
                 self.read_target(decoded)?;
-                self.look_up();
+                self.look_up(Undo::Jump);
             }
             Class::JumpIf => self.jump_if(decoded),
             Class::JumpIfRcxZero => self.jump_if_rcx_zero(decoded),
@@ -401,6 +578,9 @@ impl Builder<'_> {
             Class::Sysret => self.sysret(),
             Class::Swapgs => self.swapgs(),
             Class::Cli => self.change_flag(9, false),
+            Class::Cld => self.change_flag(10, false),
+            Class::Std => self.change_flag(10, true),
+            Class::ReadControl => self.read_control(decoded)?,
             Class::Sti => self.sti(),
             Class::SwitchAc => self.switch_ac(),
             Class::Pushf => self.pushf(decoded),
@@ -448,9 +628,15 @@ impl Builder<'_> {
         if let Some((from, site)) = self.stack_stub.take() {
             self.finish_stack_stub(from, site);
         }
-        for Stub { from, site: number } in std::mem::take(&mut self.stubs) {
-            let stub_at = (self.request.start + self.e.position()) as u32;
+        for Stub { from, site: number, address, retry } in std::mem::take(&mut self.stubs) {
             self.e.bind(from);
+            if let Some(address) = address {
+                self.e.lea(Width::W64, ADDRESS, address);
+            }
+            if let Some(retry) = retry {
+                self.try_slot(retry, number);
+            }
+            let stub_at = (self.request.start + self.e.position()) as u32;
             if let SiteKind::Jump { stub: place, .. } = self.kind_of(number) {
                 *place = stub_at;
             }
@@ -465,6 +651,50 @@ impl Builder<'_> {
         }
     }
 
+    /// Lets the shared code look for another page for a slot.
+    fn try_slot(&mut self, retry: Retry, site: u32) {
+        if let SiteKind::Window { root, low, .. } = *self.kind_of(site) {
+            let base = if root >= 12 {
+                self.e.load(Width::W64, ADDRESS, context::spilled(root));
+                ADDRESS
+            } else {
+                host_register(root)
+            };
+            self.e.lea(self.width(), ADDRESS, at(base, low));
+        }
+        self.e.load_immediate(ADDEND, context::slot(retry.slot) as u64);
+        self.e.load_immediate(TEMPORARY, retry.size as u64 - 1);
+        let call = self.e.call();
+        self.bind_shared(call, retry.routine);
+        let found = self.e.jump_if(condition::E);
+        self.e.bind_to(found, retry.back);
+        if let SiteKind::Window { .. } = self.kind_of(site) {
+            self.jump_to_variant(site);
+        }
+    }
+
+    /// If the shared code has found that accesses lie in two pages (CF): a jump to the variant of the block that checks
+    /// each, once there is one.
+    fn jump_to_variant(&mut self, number: u32) {
+        let crosses = self.e.jump_if(condition::B);
+        let leave = self.e.jump();
+        self.e.bind(crosses);
+        // The check was made after the flags were put aside; blocks are entered with the guest's.
+        self.flags_aside = self.sites[(number - self.request.first_site) as usize].flags_aside;
+        self.bring_flags_back();
+        let jump = self.e.jump();
+        let place = (self.request.start + Emitter::displacement_position(jump)) as u32;
+        self.e.bind(jump);
+        self.e.bind(leave);
+        let here = (self.request.start + self.e.position()) as u32;
+        if let SiteKind::Window { patch, stub, .. } | SiteKind::Stack { patch, stub, .. } =
+            self.kind_of(number)
+        {
+            *stub = here;
+            *patch = place;
+        }
+    }
+
     pub fn kind_of(&mut self, number: u32) -> &mut SiteKind {
         &mut self.sites[(number - self.request.first_site) as usize].kind
     }
@@ -473,19 +703,20 @@ impl Builder<'_> {
         let SiteKind::Stack { low, size, retry, .. } = *self.kind_of(site) else { return };
         self.e.bind(from);
         self.e.lea(Width::W64, ADDRESS, at(GUEST_RSP, low));
+        if self.request.key.code32() {
+            // Accesses don't truncate ESP plus an offset, so nothing may wrap.
+            self.e.copy(Width::W64, TEMPORARY, ADDRESS);
+            self.e.shr(Width::W64, TEMPORARY, 12);
+            self.e.compare_imm(Width::W64, TEMPORARY, (code32::LAST_PAGE >> 12) as i32 - 1);
+            let outside = self.e.jump_if(condition::A);
+            self.stubs.push(Stub { from: outside, site, address: None, retry: None });
+        }
         self.e.load_immediate(TEMPORARY, u64::from(size) - 1);
         let call = self.e.call();
         self.bind_shared(call, self.request.shared.stack_window[usize::from(self.class())]);
         let found = self.e.jump_if(condition::E);
         self.e.bind_to(found, retry as usize - self.request.start);
-        // Across two pages: to the variant of the block that checks each access, once there is one.
-        let crosses = self.e.jump_if(condition::B);
-        self.e.bind(crosses);
-        let here = (self.request.start + self.e.position()) as u32;
-        if let SiteKind::Stack { patch, stub, .. } = self.kind_of(site) {
-            *stub = here;
-            *patch = here - 4;
-        }
+        self.jump_to_variant(site);
         self.leave_code(site);
     }
 }

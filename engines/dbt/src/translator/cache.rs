@@ -3,7 +3,7 @@
 use rustc_hash::FxHashMap;
 
 use super::block::{SharedCode, Translation};
-use super::context::{Context, LINKS};
+use super::context::{Context, JUMP_ENTRIES, JumpEntry, LINKS};
 use super::key::Key;
 use super::shared_code::{self, Parts};
 use super::site::{FaultPoint, Site, SiteKind};
@@ -20,7 +20,9 @@ pub struct Block {
     pub offset: u64,
     /// Its mode.
     pub key: Key,
-    /// Where direct jumps enter: offset in the code memory.
+    /// Where direct jumps backwards enter: offset in the code memory.
+    pub loop_entry: u32,
+    /// Where direct jumps forwards enter.
     pub entry: u32,
     /// Where lookups enter.
     pub lookup_entry: u32,
@@ -30,6 +32,8 @@ pub struct Block {
     pub x87: bool,
     /// Offset in RAM of the second page, if its one instruction crosses into it.
     pub second: Option<u64>,
+    /// Lines of its page that it depends on.
+    lines: u64,
     start: u32,
     fault_points: Box<[FaultPoint]>,
     /// Sites of jumps that are linked to this block.
@@ -53,6 +57,8 @@ pub struct Cache {
     index: FxHashMap<u64, u32>,
     pages: FxHashMap<u64, Page>,
     links: u32,
+    /// Offset in RAM of the instruction that each slot is for.
+    slots: Vec<u64>,
 }
 
 fn index_key(offset: u64, key: Key) -> u64 {
@@ -78,6 +84,7 @@ impl Cache {
             index: FxHashMap::default(),
             pages: FxHashMap::default(),
             links: 0,
+            slots: Vec::new(),
         })
     }
 
@@ -113,6 +120,10 @@ impl Cache {
     pub fn next_link(&self) -> u32 {
         self.links
     }
+    /// Offsets in RAM of the instructions that slots are for.
+    pub fn slots(&self) -> &[u64] {
+        &self.slots
+    }
     /// A site by its number.
     pub fn site(&self, number: u32) -> Option<Site> {
         self.sites.get(number as usize).copied()
@@ -147,11 +158,13 @@ impl Cache {
         self.blocks.push(Block {
             offset,
             key,
+            loop_entry: start + translation.loop_entry as u32,
             entry: start + translation.entry as u32,
             lookup_entry: start + translation.lookup_entry as u32,
             vectors: translation.vectors,
             x87: translation.x87,
             second,
+            lines: translation.lines,
             start,
             fault_points: translation.fault_points.into_boxed_slice(),
             incoming: Vec::new(),
@@ -162,6 +175,7 @@ impl Cache {
             }
         }
         self.links += translation.links;
+        self.slots.extend(translation.slots.iter().map(|&place| (offset & !0xfff) + u64::from(place)));
         self.sites.extend(translation.sites);
         self.index.insert(index_key(offset, key), number);
         for page in std::iter::once(offset & !0xfff).chain(second) {
@@ -176,7 +190,11 @@ impl Cache {
         let Some(block) = self.blocks.get_mut(target as usize) else { return };
         block.incoming.push(site);
         match kind {
-            SiteKind::Jump { patch, .. } | SiteKind::Stack { patch, .. } => {
+            SiteKind::Jump { patch, backwards, .. } => {
+                let entry = if backwards { block.loop_entry } else { block.entry };
+                self.patch(patch, entry);
+            }
+            SiteKind::Stack { patch, .. } | SiteKind::Window { patch, .. } => {
                 let entry = block.entry;
                 self.patch(patch, entry);
             }
@@ -190,9 +208,11 @@ impl Cache {
     /// Makes the jump at a site leave again.
     pub fn unlink(&mut self, site: u32, context: &mut Context) {
         match self.sites.get(site as usize).map(|site| site.kind) {
-            Some(SiteKind::Jump { patch, stub, .. } | SiteKind::Stack { patch, stub, .. }) => {
-                self.patch(patch, stub)
-            }
+            Some(
+                SiteKind::Jump { patch, stub, .. }
+                | SiteKind::Stack { patch, stub, .. }
+                | SiteKind::Window { patch, stub, .. },
+            ) => self.patch(patch, stub),
             Some(SiteKind::Link { link, stub, .. }) => {
                 context.links[link as usize % LINKS] = self.code.address(stub as usize);
             }
@@ -205,23 +225,46 @@ impl Cache {
         self.code.patch(place as usize, relative.to_le_bytes());
     }
 
-    /// Whether blocks of this page are here.
-    pub fn has_page(&self, page: u64) -> bool {
-        self.pages.contains_key(&page)
+    /// Drops the blocks of a page that depend on these lines of it, see [`Translation::lines`]. Whoever is inside of one
+    /// may run to its end. Whether there were any.
+    pub fn drop_lines(&mut self, page: u64, lines: u64, context: &mut Context) -> bool {
+        let Some(entry) = self.pages.get_mut(&page) else { return false };
+        let mut dropped = Vec::new();
+        entry.blocks.retain(|&number| {
+            let touched = self.blocks.get(number as usize).is_none_or(|block| {
+                // In the second page it depends on the first bytes only.
+                let own = if block.offset & !0xfff == page { block.lines } else { 1 };
+                own & lines != 0
+            });
+            if touched {
+                dropped.push(number);
+            }
+            !touched
+        });
+        if entry.blocks.is_empty() {
+            self.pages.remove(&page);
+        }
+        for &number in &dropped {
+            self.drop_block(number, context);
+        }
+        !dropped.is_empty()
     }
 
-    /// Drops the blocks of a page. Whoever is inside of one may run to its end.
-    pub fn drop_page(&mut self, page: u64, context: &mut Context) {
-        let Some(page) = self.pages.remove(&page) else { return };
-        for number in page.blocks {
-            let Some(block) = self.blocks.get_mut(number as usize) else { continue };
-            let key = index_key(block.offset, block.key);
-            for site in std::mem::take(&mut block.incoming) {
-                self.unlink(site, context);
+    fn drop_block(&mut self, number: u32, context: &mut Context) {
+        let Some(block) = self.blocks.get_mut(number as usize) else { return };
+        let key = index_key(block.offset, block.key);
+        // The jump cache is indexed by more bits of the linear address than lie within a page.
+        let host = self.code.address(block.lookup_entry as usize);
+        for place in (block.offset as usize & 0xfff..JUMP_ENTRIES).step_by(0x1000) {
+            if context.jumps[place].host == host {
+                context.jumps[place] = JumpEntry { complement: 0, host: 0 };
             }
-            if self.index.get(&key) == Some(&number) {
-                self.index.remove(&key);
-            }
+        }
+        for site in std::mem::take(&mut block.incoming) {
+            self.unlink(site, context);
+        }
+        if self.index.get(&key) == Some(&number) {
+            self.index.remove(&key);
         }
     }
 
@@ -233,6 +276,7 @@ impl Cache {
         self.index.clear();
         self.pages.clear();
         self.links = 0;
+        self.slots.clear();
     }
 
     /// The block and the guest's instruction that the host was executing at an address.

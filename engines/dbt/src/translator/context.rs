@@ -131,6 +131,22 @@ pub const CPUID_ENTRIES: usize = 16;
 /// A key that no CPUID has: leaf FFFF_FFFFh is never entered.
 pub const CPUID_EMPTY: u64 = u64::MAX;
 
+/// A page that hot code accesses: the universal TLB's answer, kept for one place in the code or one window of a block.
+#[repr(C)]
+pub struct Slot {
+    /// Linear address of the page, or [`NO_STACK_PAGE`].
+    pub page: AtomicU64,
+    /// Its addend.
+    pub addend: AtomicU64,
+    /// Its host address.
+    pub host: AtomicU64,
+    /// How often it held another page, until somebody sets it to zero.
+    pub misses: AtomicU64,
+}
+
+/// Slots at most.
+pub const SLOTS: usize = 4096;
+
 /// What SYSCALL and SYSRET load into CS and SS, worked out beforehand.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -149,9 +165,9 @@ pub struct Context {
     /// Linear address of the page that the current block's first byte lies in.
     pub page_base: u64,
     /// Linear address of the page that stack accesses were last found to lie in, or [`NO_STACK_PAGE`].
-    pub stack_page: u64,
+    pub stack_page: AtomicU64,
     /// Addend of that page.
-    pub stack_addend: u64,
+    pub stack_addend: AtomicU64,
     /// Tells address spaces, modes and times apart in the jump cache: bits 48 to 62. Bit 63: [`EVENT_BIT`].
     pub jump_bias: AtomicU64,
     /// Holds RCX or RAX during a few instructions.
@@ -170,11 +186,9 @@ pub struct Context {
     pub pending: u8,
     /// Nonzero: SYSCALL and SYSRET work without further checks.
     pub fast_system_calls: u8,
-    /// Nonzero while the processor's thread executes translated code.
-    pub inside: AtomicU8,
     /// Nonzero: RDFSBASE and its like are enabled.
     pub base_instructions: u8,
-    padding: [u8; 1],
+    padding: [u8; 2],
     /// Base of FS.
     pub fs_base: u64,
     /// Base of GS.
@@ -183,6 +197,8 @@ pub struct Context {
     pub site: u32,
     site_upper: u32,
     // ---- from here on, long displacements ----
+    /// Entries into translated code and exits from it: odd while the processor's thread is inside.
+    pub passages: AtomicU64,
     /// Arithmetic flags on entry and exit, in the form of `block_flags`.
     pub flags: u64,
     /// [`ADDRESS`] on exit.
@@ -193,6 +209,8 @@ pub struct Context {
     pub host_rsp: u64,
     /// Where to go on entry.
     pub target: u64,
+    /// What the return address of an indirect call was pushed over.
+    pub overwritten: u64,
     /// Biases of the jump cache for the privilege classes.
     pub class_bias: [u64; 3],
     /// What to add to the host's time-stamp counter.
@@ -215,6 +233,8 @@ pub struct Context {
     pub ymm: [[u8; 32]; 16],
     /// Results of CPUID, by the low bits of EAX plus ECX.
     pub cpuid: [CpuidEntry; CPUID_ENTRIES],
+    /// Slots of hot code.
+    pub slots: [Slot; SLOTS],
     /// Host addresses that jumps between pages go to.
     pub links: [u64; LINKS],
     /// The jump cache.
@@ -233,7 +253,7 @@ macro_rules! field {
     };
 }
 field!(page_base stack_page stack_addend jump_bias saved state block_flags vectors x87_in_memory event pending);
-field!(fast_system_calls base_instructions fs_base gs_base site host_mxcsr flags address temporary host_rsp target tsc_offset);
+field!(fast_system_calls base_instructions fs_base gs_base site host_mxcsr flags address temporary host_rsp target overwritten tsc_offset);
 field!(arithmetic_mask pushed_mask bit_mask syscall sysret mxcsr);
 
 /// Guest register 12 to 15 in [`Context::spilled`].
@@ -251,6 +271,22 @@ pub const fn ymm(number: u8) -> Mem {
 /// A link between pages.
 pub const fn link(number: u32) -> Mem {
     at(CONTEXT, offset_of!(Context, links) as i32 + number as i32 * 8)
+}
+/// Offset of a slot from the context.
+pub const fn slot(number: u32) -> usize {
+    offset_of!(Context, slots) + number as usize % SLOTS * size_of::<Slot>()
+}
+/// A slot's page.
+pub const fn slot_page(number: u32) -> Mem {
+    at(CONTEXT, (slot(number) + offset_of!(Slot, page)) as i32)
+}
+/// A slot's addend.
+pub const fn slot_addend(number: u32) -> Mem {
+    at(CONTEXT, (slot(number) + offset_of!(Slot, addend)) as i32)
+}
+/// A slot's host address.
+pub const fn slot_host(number: u32) -> Mem {
+    at(CONTEXT, (slot(number) + offset_of!(Slot, host)) as i32)
 }
 /// Result word of the CPUID entry whose offset in the table `index` holds.
 pub const fn cpuid_result(index: Reg, word: usize) -> Mem {
@@ -299,7 +335,10 @@ impl Context {
         // Without VM and RF (SDM Vol. 2B, PUSHF), bits 22 up.
         self.pushed_mask = 0x3c_ffff & !ARITHMETIC;
         self.bit_mask = [63, 31];
-        self.stack_page = NO_STACK_PAGE;
+        *self.stack_page.get_mut() = NO_STACK_PAGE;
+        for slot in &mut self.slots {
+            *slot.page.get_mut() = NO_STACK_PAGE;
+        }
         self.forget_cpuid();
         self.flush_jumps();
     }

@@ -367,6 +367,10 @@ impl Emitter {
     pub fn xor(&mut self, wide: Width, register: Reg, other: Reg) {
         self.op_reg(wide, &[0x33], register, other);
     }
+    /// `inc qword [mem]`.
+    pub fn increment(&mut self, mem: Mem) {
+        self.op_mem(Width::W64, &[0xff], Reg(0), mem);
+    }
     /// `pushfq`.
     pub fn pushfq(&mut self) {
         self.code.push(0x9c);

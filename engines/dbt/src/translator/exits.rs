@@ -1,15 +1,20 @@
 //! What is done where translated code left.
 
+use std::sync::atomic::Ordering;
+
 use bivisor_machine::engine::{EngineError, Exit};
 use bivisor_x86::cpu::Access;
 use bivisor_x86::env::Env;
+use bivisor_x86::memory::is_canonical;
 use bivisor_x86::paging::Place;
+use bivisor_x86::state::{SegReg, Segment};
 use iced_x86::{Code, Decoder, DecoderOptions};
 
 use super::block::PAGE;
+use super::code32;
 use super::context::{CPUID_ENTRIES, CpuidEntry};
 use super::key::Key;
-use super::site::{Site, SiteKind};
+use super::site::{Site, SiteKind, Undo};
 use super::spaces::Filling;
 use super::vcpu::{DbtVcpu, Load, PAGE_MASK};
 
@@ -45,6 +50,20 @@ impl DbtVcpu {
                 self.statistics.access_slow += 1;
                 self.step(base.wrapping_add(next.into()), next_host, &site)
             }
+            SiteKind::Window { root, write, size, low, retry, .. } => {
+                let first = self.cpu.state.gpr[usize::from(root & 15)].wrapping_add(low as i64 as u64);
+                let first = self.wrapped(first);
+                let last = first.wrapping_add(u64::from(size)).wrapping_sub(1);
+                if first & PAGE_MASK == last & PAGE_MASK && self.fill(first, 1, write) {
+                    return Next::Resume(retry, site.block, self.loaded_within(site.block));
+                }
+                let crosses = first & PAGE_MASK != last & PAGE_MASK;
+                let then = self.enter_variant(&site, crosses);
+                if !crosses {
+                    self.drop_windows(site.block);
+                }
+                then
+            }
             SiteKind::String { is_move, next, retry, next_host } => {
                 if self.fill_for_string(is_move) {
                     return Next::Resume(retry, site.block, self.loaded_within(site.block));
@@ -55,6 +74,15 @@ impl DbtVcpu {
             SiteKind::Interpret { next, next_host } => {
                 self.step(base.wrapping_add(next.into()), next_host, &site)
             }
+            SiteKind::Cpuid { next, next_host } => {
+                let next = base.wrapping_add(next.into());
+                let asked = (self.cpu.state.gpr[0] as u32, self.cpu.state.gpr[1] as u32);
+                let then = self.step(next, next_host, &site);
+                if self.cpu.state.rip == next {
+                    self.remember_cpuid(asked);
+                }
+                then
+            }
             SiteKind::InterpretLast => self.step(rip, None, &site),
             SiteKind::Jump { target, .. } => {
                 self.cpu.state.rip = base.wrapping_add(target.into());
@@ -62,16 +90,27 @@ impl DbtVcpu {
                 Next::Dispatch
             }
             SiteKind::Link { target, .. } => {
-                self.cpu.state.rip = base.wrapping_add(target as i64 as u64);
+                self.cpu.state.rip = self.wrapped(base.wrapping_add(target as i64 as u64));
                 self.link_jump(number, &site);
                 Next::Dispatch
             }
-            SiteKind::Lookup => {
-                self.cpu.state.rip = self.context().address;
+            SiteKind::Lookup(undo) => {
+                let target = self.context().address;
+                if undo != Undo::Never && !is_canonical(target) {
+                    self.undo(undo);
+                    return self.step(rip, None, &site);
+                }
+                self.cpu.state.rip = target;
+                if self.context().event.load(Ordering::SeqCst) != 0 {
+                    let key = Key::of(&self.cpu);
+                    self.found_hot(key);
+                }
                 Next::Dispatch
             }
             SiteKind::Event { target } => {
-                self.cpu.state.rip = base.wrapping_add(target as i64 as u64);
+                self.cpu.state.rip = self.wrapped(base.wrapping_add(target as i64 as u64));
+                let key = Key::of(&self.cpu);
+                self.found_hot(key);
                 Next::Dispatch
             }
             SiteKind::LoadVectors => {
@@ -82,6 +121,34 @@ impl DbtVcpu {
                 }
             }
         }
+    }
+
+    /// Takes back what a jump to an address that isn't canonical has done.
+    fn undo(&mut self, undo: Undo) {
+        let overwritten = self.context().overwritten;
+        let rsp = &mut self.cpu.state.gpr[4];
+        match undo {
+            Undo::Never | Undo::Jump => {}
+            Undo::Return(size) => *rsp = rsp.wrapping_sub(size.into()),
+            Undo::Call => {
+                let place = *rsp;
+                *rsp = rsp.wrapping_add(8);
+                // It lies in RAM and in one page: translated code has written it just now.
+                if let Ok(Place::Ram(offset)) = self.cpu.probe(&mut self.env, place, Access::Write) {
+                    self.env.store64(offset, overwritten);
+                }
+            }
+        }
+    }
+
+    /// Whether the code that was translated is 64-bit code, not 32-bit code.
+    fn is_long(&self) -> bool {
+        self.cpu.state.seg[SegReg::Cs as usize].attributes & Segment::L != 0
+    }
+
+    /// A linear address as translated code sees it: 32-bit code has no upper half.
+    fn wrapped(&self, linear: u64) -> u64 {
+        if self.is_long() { linear } else { linear & u64::from(u32::MAX) }
     }
 
     /// Takes the arithmetic flags from where the block had put them.
@@ -97,18 +164,19 @@ impl DbtVcpu {
         let key = Key::of(&self.cpu);
         let space = self.cpu.address_space();
         let (epoch, flushes) = (self.epoch, self.flushes);
-        let asked = (self.cpu.state.gpr[0] as u32, self.cpu.state.gpr[1] as u32);
-        let code = self.code();
-        self.statistics.interpreted(code);
-        let cpuid = code == Code::Cpuid;
+        if self.statistics.by_kind {
+            let code = self.code();
+            self.statistics.interpreted(code);
+        }
         let exit = self.interpret(1, site.vector);
         if let Some(exit) = exit {
             return Next::Leave(Ok(exit));
         }
-        if cpuid && self.cpu.state.rip == next {
-            self.remember_cpuid(asked);
-        }
-        let Some(next_host) = next_host else { return Next::Dispatch };
+        let Some(next_host) = next_host else {
+            // What ends a block may change what CPUID tells.
+            self.context().forget_cpuid();
+            return Next::Dispatch;
+        };
         let same = self.cpu.state.rip == next
             && self.epoch == epoch
             && self.flushes == flushes
@@ -132,7 +200,8 @@ impl DbtVcpu {
         let mut bytes = [0; 15];
         let length = bytes.len().min(PAGE - offset as usize % PAGE);
         self.env.load_bytes(offset, &mut bytes[..length]);
-        Decoder::new(64, &bytes[..length], DecoderOptions::NONE).decode().code()
+        let bits = self.cpu.state.code_bits();
+        Decoder::new(bits, &bytes[..length], DecoderOptions::NONE).decode().code()
     }
 
     fn remember_cpuid(&mut self, (leaf, subleaf): (u32, u32)) {
@@ -171,26 +240,33 @@ impl DbtVcpu {
     fn stack_miss(&mut self, low: i32, size: u16, retry: u32, site: &Site) -> Next {
         let first = self.cpu.state.gpr[4].wrapping_add(low as i64 as u64);
         let last = first.wrapping_add(u64::from(size)).wrapping_sub(1);
-        if first & PAGE_MASK == last & PAGE_MASK && self.fill(first, 1, true) {
+        // In 32-bit code nothing on the stack may wrap.
+        let inside = self.is_long() || first < code32::LAST_PAGE;
+        if inside && first & PAGE_MASK == last & PAGE_MASK && self.fill(first, 1, true) {
             let addend = self.addend(first);
             let context = self.context();
-            context.stack_page = first & PAGE_MASK;
-            context.stack_addend = addend;
+            context.stack_page.store(first & PAGE_MASK, Ordering::SeqCst);
+            context.stack_addend.store(addend, Ordering::SeqCst);
             return Next::Resume(retry, site.block, self.loaded_within(site.block));
         }
-        // The same block, with each stack access by itself.
-        let Some((offset, key)) = self.cache.block(site.block).map(|block| (block.offset, block.key)) else {
-            return Next::Dispatch;
-        };
-        let key = key.with_no_stack();
+        self.enter_variant(site, first & PAGE_MASK != last & PAGE_MASK)
+    }
+
+    /// The same block, with each access checked by itself. `link`: the site is to lead there from now on.
+    fn enter_variant(&mut self, site: &Site, link: bool) -> Next {
+        let Some(block) = self.cache.block(site.block) else { return Next::Dispatch };
+        let (offset, key) = (block.offset, block.key.with_no_stack());
         let variant = match self.cache.find(offset, key) {
+            // Its one instruction crosses into another page: only the jump cache may enter such a block, and it knows
+            // the one that led here.
+            _ if block.second.is_some() => None,
             Some(variant) => Some(variant),
             None => self.translate(offset, key),
         };
         match variant.and_then(|number| Some((number, self.cache.block(number)?.entry))) {
             Some((number, entry)) => {
                 let kept = self.cache.block(site.block).is_some_and(|block| block.offset == offset);
-                if kept && first & PAGE_MASK != last & PAGE_MASK {
+                if kept && link {
                     let own = self.context().site;
                     self.cache.link(own, number, self.windows.context());
                 }
@@ -208,7 +284,7 @@ impl DbtVcpu {
     fn fill_for_string(&mut self, is_move: bool) -> bool {
         let gpr = &self.cpu.state.gpr;
         let here = (self.cpu.state.rip, gpr[1]);
-        let (source, destination) = (gpr[6], gpr[7]);
+        let (source, destination) = (self.wrapped(gpr[6]), self.wrapped(gpr[7]));
         if here.1 == 0 || self.last_string == here {
             self.last_string = (0, 0);
             return false;
@@ -221,7 +297,7 @@ impl DbtVcpu {
     fn addend(&self, linear: u64) -> u64 {
         let class = usize::from(Key::of(&self.cpu).class());
         let tlbs = self.windows.mapping().tlbs(self.spaces.current());
-        tlbs.class[class].entry(linear).addend.load(std::sync::atomic::Ordering::Relaxed)
+        tlbs.class[class].entry(linear).addend.load(Ordering::Relaxed)
     }
 
     /// Enters a page into the inline TLB. False if the access must be made by the interpreter: it faults, crosses

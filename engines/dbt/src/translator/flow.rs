@@ -9,7 +9,7 @@ use super::context::{
 };
 use super::emit::{Emitter, Fixup, Width, at, condition, indexed, reg};
 use super::operand::{host_register, number};
-use super::site::SiteKind;
+use super::site::{SiteKind, Undo};
 
 impl Builder<'_> {
     /// Reads the target of an indirect jump or call into ADDRESS.
@@ -20,17 +20,21 @@ impl Builder<'_> {
             if guest >= 12 {
                 self.e.load(Width::W64, ADDRESS, context::spilled(guest));
             } else {
-                self.e.copy(Width::W64, ADDRESS, host_register(guest));
+                self.e.copy(self.width(), ADDRESS, host_register(guest));
             }
             return Ok(());
         }
         self.address(instruction)?;
-        self.check(8, false, decoded.live_before);
-        self.e.load(Width::W64, ADDRESS, indexed(ADDRESS, ADDEND, 0, 0));
+        self.check(self.stack_step(), false, decoded.live_before);
+        self.e.load(self.width(), ADDRESS, indexed(ADDRESS, ADDEND, 0, 0));
         Ok(())
     }
 
     pub fn call_indirect(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
+        if decoded.stack_delta.is_none() && decoded.instruction.op0_kind() == OpKind::Memory {
+            // Two pages checked one after the other may take each other's place in the TLB for ever.
+            return Err(NotRenamed);
+        }
         self.read_target(decoded)?;
         if decoded.stack_delta.is_some() {
             self.push_return_address(decoded);
@@ -39,21 +43,22 @@ impl Builder<'_> {
             self.push_return_address(decoded);
             self.e.load(Width::W64, ADDRESS, context::target());
         }
-        self.look_up();
+        self.look_up(Undo::Call);
         Ok(())
     }
 
     pub fn ret(&mut self, decoded: &Decoded) {
         let place = self.stack_operand(decoded, 0, false);
-        self.e.load(Width::W64, ADDRESS, place);
+        self.e.load(self.width(), ADDRESS, place);
         let extra =
             if decoded.instruction.op_count() > 0 { decoded.instruction.immediate16().into() } else { 0 };
-        self.e.lea(Width::W64, GUEST_RSP, at(GUEST_RSP, 8 + extra));
-        self.look_up();
+        let popped = self.stack_step() + extra;
+        self.e.lea(self.width(), GUEST_RSP, at(GUEST_RSP, popped));
+        self.look_up(Undo::Return(popped as u32));
     }
 
     /// Goes on at the linear address in ADDRESS, by the jump cache. Leaves the guest's flags alone.
-    pub fn look_up(&mut self) {
+    pub fn look_up(&mut self, undo: Undo) {
         self.bring_flags_back();
         self.e.lea(Width::W32, TEMPORARY, indexed(ADDRESS, ADDRESS, 0, 0));
         self.e.zero_extend16(TEMPORARY, TEMPORARY);
@@ -64,7 +69,7 @@ impl Builder<'_> {
         self.e.lea(Width::W64, reg::RCX, indexed(reg::RCX, ADDEND, 0, 0));
         let hit = self.e.jump_if_rcx_zero(false);
         self.e.load(Width::W64, reg::RCX, saved());
-        let site = self.new_site(SiteKind::Lookup);
+        let site = self.new_site(SiteKind::Lookup(undo));
         self.leave_code(site);
         self.e.bind(hit);
         self.e.load(Width::W64, reg::RCX, saved());
@@ -76,16 +81,16 @@ impl Builder<'_> {
         self.bring_flags_back();
         // The displacement of a near jump has 32 bits.
         let target = target as i32;
-        if target <= self.guest as i32 {
-            self.check_event(target, live);
-        }
         if (0..PAGE as i32).contains(&target) {
             let fixup = self.e.jump();
             self.link(fixup, target as u16);
             return;
         }
+        if target <= self.guest as i32 {
+            self.check_event(target, live);
+        }
         self.e.load(Width::W64, ADDRESS, page_base());
-        self.e.lea(Width::W64, ADDRESS, at(ADDRESS, target));
+        self.e.lea(self.width(), ADDRESS, at(ADDRESS, target));
         let link = self.request.first_link + self.links;
         self.links += 1;
         self.new_site(SiteKind::Link { target, link, stub: 0 });
@@ -94,11 +99,13 @@ impl Builder<'_> {
 
     fn link(&mut self, fixup: Fixup, target: u16) {
         let patch = (self.request.start + Emitter::displacement_position(fixup)) as u32;
-        self.leave_from(fixup, SiteKind::Jump { target, patch, stub: 0 });
+        // Events are looked for once in every loop: where a jump backwards arrives.
+        let backwards = usize::from(target) <= self.guest;
+        self.leave_from(fixup, SiteKind::Jump { target, backwards, patch, stub: 0 });
     }
 
     /// Leaves if an event waits: once in every loop.
-    fn check_event(&mut self, target: i32, live: u32) {
+    pub fn check_event(&mut self, target: i32, live: u32) {
         let fixup = if live == 0 {
             self.e.compare_zero8(context::event());
             self.e.jump_if(condition::NE)
@@ -114,7 +121,7 @@ impl Builder<'_> {
         let target = decoded.instruction.near_branch64() as i64;
         let condition = encoding(decoded.instruction.condition_code() as u8);
         let taken = self.e.jump_if(condition);
-        if (0..PAGE as i64).contains(&target) && target > self.guest as i64 {
+        if (0..PAGE as i64).contains(&target) {
             self.link(taken, target as u16);
         } else {
             self.tails.push(Tail { from: taken, target, guest: self.guest, live: decoded.live_taken });

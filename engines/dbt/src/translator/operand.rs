@@ -2,8 +2,8 @@
 
 use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
 
-use super::analysis::{self, Decoded};
-use super::block::{Builder, NotRenamed};
+use super::analysis::{self, Class, Decoded};
+use super::block::{Addend, Builder, NotRenamed, PAGE, Retry};
 use super::context::{
     self, ADDEND, ADDRESS, GUEST_RSP, TEMPORARY, TLB_INDEX_MASK, TLB_INDEX_SHIFT, page_base, stack_addend,
 };
@@ -45,8 +45,13 @@ impl Builder<'_> {
     /// With the first byte's address in ADDRESS and the last one's in TEMPORARY: leaves the TLB entry's offset in
     /// ADDEND and jumps if the entry is another page's. Changes the flags.
     fn compare_tag(&mut self, write: bool) -> Fixup {
-        self.addend_is_stack = false;
         self.e.copy(Width::W32, ADDEND, ADDRESS);
+        self.compare_tag_indexed(write)
+    }
+
+    /// The same with the first byte's address in ADDEND, as far as its low half goes.
+    fn compare_tag_indexed(&mut self, write: bool) -> Fixup {
+        self.addend = Addend::Anything;
         self.e.shr(Width::W32, ADDEND, TLB_INDEX_SHIFT);
         self.e.and_imm(Width::W32, ADDEND, TLB_INDEX_MASK);
         self.e.shr(Width::W64, TEMPORARY, 12);
@@ -59,24 +64,90 @@ impl Builder<'_> {
         if live != 0 {
             self.put_flags_aside();
         }
+        let (retry, next) = ((self.request.start + self.instruction_start) as u32, self.next_guest as u16);
+        let kind = SiteKind::Access { write, size: size as u8, next, retry, next_host: None };
+        if self.takes_slot() {
+            self.e.copy(Width::W64, TEMPORARY, ADDRESS);
+            let slot = self.check_slot(kind, size, write, None);
+            self.addend = Addend::Slot(slot);
+            self.e.load(Width::W64, ADDEND, context::slot_addend(slot));
+            return;
+        }
         if size > 1 {
             self.e.lea(Width::W64, TEMPORARY, at(ADDRESS, size - 1));
         } else {
             self.e.copy(Width::W64, TEMPORARY, ADDRESS);
         }
         let fixup = self.compare_tag(write);
-        let retry = (self.request.start + self.instruction_start) as u32;
-        let next = self.next_guest as u16;
-        self.leave_from(fixup, SiteKind::Access { write, size: size as u8, next, retry, next_host: None });
+        self.leave_from(fixup, kind);
         self.e.load(Width::W64, ADDEND, context::tlb_addend(self.class(), ADDEND));
+    }
+
+    /// Checks the access of `size` bytes at the operand `[base + displacement]`; afterwards the host's address is that
+    /// plus ADDEND.
+    fn check_based(&mut self, place: Mem, size: i32, decoded: &Decoded) {
+        let write = analysis::writes_memory(decoded);
+        if decoded.live_before != 0 {
+            self.put_flags_aside();
+        }
+        let (retry, next) = ((self.request.start + self.instruction_start) as u32, self.next_guest as u16);
+        let kind = SiteKind::Access { write, size: size as u8, next, retry, next_host: None };
+        if self.takes_slot() {
+            self.e.lea(Width::W64, TEMPORARY, place);
+            let slot = self.check_slot(kind, size, write, Some(place));
+            self.addend = Addend::Slot(slot);
+            self.e.load(Width::W64, ADDEND, context::slot_addend(slot));
+            return;
+        }
+        self.e.lea(Width::W64, TEMPORARY, place.plus(size - 1));
+        self.e.lea(Width::W32, ADDEND, place);
+        let fixup = self.compare_tag_indexed(write);
+        self.leave_from_access(fixup, kind, Some(place), None);
+        self.e.load(Width::W64, ADDEND, context::tlb_addend(self.class(), ADDEND));
+    }
+
+    /// Whether the current instruction's page is kept in a slot of its own.
+    fn takes_slot(&self) -> bool {
+        self.request.first_slot.is_some() && !(self.request.roams)(self.guest)
+    }
+
+    /// With the first byte's address in TEMPORARY, and in ADDRESS unless it is at `place`: checks that all bytes lie in the
+    /// page of a slot, and leaves the first one's offset in it in TEMPORARY, unless the slot was filled just now.
+    fn check_slot(&mut self, kind: SiteKind, size: i32, write: bool, place: Option<Mem>) -> u32 {
+        let slot = self.new_slot();
+        self.e.sub_mem(Width::W64, TEMPORARY, context::slot_page(slot));
+        self.e.compare_imm(Width::W64, TEMPORARY, PAGE as i32 - size);
+        let fixup = self.e.jump_if(condition::A);
+        let routine = self.request.shared.slot[usize::from(self.class())][usize::from(write)];
+        let back = self.e.position();
+        self.leave_from_access(fixup, kind, place, Some(Retry { routine, slot, size, back }));
+        slot
     }
 
     /// Puts the stack's addend into ADDEND.
     fn load_stack_addend(&mut self) {
-        if !self.addend_is_stack {
+        if self.addend != Addend::Stack {
             self.e.load(Width::W64, ADDEND, stack_addend());
-            self.addend_is_stack = true;
+            self.addend = Addend::Stack;
         }
+    }
+
+    /// Puts the addend of a window into ADDEND.
+    fn load_window_addend(&mut self, window: u8) {
+        let slot = self.window_slot(window);
+        if self.addend != Addend::Slot(slot) {
+            self.e.load(Width::W64, ADDEND, context::slot_addend(slot));
+            self.addend = Addend::Slot(slot);
+        }
+    }
+
+    /// Makes the memory operand `[base + displacement]` one of the host's: ADDEND is added.
+    fn rename_based(&self, instruction: &Instruction, renamed: &mut Instruction, base: Reg) {
+        let displacement = instruction.memory_displacement64();
+        renamed.set_memory_base(sized(base, Register::RAX));
+        renamed.set_memory_index(Register::R13);
+        renamed.set_memory_displacement64(displacement);
+        renamed.set_memory_displ_size(u32::from(displacement != 0));
     }
 
     // ---- addresses ----
@@ -90,7 +161,7 @@ impl Builder<'_> {
             _ => return Ok(()),
         };
         self.e.load(Width::W64, TEMPORARY, base);
-        self.e.lea(Width::W64, ADDRESS, indexed(ADDRESS, TEMPORARY, 0, 0));
+        self.e.lea(self.width(), ADDRESS, indexed(ADDRESS, TEMPORARY, 0, 0));
         Ok(())
     }
 
@@ -117,12 +188,13 @@ impl Builder<'_> {
         }
         // With a 67h prefix everything wraps at 32 bits.
         let short = base.size() == 4 || index.size() == 4;
-        let width = if short { Width::W32 } else { Width::W64 };
+        let width = if short { Width::W32 } else { self.width() };
         let displacement = displacement as i32;
         let host_base = self.address_register(base, ADDRESS);
         let host_index = self.address_register(index, TEMPORARY);
         let scale = instruction.memory_index_scale().trailing_zeros() as u8;
         match (host_base, host_index) {
+            (Some(ADDRESS), None) if displacement == 0 && width == Width::W64 => {}
             (Some(base), None) => self.e.lea(width, ADDRESS, at(base, displacement)),
             (Some(base), Some(index)) => {
                 self.e.lea(width, ADDRESS, indexed(base, index, scale, displacement))
@@ -200,9 +272,30 @@ impl Builder<'_> {
             free.retain(|&host| host != ADDEND);
             return Ok(());
         }
+        if analysis::is_based(instruction)
+            && let Ok(displacement) = i32::try_from(instruction.memory_displacement64() as i64)
+            && (decoded.window.is_some() || !is_spilled(instruction.memory_base()))
+            && !self.request.key.code32()
+            && let Some(base) = self.address_register(instruction.memory_base(), ADDRESS)
+        {
+            match decoded.window {
+                Some(window) => self.load_window_addend(window),
+                None => {
+                    let size = instruction.memory_size().size() as i32;
+                    self.check_based(at(base, displacement), size, decoded);
+                }
+            }
+            self.rename_based(instruction, renamed, base);
+            free.retain(|&host| host != ADDEND && host != base);
+            return Ok(());
+        }
         self.address(instruction)?;
-        let size = instruction.memory_size().size() as i32;
-        self.check(size, analysis::writes_memory(decoded), decoded.live_before);
+        if let Some(window) = decoded.window {
+            self.load_window_addend(window);
+        } else {
+            let size = instruction.memory_size().size() as i32;
+            self.check(size, analysis::writes_memory(decoded), decoded.live_before);
+        }
         renamed.set_memory_base(Register::R14);
         renamed.set_memory_index(Register::R13);
         renamed.set_memory_displacement64(0);
@@ -253,7 +346,9 @@ impl Builder<'_> {
                 }
                 None => {
                     let host = free.pop().ok_or(NotRenamed)?;
-                    self.addend_is_stack &= host != ADDEND;
+                    if host == ADDEND {
+                        self.addend = Addend::Anything;
+                    }
                     // A full write needs no old value.
                     if access != OpAccess::Write || register.size() < 4 {
                         self.e.load(Width::W64, host, context::spilled(guest));
@@ -281,11 +376,14 @@ impl Builder<'_> {
     }
 
     pub fn encode(&mut self, instruction: &Instruction) -> Result<(), NotRenamed> {
-        self.encoder.encode(instruction, 0).map_err(|_| NotRenamed)?;
+        let encoded = self.encoder.encode(instruction, 0);
+        // In any case: what can't be encoded may leave its first bytes behind.
         let bytes = self.encoder.take_buffer();
-        self.e.code.extend_from_slice(&bytes);
+        if encoded.is_ok() {
+            self.e.code.extend_from_slice(&bytes);
+        }
         self.encoder.set_buffer(bytes_cleared(bytes));
-        Ok(())
+        encoded.map(|_| ()).map_err(|_| NotRenamed)
     }
 
     fn lea(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
@@ -321,16 +419,17 @@ impl Builder<'_> {
             self.load_stack_addend();
             return indexed(GUEST_RSP, ADDEND, 0, offset);
         }
-        self.e.lea(Width::W64, ADDRESS, at(GUEST_RSP, offset));
-        self.check(8, write, decoded.live_before);
+        self.e.lea(self.width(), ADDRESS, at(GUEST_RSP, offset));
+        self.check(self.stack_step(), write, decoded.live_before);
         indexed(ADDRESS, ADDEND, 0, 0)
     }
 
     pub fn push(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
         let instruction = &decoded.instruction;
+        let (width, step) = (self.width(), self.stack_step());
         match instruction.op0_kind() {
             OpKind::Register => {
-                let place = self.stack_operand(decoded, -8, true);
+                let place = self.stack_operand(decoded, -step, true);
                 let guest = number(instruction.op0_register()).ok_or(NotRenamed)?;
                 let host = if guest >= 12 {
                     self.e.load(Width::W64, TEMPORARY, context::spilled(guest));
@@ -338,32 +437,36 @@ impl Builder<'_> {
                 } else {
                     host_register(guest)
                 };
-                self.e.store(Width::W64, place, host);
+                self.e.store(width, place, host);
             }
             OpKind::Memory => {
                 if decoded.stack_delta.is_none() {
                     return Err(NotRenamed);
                 }
                 self.address(instruction)?;
-                self.check(8, false, decoded.live_before);
-                self.e.load(Width::W64, TEMPORARY, indexed(ADDRESS, ADDEND, 0, 0));
-                let place = self.stack_operand(decoded, -8, true);
-                self.e.store(Width::W64, place, TEMPORARY);
+                self.check(step, false, decoded.live_before);
+                self.e.load(width, TEMPORARY, indexed(ADDRESS, ADDEND, 0, 0));
+                let place = self.stack_operand(decoded, -step, true);
+                self.e.store(width, place, TEMPORARY);
             }
             _ => {
-                let place = self.stack_operand(decoded, -8, true);
-                self.e.store_imm32_as_64(place, instruction.immediate(0) as i32);
+                let place = self.stack_operand(decoded, -step, true);
+                let value = instruction.immediate(0);
+                match width {
+                    Width::W32 => self.e.store_imm32(place, value as u32),
+                    Width::W64 => self.e.store_imm32_as_64(place, value as i32),
+                }
             }
         }
-        self.e.lea(Width::W64, GUEST_RSP, at(GUEST_RSP, -8));
+        self.e.lea(width, GUEST_RSP, at(GUEST_RSP, -step));
         Ok(())
     }
 
     pub fn pop(&mut self, decoded: &Decoded) {
         let place = self.stack_operand(decoded, 0, false);
         let guest = number(decoded.instruction.op0_register()).unwrap_or_default();
-        self.e.load(Width::W64, TEMPORARY, place);
-        self.e.lea(Width::W64, GUEST_RSP, at(GUEST_RSP, 8));
+        self.e.load(self.width(), TEMPORARY, place);
+        self.e.lea(self.width(), GUEST_RSP, at(GUEST_RSP, self.stack_step()));
         if guest >= 12 {
             self.e.store(Width::W64, context::spilled(guest), TEMPORARY);
         } else {
@@ -373,19 +476,25 @@ impl Builder<'_> {
     }
 
     pub fn leave(&mut self, decoded: &Decoded) {
-        self.e.copy(Width::W64, ADDRESS, reg::RBP);
-        self.check(8, false, decoded.live_before);
-        self.e.load(Width::W64, TEMPORARY, indexed(ADDRESS, ADDEND, 0, 0));
-        self.e.lea(Width::W64, GUEST_RSP, at(reg::RBP, 8));
-        self.e.copy(Width::W64, reg::RBP, TEMPORARY);
+        let (width, step) = (self.width(), self.stack_step());
+        self.e.copy(width, ADDRESS, reg::RBP);
+        self.check(step, false, decoded.live_before);
+        self.e.load(width, TEMPORARY, indexed(ADDRESS, ADDEND, 0, 0));
+        self.e.lea(width, GUEST_RSP, at(reg::RBP, step));
+        self.e.copy(width, reg::RBP, TEMPORARY);
     }
 
     pub fn push_return_address(&mut self, decoded: &Decoded) {
-        let place = self.stack_operand(decoded, -8, true);
+        let (width, step) = (self.width(), self.stack_step());
+        let place = self.stack_operand(decoded, -step, true);
+        if decoded.class == Class::CallIndirect {
+            self.e.load(Width::W64, TEMPORARY, place);
+            self.e.store(Width::W64, context::overwritten(), TEMPORARY);
+        }
         self.e.load(Width::W64, TEMPORARY, page_base());
         self.e.lea(Width::W64, TEMPORARY, at(TEMPORARY, self.next_guest as i32));
-        self.e.store(Width::W64, place, TEMPORARY);
-        self.e.lea(Width::W64, GUEST_RSP, at(GUEST_RSP, -8));
+        self.e.store(width, place, TEMPORARY);
+        self.e.lea(width, GUEST_RSP, at(GUEST_RSP, -step));
     }
 }
 

@@ -6,10 +6,10 @@ use std::mem::offset_of;
 use bivisor_x86::state::CpuState;
 
 use super::context::{
-    self, ADDEND, ADDRESS, CONTEXT, TEMPORARY, TLB_INDEX_MASK, TLB_INDEX_SHIFT, stack_addend, stack_page,
-    tlb_addend, tlb_tag,
+    self, ADDEND, ADDRESS, CONTEXT, Slot, TEMPORARY, TLB_INDEX_MASK, TLB_INDEX_SHIFT, stack_addend,
+    stack_page, tlb_addend, tlb_tag,
 };
-use super::emit::{Emitter, Mem, Reg, Width, at, condition, reg};
+use super::emit::{Emitter, Mem, Reg, Width, at, condition, indexed, reg};
 
 /// Bytes on the stack: the return address.
 const PUSHED: i32 = 8;
@@ -52,9 +52,44 @@ pub fn stack_window(e: &mut Emitter, class: u8) -> usize {
     start
 }
 
+/// Makes the page of the bytes from ADDRESS to ADDRESS + TEMPORARY that of the slot whose offset ADDEND holds. ZF: it is now;
+/// CF: they lie in two pages. ADDRESS stays.
+pub fn slot(e: &mut Emitter, class: u8, write: bool) -> usize {
+    let start = e.position();
+    let own = |offset: usize| indexed(CONTEXT, ADDEND, 0, PUSHED + offset as i32);
+    e.store(Width::W64, field(context::saved()), reg::RAX);
+    e.add(Width::W64, TEMPORARY, ADDRESS);
+    e.copy(Width::W64, reg::RAX, ADDRESS);
+    e.xor(Width::W64, reg::RAX, TEMPORARY);
+    e.shr(Width::W64, reg::RAX, 12);
+    let crosses = e.jump_if(condition::NE);
+    index(e, reg::RAX, ADDRESS);
+    e.shr(Width::W64, TEMPORARY, 12);
+    e.compare(Width::W64, TEMPORARY, field(tlb_tag(class, write, reg::RAX)));
+    let other = e.jump_if(condition::NE);
+    e.shl(Width::W64, TEMPORARY, 12);
+    e.load(Width::W64, reg::RAX, field(tlb_addend(class, reg::RAX)));
+    e.store(Width::W64, own(offset_of!(Slot, addend)), reg::RAX);
+    e.add(Width::W64, reg::RAX, TEMPORARY);
+    e.store(Width::W64, own(offset_of!(Slot, host)), reg::RAX);
+    e.store(Width::W64, own(offset_of!(Slot, page)), TEMPORARY);
+    e.increment(own(offset_of!(Slot, misses)));
+    e.load(Width::W64, reg::RAX, field(context::saved()));
+    e.compare_reg(Width::W32, reg::RAX, reg::RAX);
+    e.ret();
+    for (from, carry) in [(other, false), (crosses, true)] {
+        e.bind(from);
+        e.load(Width::W64, reg::RAX, field(context::saved()));
+        e.set_carry(carry);
+        e.ret();
+    }
+    start
+}
+
 /// REP MOVS or REP STOS forwards, elements of 1 << `scale` bytes, page by page as long as no page is missing in the
 /// TLB and no event waits. ZF: nothing is left to do. RSI, RDI and RCX tell how far it came.
-pub fn repeat_string(e: &mut Emitter, class: u8, scale: u8, is_move: bool) -> usize {
+/// `code32`: they are ESI, EDI and ECX.
+pub fn repeat_string(e: &mut Emitter, class: u8, scale: u8, is_move: bool, code32: bool) -> usize {
     let start = e.position();
     let mut failures = Vec::new();
     e.load(Width::W64, TEMPORARY, field(context::state()));
@@ -62,6 +97,12 @@ pub fn repeat_string(e: &mut Emitter, class: u8, scale: u8, is_move: bool) -> us
     e.test_mem8(at(TEMPORARY, offset_of!(CpuState, rflags) as i32 + 1), 1 << 2);
     failures.push(e.jump_if(condition::NE));
     let next = e.position();
+    if code32 {
+        // Addresses and the count have no upper half, and the pointers may have wrapped.
+        for register in [reg::RCX, reg::RSI, reg::RDI] {
+            e.copy(Width::W32, register, register);
+        }
+    }
     e.compare_imm(Width::W64, reg::RCX, 0);
     let done = e.jump_if(condition::E);
     e.compare_zero8(field(context::event()));

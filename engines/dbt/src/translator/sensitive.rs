@@ -8,7 +8,7 @@ use bivisor_x86::state::{CpuState, Msrs, SegReg, Segment};
 use iced_x86::{Mnemonic, OpKind, Register};
 
 use super::analysis::{self, Decoded};
-use super::block::{Builder, NotRenamed};
+use super::block::{Addend, Builder, NotRenamed};
 use super::context::{
     self, ADDEND, ADDRESS, ARITHMETIC, CPUID_ENTRIES, CpuidEntry, NO_STACK_PAGE, Selectors, TEMPORARY,
     cpuid_key, cpuid_result,
@@ -16,7 +16,7 @@ use super::context::{
 use super::emit::{Mem, Reg, Width, at, condition, indexed, reg};
 use super::key::{SUPERVISOR, SUPERVISOR_AC, USER};
 use super::operand::{host_register, number};
-use super::site::SiteKind;
+use super::site::{SiteKind, Undo};
 
 const R11: Reg = Reg(11);
 
@@ -62,6 +62,14 @@ impl Builder<'_> {
         self.leave_from(fixup, SiteKind::InterpretLast);
         self.change_flag(9, true);
         self.e.store_imm8(state(offset_of!(CpuState, interrupt_shadow)), 1);
+        self.in_shadow = true;
+    }
+
+    /// The instruction behind STI is done, or is about to jump away.
+    pub fn leave_shadow(&mut self) {
+        self.in_shadow = false;
+        self.load_state();
+        self.e.store_imm8(state(offset_of!(CpuState, interrupt_shadow)), 0);
     }
 
     /// STAC and CLAC: the code behind it is another privilege class's.
@@ -90,7 +98,7 @@ impl Builder<'_> {
         self.e.store(Width::W64, context::stack_page(), TEMPORARY);
     }
 
-    /// PUSHFQ.
+    /// PUSHFQ, or PUSHFD in 32-bit code.
     pub fn pushf(&mut self, decoded: &Decoded) {
         self.bring_flags_back();
         self.e.pushfq();
@@ -103,16 +111,17 @@ impl Builder<'_> {
         self.e.pdep(TEMPORARY, TEMPORARY, context::pushed_mask());
         self.e.lea(Width::W64, ADDRESS, indexed(ADDRESS, TEMPORARY, 0, 0));
         self.e.store(Width::W64, context::target(), ADDRESS);
-        let place = self.stack_operand(decoded, -8, true);
+        let (width, step) = (self.width(), self.stack_step());
+        let place = self.stack_operand(decoded, -step, true);
         self.e.load(Width::W64, TEMPORARY, context::target());
-        self.e.store(Width::W64, place, TEMPORARY);
-        self.e.lea(Width::W64, context::GUEST_RSP, at(context::GUEST_RSP, -8));
+        self.e.store(width, place, TEMPORARY);
+        self.e.lea(width, context::GUEST_RSP, at(context::GUEST_RSP, -step));
     }
 
     /// SWAPGS.
     pub fn swapgs(&mut self) {
         const KERNEL: usize = MSR + offset_of!(Msrs, kernel_gs_base);
-        self.addend_is_stack = false;
+        self.addend = Addend::Anything;
         self.load_state();
         self.e.load(Width::W64, ADDRESS, context::gs_base());
         self.e.load(Width::W64, ADDEND, state(KERNEL));
@@ -130,7 +139,7 @@ impl Builder<'_> {
         }
     }
 
-    /// MOV of a selector to a general register of 32 or 64 bits, or to memory.
+    /// MOV of a selector to a general register or to memory.
     pub fn read_selector(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
         let register = match decoded.instruction.op1_register() {
             Register::ES => SegReg::Es,
@@ -151,6 +160,25 @@ impl Builder<'_> {
         let guest = number(decoded.instruction.op0_register()).ok_or(NotRenamed)?;
         self.load_state();
         self.e.load_zx16(TEMPORARY, state(segment(register) + offset_of!(Segment, selector)));
+        match decoded.instruction.op0_register().size() {
+            2 if guest >= 12 => self.e.store16(context::spilled(guest), TEMPORARY),
+            2 => self.e.copy16(host_register(guest), TEMPORARY),
+            _ => self.write_register(guest),
+        }
+        Ok(())
+    }
+
+    /// MOV of a control register to a general register.
+    pub fn read_control(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
+        let offset = match decoded.instruction.op1_register() {
+            Register::CR0 => offset_of!(CpuState, cr0),
+            Register::CR2 => offset_of!(CpuState, cr2),
+            Register::CR3 => offset_of!(CpuState, cr3),
+            _ => offset_of!(CpuState, cr4),
+        };
+        let guest = number(decoded.instruction.op0_register()).ok_or(NotRenamed)?;
+        self.load_state();
+        self.e.load(self.width(), TEMPORARY, state(offset));
         self.write_register(guest);
         Ok(())
     }
@@ -216,7 +244,7 @@ impl Builder<'_> {
         if decoded.live_before != 0 {
             self.put_flags_aside();
         }
-        self.addend_is_stack = false;
+        self.addend = Addend::Anything;
         self.e.lea(Width::W32, ADDEND, indexed(reg::RAX, reg::RCX, 0, 0));
         self.e.and_imm(Width::W32, ADDEND, CPUID_ENTRIES as i32 - 1);
         self.e.shl(Width::W32, ADDEND, size_of::<CpuidEntry>().trailing_zeros() as u8);
@@ -226,7 +254,7 @@ impl Builder<'_> {
         self.e.or(Width::W64, ADDRESS, TEMPORARY);
         self.e.compare(Width::W64, ADDRESS, cpuid_key(ADDEND));
         let fixup = self.e.jump_if(condition::NE);
-        self.leave_from(fixup, SiteKind::Interpret { next: self.next_guest as u16, next_host: None });
+        self.leave_from(fixup, SiteKind::Cpuid { next: self.next_guest as u16, next_host: None });
         for (word, register) in [reg::RAX, reg::RBX, reg::RCX, reg::RDX].into_iter().enumerate() {
             self.e.load(Width::W32, register, cpuid_result(ADDEND, word));
         }
@@ -309,7 +337,7 @@ impl Builder<'_> {
 
     /// Puts the arithmetic flags of a register aside. Changes ADDEND.
     fn flags_word(&mut self, flags: Reg) {
-        self.addend_is_stack = false;
+        self.addend = Addend::Anything;
         // Bit 11 to bit 0, the low byte to bits 8 to 15.
         self.e.copy(Width::W32, ADDEND, flags);
         self.e.shr(Width::W32, ADDEND, 11);
@@ -323,8 +351,8 @@ impl Builder<'_> {
         self.switch_class(class);
         self.e.compare_zero8(context::event());
         let event = self.e.jump_if(condition::NE);
-        self.leave_from(event, SiteKind::Lookup);
-        self.look_up();
+        self.leave_from(event, SiteKind::Lookup(Undo::Never));
+        self.look_up(Undo::Never);
     }
 
     /// REP MOVS and REP STOS: page by page in the shared code, and by the interpreter what that leaves.
@@ -342,9 +370,9 @@ impl Builder<'_> {
         if decoded.live_before != 0 {
             self.put_flags_aside();
         }
-        let class = usize::from(self.class());
+        let (code32, class) = (usize::from(self.request.key.code32()), usize::from(self.class()));
         let shared = &self.request.shared;
-        let routine = if is_move { shared.repeat_movs } else { shared.repeat_stos }[class][scale];
+        let routine = if is_move { shared.repeat_movs } else { shared.repeat_stos }[code32][class][scale];
         let call = self.e.call();
         self.bind_shared(call, routine);
         let rest = self.e.jump_if(condition::NE);
@@ -353,7 +381,7 @@ impl Builder<'_> {
             rest,
             SiteKind::String { is_move, next: self.next_guest as u16, retry, next_host: None },
         );
-        self.addend_is_stack = false;
+        self.addend = Addend::Anything;
     }
 
     /// BT, BTS, BTR, BTC with the bit's number in a register, which may lead outside of the operand.
@@ -370,7 +398,7 @@ impl Builder<'_> {
         self.bit_number(guest, size);
         self.e.sar(Width::W64, TEMPORARY, if size == 8 { 6 } else { 5 });
         let scale = if size == 8 { 3 } else { 2 };
-        self.e.lea(Width::W64, ADDRESS, indexed(ADDRESS, TEMPORARY, scale, 0));
+        self.e.lea(self.width(), ADDRESS, indexed(ADDRESS, TEMPORARY, scale, 0));
         self.check(size, instruction.mnemonic() != Mnemonic::Bt, analysis::ALL_FLAGS);
         self.bring_flags_back();
         self.bit_number(guest, size);

@@ -44,6 +44,23 @@ pub enum SiteKind {
         /// The code that leaves, which that jump goes to as long as it isn't linked.
         stub: u32,
     },
+    /// A window of the block doesn't lie in one page of the inline TLB.
+    Window {
+        /// Number of the register that it lies near.
+        root: u8,
+        /// It is written.
+        write: bool,
+        /// Bytes.
+        size: u16,
+        /// First byte, from the register's value.
+        low: i32,
+        /// Code of the check.
+        retry: u32,
+        /// Displacement of the jump that is taken where it lies in two pages.
+        patch: u32,
+        /// The code that leaves, which that jump goes to as long as it isn't linked.
+        stub: u32,
+    },
     /// A repeated string instruction that needs a page, or is too odd, for the shared code.
     String {
         /// It is MOVS, not STOS.
@@ -62,12 +79,21 @@ pub enum SiteKind {
         /// Its code, if the block goes on there.
         next_host: Option<u32>,
     },
+    /// CPUID whose result isn't remembered yet.
+    Cpuid {
+        /// Offset in the page of the next instruction.
+        next: u16,
+        /// Its code.
+        next_host: Option<u32>,
+    },
     /// The interpreter executes the instruction.
     InterpretLast,
     /// A jump within the page whose target was not translated yet.
     Jump {
         /// Offset in the page of the target.
         target: u16,
+        /// It goes backwards, or stays.
+        backwards: bool,
         /// Displacement of the jump.
         patch: u32,
         /// The code that leaves, which the jump goes to as long as it isn't linked.
@@ -83,7 +109,7 @@ pub enum SiteKind {
         stub: u32,
     },
     /// A jump to a linear address that the jump cache doesn't know.
-    Lookup,
+    Lookup(Undo),
     /// An event waits; the guest goes on at this place, from the start of the page.
     Event {
         /// Offset in the page.
@@ -91,6 +117,19 @@ pub enum SiteKind {
     },
     /// The block needs the vector or x87 registers loaded.
     LoadVectors,
+}
+
+/// What a jump has changed before it is known whether its target is canonical: if it isn't, it is the jump that faults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Undo {
+    /// It doesn't fault.
+    Never,
+    /// JMP: nothing.
+    Jump,
+    /// RET: so many bytes were taken from the stack.
+    Return(u32),
+    /// CALL: the return address was pushed; what stood there is in the context.
+    Call,
 }
 
 /// An instruction of the guest's that stands in the code as it is, and may fault there.

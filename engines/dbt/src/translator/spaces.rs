@@ -1,9 +1,9 @@
 //! The inline TLBs of the address spaces that the guest used last.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use super::context::{TLB_EMPTY, TLB_ENTRIES, TlbEntry};
+use super::context::{NO_STACK_PAGE, SLOTS, Slot, TLB_EMPTY, TLB_ENTRIES, TlbEntry};
 use super::windows::{Mapping, SPACES};
 
 const CLASSES: usize = 3;
@@ -13,12 +13,17 @@ const PAGE_MASK: u64 = !0xfff;
 /// The inline TLBs, as other threads may see them, with a record of which entries were ever filled.
 pub struct SharedTlbs {
     mapping: Arc<Mapping>,
+    /// Slots in use.
+    slots: AtomicUsize,
+    /// How often stack windows and slots were emptied.
+    resets: AtomicU64,
     touched: Box<[[[AtomicU64; WORDS]; CLASSES]; SPACES]>,
 }
 
 impl SharedTlbs {
     fn new(mapping: Arc<Mapping>) -> Self {
-        let tlbs = Self { mapping, touched: Box::default() };
+        let tlbs =
+            Self { mapping, slots: AtomicUsize::new(0), resets: AtomicU64::new(0), touched: Box::default() };
         for space in 0..SPACES {
             for tlb in &tlbs.mapping.tlbs(space).class {
                 tlb.entries.iter().for_each(TlbEntry::clear);
@@ -40,10 +45,44 @@ impl SharedTlbs {
         })
     }
 
-    /// Makes stores to the page of RAM at this host address go the slow way. Whether any went the quick way. May be
-    /// called from any thread.
+    /// How often stack windows and slots were emptied: what a block has checked at its start holds until then.
+    pub fn resets(&self) -> u64 {
+        self.resets.load(Ordering::SeqCst)
+    }
+
+    /// Counts an emptying of stack windows and slots.
+    pub fn count_reset(&self) {
+        self.resets.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// So many slots are in use.
+    pub fn use_slots(&self, count: usize) {
+        self.slots.store(count, Ordering::SeqCst);
+    }
+
+    /// The slots in use.
+    pub fn slots(&self) -> &[Slot] {
+        &self.mapping.slots()[..self.slots.load(Ordering::SeqCst).min(SLOTS)]
+    }
+
+    /// Empties stack window and slots. May be called from any thread.
+    pub fn forget_windows(&self) {
+        self.count_reset();
+        self.mapping.stack_page().store(NO_STACK_PAGE, Ordering::SeqCst);
+        self.slots().iter().for_each(|slot| slot.page.store(NO_STACK_PAGE, Ordering::SeqCst));
+    }
+
+    /// Whether stores to the page of RAM at this host address may go by the stack window or a slot.
+    fn has_window(&self, host: u64) -> bool {
+        let stack = self.mapping.stack_page().load(Ordering::SeqCst);
+        let stack_host = self.mapping.stack_addend().load(Ordering::SeqCst).wrapping_add(stack);
+        stack_host == host || self.slots().iter().any(|slot| slot.host.load(Ordering::SeqCst) == host)
+    }
+
+    /// Makes stores to the page of RAM at this host address go the slow way, once [`SharedTlbs::forget_windows`] was
+    /// called too. Whether any went the quick way. May be called from any thread.
     pub fn forget_writes(&self, host: u64) -> bool {
-        let mut any = false;
+        let mut any = self.has_window(host);
         for (_, entry) in
             (0..SPACES).flat_map(|space| (0..CLASSES).flat_map(move |class| self.used(space, class)))
         {
@@ -209,5 +248,6 @@ impl Spaces {
     /// Makes stores to the page of RAM at this host address go the slow way.
     pub fn protect(&mut self, host: u64) {
         self.shared.forget_writes(host & PAGE_MASK);
+        self.shared.forget_windows();
     }
 }

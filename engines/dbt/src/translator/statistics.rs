@@ -14,6 +14,8 @@ macro_rules! counters {
             $(#[doc = $words] pub $name: u64,)*
             /// Instructions that translated code left to the interpreter.
             interpreted: FxHashMap<Code, u64>,
+            /// Instructions that the interpreter executes are counted by their kind, too.
+            pub by_kind: bool,
         }
 
         impl Statistics {
@@ -27,7 +29,7 @@ counters! {
     translated: "blocks translated",
     guest_bytes: "bytes of guest code translated",
     host_bytes: "bytes of host code made",
-    dropped: "pages of translations dropped because they were written",
+    dropped: "writes that translations were dropped for",
     cleared: "times that all translations were dropped",
     entered: "entries into translated code",
     dispatched: "lookups by the dispatcher",
@@ -37,6 +39,8 @@ counters! {
     access: "exits: inline TLB misses",
     access_slow: "of those: accesses that the interpreter made",
     stack: "exits: stack window misses",
+    window: "exits: window misses",
+    hot: "lines of code found hot",
     string: "exits: string instructions",
     interpret: "exits: instructions for the interpreter",
     jump: "exits: jumps within a page to be linked",
@@ -57,11 +61,14 @@ impl Statistics {
         let counter = match kind {
             SiteKind::Access { .. } => &mut self.access,
             SiteKind::Stack { .. } => &mut self.stack,
+            SiteKind::Window { .. } => &mut self.window,
             SiteKind::String { .. } => &mut self.string,
-            SiteKind::Interpret { .. } | SiteKind::InterpretLast => &mut self.interpret,
+            SiteKind::Interpret { .. } | SiteKind::Cpuid { .. } | SiteKind::InterpretLast => {
+                &mut self.interpret
+            }
             SiteKind::Jump { .. } => &mut self.jump,
             SiteKind::Link { .. } => &mut self.link,
-            SiteKind::Lookup => &mut self.lookup,
+            SiteKind::Lookup(_) => &mut self.lookup,
             SiteKind::Event { .. } => &mut self.event,
             SiteKind::LoadVectors => &mut self.vectors,
         };

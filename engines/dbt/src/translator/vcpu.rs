@@ -1,4 +1,5 @@
-//! A virtual processor of the engine `dbt`: 64-bit code is translated, everything else is interpreted.
+//! A virtual processor of the engine `dbt`: 64-bit code and 32-bit code in flat segments are translated, everything else is
+//! interpreted.
 #![allow(unsafe_code)]
 
 use std::mem::transmute;
@@ -13,23 +14,26 @@ use bivisor_x86::env::Env;
 use bivisor_x86::paging::Place;
 use bivisor_x86::registers::{Cr4, Rflags};
 use bivisor_x86::state::{CpuState, Mode};
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::analysis;
 use super::block::{self, OVERHANG, PAGE, Request, Translation};
 use super::cache::Cache;
 use super::context::{
-    Context, EVENT_BIT, JumpEntry, NO_STACK_PAGE, VECTORS_IN_CONTEXT, VECTORS_IN_STATE, jump_index,
+    Context, EVENT_BIT, JumpEntry, NO_STACK_PAGE, SLOTS, VECTORS_IN_CONTEXT, VECTORS_IN_STATE, jump_index,
 };
 use super::exits::Next;
 use super::fault::{self, FAULT_SITE, Running};
 use super::key::{Key, USER};
 use super::site::{Site, SiteKind};
-use super::spaces::Spaces;
+use super::spaces::{SharedTlbs, Spaces};
 use super::statistics::Statistics;
-use super::windows::{Mapping, Windows};
+use super::windows::Windows;
+use crate::code_tracker::{self, CodeWrite};
 use crate::env::VcpuEnv;
+use crate::host_cpu;
 use crate::interp_vcpu::{self, ended};
+use crate::peers::Peer;
 
 pub(super) const PAGE_MASK: u64 = !0xfff;
 /// Biases of the jump cache are counted in this.
@@ -41,11 +45,21 @@ const INTERPRETED: u64 = 64;
 /// A page whose code was written this often is interpreted for a while.
 const VOLATILE_WRITES: u32 = 16;
 /// So many times code of such a page is entered before translating it is tried again.
-const VOLATILE_ENTRIES: u32 = 20_000;
+const VOLATILE_ENTRIES: u32 = 500;
 /// Number of the address space of all global pages; the processor's own numbers are smaller.
 const GLOBAL_SPACE: u16 = u16::MAX;
 /// So often supervisor code is found to be global, or not, until all of it is taken to be.
 const OTHERWISE: u32 = 200;
+/// Host time stamps between two looks at what the guest is executing: about a millisecond.
+const SAMPLING_PERIOD: u64 = 2_000_000;
+/// Slots that a block takes at most.
+const SLOTS_OF_A_BLOCK: usize = 64;
+/// Bytes before and behind an instruction that is found executing that are taken to be hot, too.
+const HOT_BEFORE: u64 = 256;
+/// See [`HOT_BEFORE`].
+const HOT_BEHIND: u64 = 512;
+/// Misses of a slot between two ticks of the guest from which on it is not worth its while.
+const ROAMING_MISSES: u64 = 2_000;
 /// Words of the filter of pages with code: linear page numbers are reduced to its bits.
 const FILTER_WORDS: usize = 1024;
 
@@ -84,13 +98,25 @@ pub struct DbtVcpu {
     fault_address: Box<u64>,
     /// How often the inline TLB was emptied or switched.
     pub(super) flushes: u64,
+    /// [`SharedTlbs::resets`] when translated code was last entered at a block's start.
+    resets: u64,
     /// Instruction pointer and count of the last string instruction whose pages were entered into the inline TLB.
     pub(super) last_string: (u64, u64),
+    /// Host time stamp when the guest was last looked at for hot code.
+    sampled: u64,
+    /// Lines of 64 bytes of code, by page of RAM, that the guest was found executing.
+    hot: FxHashMap<u64, u64>,
+    /// Instructions, by offset in RAM, that access too many pages for a slot.
+    roaming: FxHashSet<u64>,
+    /// Blocks, by offset in RAM, whose windows lie where the inline TLB can't be used: a device, or written code.
+    windowless: FxHashSet<u64>,
     pub(super) statistics: Statistics,
     /// Supervisor code is taken to lie in global pages.
     global_kernel: bool,
     /// How often it didn't, or did where it is taken not to.
     otherwise: u32,
+    /// STAR, EFER and CR0 that the context's system calls are for.
+    system_calls_for: Option<(u64, u64, u64)>,
     /// CR4 and XCR0 that the remembered results of CPUID are for.
     cpuid_for: (u64, u64),
 }
@@ -98,12 +124,15 @@ pub struct DbtVcpu {
 // SAFETY: the raw pointers lead to RAM, which is shared by design, and to memory owned by this value.
 unsafe impl Send for DbtVcpu {}
 
-/// Tells a running processor of an event, from another thread.
+/// Tells a running processor of an event, or takes quick stores from it, from another thread.
 struct Observer {
     bias: *const AtomicU64,
     event: *const AtomicU8,
-    // Keeps the two alive.
-    _memory: Arc<Mapping>,
+    passages: *const AtomicU64,
+    /// Host address of RAM.
+    ram: u64,
+    // Keeps the memory alive that the others lead to.
+    tlbs: Arc<SharedTlbs>,
 }
 
 // SAFETY: the pointers lead to atomics that the kept memory holds.
@@ -113,11 +142,27 @@ unsafe impl Sync for Observer {}
 
 impl Waker for Observer {
     fn wake(&self) {
-        // SAFETY: the memory is kept alive; both are atomics, which everybody may access.
+        // SAFETY: `tlbs` keeps the memory alive; both are atomics, which everybody may access.
         unsafe {
             (*self.event).store(1, Ordering::SeqCst);
             (*self.bias).fetch_or(EVENT_BIT, Ordering::SeqCst);
         }
+    }
+}
+
+impl Peer for Observer {
+    fn forget_writes(&self, page: u64) -> bool {
+        self.tlbs.forget_writes(self.ram + page)
+    }
+    fn forget_windows(&self) {
+        self.tlbs.forget_windows();
+    }
+    fn passages(&self) -> &AtomicU64 {
+        // SAFETY: `tlbs` keeps the memory alive; an atomic, which everybody may access.
+        unsafe { &*self.passages }
+    }
+    fn waker(&self) -> &dyn Waker {
+        self
     }
 }
 
@@ -146,11 +191,17 @@ impl DbtVcpu {
         let mut windows = Windows::new().map_err(no_memory)?;
         windows.context().reset(&raw mut cpu.state);
         let mapping = Arc::clone(windows.mapping());
-        let spaces = Spaces::new(Arc::clone(&mapping), cpu.address_space());
+        let spaces = Spaces::new(mapping, cpu.address_space());
         let place = windows.context();
-        let observer =
-            Observer { bias: &raw const place.jump_bias, event: &raw const place.event, _memory: mapping };
-        env.set_observer(Arc::new(observer));
+        let observer = Arc::new(Observer {
+            bias: &raw const place.jump_bias,
+            event: &raw const place.event,
+            passages: &raw const place.passages,
+            ram: ram.as_ptr() as u64,
+            tlbs: Arc::clone(spaces.shared()),
+        });
+        env.set_observer(observer.clone());
+        env.add_peer(observer);
         Ok(Self {
             cpu,
             env,
@@ -170,10 +221,16 @@ impl DbtVcpu {
             volatile: FxHashMap::default(),
             fault_address: Box::new(0),
             flushes: 0,
+            resets: 0,
             last_string: (0, 0),
+            sampled: 0,
+            hot: FxHashMap::default(),
+            roaming: FxHashSet::default(),
+            windowless: FxHashSet::default(),
             global_kernel: false,
             otherwise: 0,
             statistics: Statistics::default(),
+            system_calls_for: None,
             cpuid_for: (0, 0),
         })
     }
@@ -232,13 +289,13 @@ impl DbtVcpu {
             self.flushes += 1;
             self.statistics.tlb_flushes += 1;
             self.spaces.flush_all(self.cpu.address_space());
-            self.windows.context().stack_page = NO_STACK_PAGE;
+            self.spaces.shared().forget_windows();
             self.forget_jumps();
         } else {
             if let Some(linear) = changes.page {
                 self.statistics.page_flushes += 1;
                 self.spaces.flush_page(linear);
-                self.windows.context().stack_page = NO_STACK_PAGE;
+                self.spaces.shared().forget_windows();
                 if self.may_hold_code(linear) {
                     self.forget_jumps();
                 }
@@ -247,7 +304,7 @@ impl DbtVcpu {
                 self.flushes += 1;
                 self.statistics.switches += 1;
                 self.spaces.select(self.cpu.address_space());
-                self.windows.context().stack_page = NO_STACK_PAGE;
+                self.spaces.shared().forget_windows();
                 self.unlink(false);
             }
         }
@@ -267,7 +324,6 @@ impl DbtVcpu {
     /// Stores to the page of RAM go the slow way from now on.
     fn protect(&mut self, page: u64) {
         self.spaces.protect(self.ram.as_ptr() as u64 + page);
-        self.windows.context().stack_page = NO_STACK_PAGE;
     }
 
     fn filter_place(linear: u64) -> (usize, u64) {
@@ -310,6 +366,9 @@ impl DbtVcpu {
     /// All translations go.
     fn clear_cache(&mut self) {
         self.statistics.cleared += 1;
+        // Other code will use the slots.
+        self.spaces.shared().forget_windows();
+        self.spaces.shared().use_slots(0);
         self.cache.clear();
         self.linked.clear();
         self.linked_globally.clear();
@@ -324,18 +383,15 @@ impl DbtVcpu {
             self.clear_cache();
             return;
         };
-        for page in pages {
-            if self.cache.has_page(page) {
-                self.statistics.dropped += 1;
-                self.cache.drop_page(page, self.windows.context());
-                let volatility = self.volatile.entry(page).or_default();
-                volatility.writes += 1;
-                if volatility.writes >= VOLATILE_WRITES {
-                    *volatility = Volatility { writes: VOLATILE_WRITES / 2, entries_left: VOLATILE_ENTRIES };
-                }
-                // The jump cache may lead into them.
-                self.biases.clear();
-                self.forgotten += 1;
+        for CodeWrite { page, lines } in pages {
+            if !self.cache.drop_lines(page, lines, self.windows.context()) {
+                continue;
+            }
+            self.statistics.dropped += 1;
+            let volatility = self.volatile.entry(page).or_default();
+            volatility.writes += 1;
+            if volatility.writes >= VOLATILE_WRITES {
+                *volatility = Volatility { writes: VOLATILE_WRITES / 2, entries_left: VOLATILE_ENTRIES };
             }
         }
     }
@@ -362,6 +418,9 @@ impl DbtVcpu {
     /// Offset in RAM of the page behind that of an instruction pointer, if it may be executed.
     fn second_page(&mut self, rip: u64) -> Option<u64> {
         let next = (rip & PAGE_MASK).wrapping_add(PAGE as u64);
+        if next > u64::from(u32::MAX) && self.cpu.state.mode() != Mode::Long64 {
+            return None;
+        }
         match self.cpu.probe(&mut self.env, next, Access::Execute) {
             Ok(Place::Ram(offset)) => Some(offset & PAGE_MASK),
             _ => None,
@@ -384,7 +443,8 @@ impl DbtVcpu {
         self.follow_changes();
         let mut bytes = [0; PAGE + OVERHANG];
         self.env.load_bytes(page, &mut bytes[..PAGE]);
-        if let Some(translation) = block::translate(&self.request(&bytes[..PAGE], offset, key)) {
+        let roams = |place: usize| self.roaming.contains(&(page + place as u64));
+        if let Some(translation) = block::translate(&self.request(&bytes[..PAGE], offset, key, &roams)) {
             return self.insert(offset, key, None, translation);
         }
         // The first instruction may cross into the next page.
@@ -395,7 +455,8 @@ impl DbtVcpu {
         self.env.mark_code(second);
         self.follow_changes();
         self.env.load_bytes(second, &mut bytes[PAGE..]);
-        let translation = block::translate(&self.request(&bytes, offset, key))?;
+        let roams = |place: usize| self.roaming.contains(&(page + place as u64));
+        let translation = block::translate(&self.request(&bytes, offset, key, &roams))?;
         self.insert(offset, key, Some(second), translation)
     }
 
@@ -409,10 +470,18 @@ impl DbtVcpu {
         self.statistics.translated += 1;
         self.statistics.guest_bytes += translation.length as u64;
         self.statistics.host_bytes += translation.code.len() as u64;
-        self.cache.insert(offset, key, second, translation, self.windows.context())
+        let number = self.cache.insert(offset, key, second, translation, self.windows.context());
+        self.spaces.shared().use_slots(self.cache.slots().len());
+        number
     }
 
-    fn request<'a>(&'a self, page: &'a [u8], offset: u64, key: Key) -> Request<'a> {
+    fn request<'a>(
+        &'a self,
+        page: &'a [u8],
+        offset: u64,
+        key: Key,
+        roams: &'a dyn Fn(usize) -> bool,
+    ) -> Request<'a> {
         Request {
             page,
             offset: (offset & !PAGE_MASK) as usize,
@@ -423,6 +492,69 @@ impl DbtVcpu {
             block: self.cache.next_block(),
             first_link: self.cache.next_link(),
             shared: self.cache.shared(),
+            first_slot: self.is_hot(offset, key).then(|| self.cache.slots().len() as u32),
+            roams,
+        }
+    }
+
+    /// Whether a block that begins here is worth slots: hot code of user mode.
+    fn is_hot(&self, offset: u64, key: Key) -> bool {
+        let lines = self.hot.get(&(offset & PAGE_MASK)).copied().unwrap_or(0);
+        key.class() == USER
+            && !self.windowless.contains(&offset)
+            && lines & code_tracker::lines(offset, 1) != 0
+            && self.cache.slots().len() + SLOTS_OF_A_BLOCK < SLOTS
+    }
+
+    /// The guest was found executing here: the code around is translated anew, when it is next executed, with slots.
+    pub(super) fn found_hot(&mut self, key: Key) {
+        let now = host_cpu::tsc();
+        if now.wrapping_sub(self.sampled) < SAMPLING_PERIOD {
+            return;
+        }
+        self.sampled = now;
+        let rip = self.cpu.state.rip;
+        let Ok(Place::Ram(offset)) = self.cpu.probe(&mut self.env, rip, Access::Execute) else { return };
+        self.look_for_roaming();
+        if key.class() != USER {
+            return;
+        }
+        if self.cache.slots().len() + SLOTS_OF_A_BLOCK >= SLOTS {
+            self.hot.clear();
+            self.clear_cache();
+        }
+        let page = offset & PAGE_MASK;
+        let first = (offset & !PAGE_MASK).saturating_sub(HOT_BEFORE);
+        let around = code_tracker::lines(first, (offset & !PAGE_MASK) - first + HOT_BEHIND);
+        let lines = self.hot.entry(page).or_default();
+        let new = around & !*lines;
+        *lines |= new;
+        if new != 0 {
+            self.statistics.hot += u64::from(new.count_ones());
+            self.cache.drop_lines(page, new, self.windows.context());
+        }
+    }
+
+    /// A window of the block can't be used: it is translated anew without.
+    pub(super) fn drop_windows(&mut self, block: u32) {
+        let Some(offset) = self.cache.block(block).map(|block| block.offset) else { return };
+        self.windowless.insert(offset);
+        let lines = code_tracker::lines(offset, 1);
+        self.cache.drop_lines(offset & PAGE_MASK, lines, self.windows.context());
+    }
+
+    /// Instructions that miss their slots too often get none from now on.
+    fn look_for_roaming(&mut self) {
+        let mut pages = Vec::new();
+        for (slot, &place) in self.spaces.shared().slots().iter().zip(self.cache.slots()) {
+            if slot.misses.load(Ordering::Relaxed) > ROAMING_MISSES && self.roaming.insert(place) {
+                pages.push(place);
+            }
+            slot.misses.store(0, Ordering::Relaxed);
+        }
+        for place in pages {
+            let lines = code_tracker::lines(place, 1);
+            self.cache.drop_lines(place & PAGE_MASK, lines, self.windows.context());
         }
     }
 
@@ -459,13 +591,41 @@ impl DbtVcpu {
         }
     }
 
+    /// Works out what SYSCALL and SYSRET do, unless the context has it.
+    fn update_system_calls(&mut self) {
+        let state = &self.cpu.state;
+        let now = (state.msr.star, state.msr.efer, state.cr0);
+        if self.system_calls_for == Some(now) {
+            return;
+        }
+        self.system_calls_for = Some(now);
+        let fast = self.cpu.fast_system_calls();
+        let context = self.windows.context();
+        context.fast_system_calls = fast.is_some().into();
+        if let Some([syscall, sysret]) = fast {
+            context.syscall.cs = syscall[0];
+            context.syscall.ss = syscall[1];
+            context.sysret.cs = sysret[0];
+            context.sysret.ss = sysret[1];
+        }
+    }
+
+    /// What the signal handler must know.
+    fn running(&mut self) -> Running {
+        let (start, end) = self.cache.range();
+        let exit = self.cache.address(self.cache.parts().fault_exit as u32);
+        let fault_address = &raw mut *self.fault_address;
+        let site = &raw mut self.windows.context().site;
+        Running { start, end, exit, site, fault_address }
+    }
+
     /// Sets what translated code needs of the state, and announces that it runs.
     fn prepare(&mut self, key: Key) {
         self.update_biases(key);
         let flags = flags_word(self.cpu.state.rflags);
         let pending = self.env.has_event();
         let tsc_offset = self.env.tsc_offset();
-        let fast = self.cpu.fast_system_calls();
+        self.update_system_calls();
         let bases = self.cpu.state.cr4_has(Cr4::FSGSBASE);
         let (fs, gs) = (self.cpu.state.seg[4].base, self.cpu.state.seg[5].base);
         let context = self.windows.context();
@@ -475,17 +635,14 @@ impl DbtVcpu {
         context.gs_base = gs;
         context.pending = pending.into();
         context.tsc_offset = tsc_offset;
-        context.fast_system_calls = fast.is_some().into();
         context.base_instructions = bases.into();
-        if let Some([syscall, sysret]) = fast {
-            context.syscall.cs = syscall[0];
-            context.syscall.ss = syscall[1];
-            context.sysret.cs = sysret[0];
-            context.sysret.ss = sysret[1];
-        }
         let bias = context.class_bias[usize::from(key.class())];
         // An event that comes from here on makes the first lookup miss.
-        context.jump_bias.store(bias, Ordering::SeqCst);
+        if context.jump_bias.load(Ordering::Relaxed) != bias {
+            context.jump_bias.store(bias, Ordering::SeqCst);
+            // The stack window may be another privilege class's, or another mode's.
+            context.stack_page.store(NO_STACK_PAGE, Ordering::SeqCst);
+        }
         if context.event.load(Ordering::SeqCst) != 0 {
             context.jump_bias.fetch_or(EVENT_BIT, Ordering::SeqCst);
         }
@@ -506,16 +663,13 @@ impl DbtVcpu {
             _ if with_vectors => parts.enter_with_vectors,
             _ => parts.enter,
         };
-        let exit = self.cache.address(parts.fault_exit as u32);
         let way = self.cache.address(way as u32);
         let target = self.cache.address(target);
-        let (start, end) = self.cache.range();
-        let fault_address = &raw mut *self.fault_address;
         let pointer = self.windows.mapping().context(self.spaces.current());
         let context = self.windows.context();
-        context.inside.store(1, Ordering::SeqCst);
-        let site = &raw mut context.site;
-        fault::set_running(Some(Running { start, end, exit, site, fault_address }));
+        // Plain stores: whoever looks at it makes a barrier on this thread first.
+        let passages = context.passages.load(Ordering::Relaxed);
+        context.passages.store(passages.wrapping_add(1), Ordering::Release);
         // SAFETY: the shared code has this signature; it was emitted for this context, preserves what a function
         // must, and executes only code made by the translator, which touches nothing but the context, the state
         // and guest RAM that the inline TLB allows.
@@ -523,9 +677,8 @@ impl DbtVcpu {
             let enter: extern "sysv64" fn(*mut Context, u64) = transmute(way);
             enter(pointer, target);
         }
-        fault::set_running(None);
         let context = self.windows.context();
-        context.inside.store(0, Ordering::SeqCst);
+        context.passages.store(passages.wrapping_add(2), Ordering::Release);
         let number = context.site;
         let flags = context.flags;
         self.set_flags(flags);
@@ -567,12 +720,14 @@ impl DbtVcpu {
             return Ok(Some(exit));
         }
         self.statistics.dispatched += 1;
-        let long = self.cpu.state.mode() == Mode::Long64;
         let key = Key::of(&self.cpu);
-        let block = if long && self.cpu.runs_plainly() { self.block(key) } else { None };
+        let translatable = key.code32() || self.cpu.state.mode() == Mode::Long64;
+        let block = if translatable && self.cpu.runs_plainly() { self.block(key) } else { None };
         let Some((number, block)) = block.and_then(|number| Some((number, self.cache.block(number)?))) else {
-            *(if long { &mut self.statistics.not_translated } else { &mut self.statistics.other_modes }) += 1;
-            return Ok(self.interpret(if long { 1 } else { INTERPRETED }, true));
+            let statistics = &mut self.statistics;
+            *(if translatable { &mut statistics.not_translated } else { &mut statistics.other_modes }) += 1;
+            self.windows.context().forget_cpuid();
+            return Ok(self.interpret(if translatable { 1 } else { INTERPRETED }, true));
         };
         let (entry, lookup_entry, crosses) = (block.entry, block.lookup_entry, block.second.is_some());
         let rip = self.cpu.state.rip;
@@ -591,6 +746,7 @@ impl DbtVcpu {
             let complement = rip.wrapping_add(bias).wrapping_neg();
             context.jumps[jump_index(rip)] = JumpEntry { complement, host };
         }
+        self.resets = self.spaces.shared().resets();
         let mut place = if crosses { lookup_entry } else { entry };
         let mut load = Load::Mode;
         let mut number = number;
@@ -599,6 +755,8 @@ impl DbtVcpu {
             match self.left(site, number) {
                 Next::Dispatch => return Ok(None),
                 Next::Leave(exit) => return exit.map(Some),
+                // What the block has checked at its start must still hold.
+                Next::Resume(..) if self.spaces.shared().resets() != self.resets => return Ok(None),
                 Next::Resume(host, block, what) => (place, number, load) = (host, block, what),
             }
         }
@@ -686,17 +844,26 @@ impl Vcpu for DbtVcpu {
             self.follow_changes();
             return Ok(exit);
         }
-        loop {
-            if let Some(exit) = self.turn()? {
-                return Ok(exit);
+        fault::set_running(Some(self.running()));
+        let exit = loop {
+            match self.turn() {
+                Ok(None) => {}
+                Ok(Some(exit)) => break Ok(exit),
+                Err(error) => break Err(error),
             }
-        }
+        };
+        fault::set_running(None);
+        exit
     }
 
     fn set_debug(&mut self, debug: &DebugControl) -> Result<(), EngineError> {
         self.single_step = debug.single_step;
         self.cpu.breakpoints.clone_from(&debug.breakpoints);
         Ok(())
+    }
+
+    fn count_all(&mut self) {
+        self.statistics.by_kind = true;
     }
 
     fn statistics(&self) -> Vec<(String, u64)> {

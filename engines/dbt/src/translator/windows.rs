@@ -5,8 +5,9 @@
 use std::io::{Error, Result};
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
-use super::context::{Context, Tlbs};
+use super::context::{Context, SLOTS, Slot, Tlbs};
 
 /// Address spaces whose TLBs are kept.
 pub const SPACES: usize = 8;
@@ -40,6 +41,24 @@ impl Mapping {
         // SAFETY: behind the context, page-aligned, mapped as long as this value lives; atomics only, of which any
         // contents are valid.
         unsafe { self.window(space).add(CONTEXT).cast::<Tlbs>().as_ref() }
+    }
+
+    /// The slots of the context.
+    pub fn slots(&self) -> &[Slot; SLOTS] {
+        // SAFETY: in the context, mapped as long as this value lives; atomics, of which any contents are valid.
+        unsafe { &*(&raw const (*self.context(0)).slots) }
+    }
+
+    /// The page of the context's stack window.
+    pub fn stack_page(&self) -> &AtomicU64 {
+        // SAFETY: in the context, mapped as long as this value lives; an atomic.
+        unsafe { &*(&raw const (*self.context(0)).stack_page) }
+    }
+
+    /// The addend of the context's stack window.
+    pub fn stack_addend(&self) -> &AtomicU64 {
+        // SAFETY: as above.
+        unsafe { &*(&raw const (*self.context(0)).stack_addend) }
     }
 
     /// The context, as translated code in an address space sees it.

@@ -1,0 +1,132 @@
+//! What must be equal after a run of sequences.
+
+use bivisor_x86::registers::Rflags;
+use bivisor_x86::state::MXCSR_MASK;
+use iced_x86::{Decoder, Instruction};
+
+use super::code::{Assembled, Item};
+use super::flags;
+use super::layout::{CONTROL, Outcome, PANIC};
+use super::trial::Trial;
+use crate::compare::{
+    MISALIGNED_SSE, Rules, compares_strings, is_state_operand, same_mxcsr, state_differences, undefined_flags,
+};
+use crate::layout::{CODE, DATA};
+
+/// Words of memory that are told at most.
+const TOLD: usize = 8;
+
+/// Compares the two sides of the runs of a trial.
+pub struct Comparison<'a> {
+    trial: &'a Trial,
+    assembled: &'a Assembled,
+    /// Undefined flags before each item.
+    undefined: Vec<u64>,
+    decoder_options: u32,
+    /// Names of the two sides.
+    names: [&'static str; 2],
+    /// Arithmetic flags after a fault are not compared.
+    dead_flags_ignored: bool,
+}
+
+impl<'a> Comparison<'a> {
+    /// For the runs of this trial; `None` if it reads undefined flags.
+    pub fn new(
+        trial: &'a Trial,
+        assembled: &'a Assembled,
+        decoder_options: u32,
+        names: [&'static str; 2],
+        dead_flags_ignored: bool,
+    ) -> Option<Self> {
+        let undefined = flags::undefined_before(&trial.items, &trial.entries, decoder_options)?;
+        Some(Self { trial, assembled, undefined, decoder_options, names, dead_flags_ignored })
+    }
+
+    /// The instruction that execution ended at, and its number.
+    fn ended_at(&self, rip: u64) -> Option<(usize, Instruction)> {
+        let number = self.assembled.item_at(rip)?;
+        let Item::Instruction { bytes, .. } = self.trial.items.get(number)? else { return None };
+        Some((number, Decoder::with_ip(64, bytes, rip, self.decoder_options).decode()))
+    }
+
+    fn rules(&self, one: &Outcome, other: &Outcome) -> Rules {
+        let (one, other) = (&one.state, &other.state);
+        let mut rules = Rules {
+            names: self.names,
+            any_exception: false,
+            fault_slack: 0,
+            hidden_error: 0,
+            ignored_flags: 0,
+            any_mxcsr: false,
+            any_pointers: self.names[1] == "dbt",
+        };
+        let Some((number, instruction)) = self.ended_at(one.rip) else { return rules };
+        rules.ignored_flags = self.undefined[number];
+        if one.vector == 0 {
+            rules.ignored_flags |= undefined_flags(&instruction);
+        }
+        if self.dead_flags_ignored && !matches!(one.vector, 1 | 3) {
+            rules.ignored_flags |= Rflags::ARITHMETIC.bits();
+        }
+        // Which byte of a large operand faults first, or which of two operands, is the processor's own affair.
+        if is_state_operand(&instruction) {
+            (rules.fault_slack, rules.hidden_error) = (0x400, 1);
+        } else if compares_strings(&instruction) {
+            (rules.fault_slack, rules.hidden_error) = (u64::MAX, 1);
+            let is_fault = |vector| matches!(vector, 12 | 13 | 14 | 17);
+            rules.any_exception = is_fault(one.vector) && is_fault(other.vector);
+        }
+        rules.any_mxcsr = same_mxcsr(&one.xsave, &instruction, one, other);
+        rules
+    }
+
+    /// The differences between the outcomes of a run, a line each; empty if there are none.
+    pub fn differences(&self, one: &Outcome, other: &Outcome) -> Vec<String> {
+        if other.state.vector >= PANIC {
+            let [_, name] = self.names;
+            return vec![format!("{name}: {}", ending(other.state.vector))];
+        }
+        let mut lines = state_differences(&one.state, &other.state, &self.rules(one, other));
+        let pages: [(u64, &[u8], &[u8]); 3] = [
+            (DATA, &one.data, &other.data),
+            (CONTROL, &one.control, &other.control),
+            (CODE, &one.code, &other.code),
+        ];
+        for (address, one, other) in pages {
+            if one != other {
+                self.memory_differences(address, one, other, &mut lines);
+            }
+        }
+        lines
+    }
+
+    fn memory_differences(&self, address: u64, one: &[u8], other: &[u8], lines: &mut Vec<String>) {
+        let [first, second] = self.names;
+        let word = |bytes: &[u8]| bytes.iter().rev().fold(0u32, |word, byte| word << 8 | u32::from(*byte));
+        let pairs = one.chunks_exact(4).zip(other.chunks_exact(4)).enumerate();
+        let different = pairs
+            .map(|(i, (one, other))| (address + 4 * i as u64, word(one), word(other)))
+            .filter(|(_, one, other)| one != other && !is_mask(*one, *other));
+        for (at, one, other) in different.take(TOLD) {
+            lines.push(format!("{:>12}  {first} {one:#010x}  {second} {other:#010x}", format!("[{at:#x}]")));
+        }
+    }
+}
+
+/// Whether it is a stored MXCSR_MASK: the guest has no misaligned SSE mode.
+fn is_mask(one: u32, other: u32) -> bool {
+    one ^ other == MISALIGNED_SSE && one & other == MXCSR_MASK
+}
+
+/// What a run came to that did not end as it should.
+pub fn ending(vector: u64) -> &'static str {
+    use super::layout::{ENGINE_ERROR, SHUTDOWN, SKIPPED, TIMEOUT};
+    match vector {
+        PANIC => "panicked",
+        TIMEOUT => "did not end",
+        SHUTDOWN => "shut down",
+        ENGINE_ERROR => "gave up",
+        SKIPPED => "was not run",
+        _ => "ended",
+    }
+}

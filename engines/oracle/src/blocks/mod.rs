@@ -1,0 +1,239 @@
+//! Random sequences of instructions, natively and on an engine: what single instructions don't show.
+
+pub mod build;
+pub mod check;
+pub mod code;
+pub mod compare;
+pub mod control;
+pub mod flags;
+pub mod guest;
+pub mod layout;
+pub mod monitor;
+pub mod native;
+pub mod ordinary;
+pub mod report;
+pub mod shrink;
+pub mod special;
+pub mod trial;
+
+use std::io::Result;
+use std::sync::Arc;
+
+use bivisor_x86::cpuid::CpuModel;
+
+use self::check::{Checker, Reference, engine_error, first_difference};
+use self::code::Assembled;
+use self::guest::{EngineKind, Guest};
+use self::layout::{Batch, Image, Outcome, PANIC, SKIPPED, TIMEOUT, images};
+use self::native::{CODES, RUNS};
+use self::trial::{Trial, decoder_options, trial};
+use crate::host_model;
+
+/// What the engine is compared with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Against {
+    /// The host's processor.
+    Native,
+    /// The interpreter.
+    Interp,
+}
+
+/// What is tried, and how.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// The engine that is proved.
+    pub engine: EngineKind,
+    /// What it is compared with.
+    pub against: Against,
+    /// Where the random numbers start.
+    pub seed: u64,
+    /// Number of the first trial.
+    pub first: u64,
+    /// Arithmetic flags that an access which faults leaves are not compared.
+    pub dead_flags_ignored: bool,
+    /// So many trials with a difference are made small; others are only counted.
+    pub explained: u64,
+}
+
+impl Options {
+    /// Names of the two sides.
+    fn names(&self) -> [&'static str; 2] {
+        let reference = if self.against == Against::Native { "native" } else { "interp" };
+        [reference, if self.engine == EngineKind::Dbt { "dbt" } else { "interp" }]
+    }
+}
+
+/// A difference between the two sides.
+#[derive(Clone, Debug)]
+pub struct Difference {
+    /// Number of the trial.
+    pub trial: u64,
+    /// What it is about, for telling it from others.
+    pub title: String,
+    /// Everything to know about it, several lines.
+    pub report: String,
+}
+
+/// The two sides, and a third that counts.
+pub struct Blocks {
+    options: Options,
+    model: Arc<CpuModel>,
+    reference: Reference,
+    checker: Checker,
+    subject: Guest,
+    counter: Guest,
+    next: u64,
+}
+
+/// Trials that are run together.
+struct Prepared {
+    /// Number of the first.
+    first: u64,
+    trials: Vec<(Trial, Assembled)>,
+    batch: Arc<Batch>,
+}
+
+/// What a run of many trials came to.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Totals {
+    /// Instructions executed.
+    pub instructions: u64,
+    /// Runs of sequences.
+    pub runs: u64,
+    /// Trials.
+    pub trials: u64,
+    /// Trials with a difference.
+    pub differences: u64,
+    /// Runs that ended by each exception.
+    pub by_vector: [u64; 32],
+    /// Runs that were left out because natively some run of the trial did not end.
+    pub endless: u64,
+}
+
+impl Blocks {
+    /// Starts both sides.
+    ///
+    /// # Errors
+    /// The host gives no memory or process, or can't run the engine.
+    pub fn new(options: Options) -> Result<Self> {
+        let model = Arc::new(host_model());
+        let images: Arc<[Image]> = images().into();
+        let guest = |kind| Guest::new(kind, Arc::clone(&model), Arc::clone(&images)).map_err(engine_error);
+        Ok(Self {
+            // First: the child processes should not have what the others allocate.
+            reference: Reference::new(options.against, &model, &images)?,
+            checker: Checker::new(options, &model, &images)?,
+            subject: guest(options.engine)?,
+            counter: guest(EngineKind::Counter)?,
+            options,
+            model: Arc::clone(&model),
+            next: options.first,
+        })
+    }
+
+    /// Runs a sequence of these bytes at an offset in the code pages, with these general registers. Returns a report
+    /// if there is a difference.
+    pub fn reproduce(&mut self, code: &[u8], origin: usize, registers: &[(usize, u64)]) -> Option<String> {
+        let options = decoder_options(&self.model);
+        self.checker.reproduce(&Trial::of_code(code, origin, registers, options))
+    }
+
+    fn prepare(&mut self) -> Prepared {
+        let first = self.next;
+        let mut trials = Vec::new();
+        let mut batch = Batch::default();
+        while trials.len() < CODES {
+            let trial = trial(self.options.seed, self.next, &self.model);
+            if batch.inputs.len() + trial.runs.len() > RUNS {
+                break;
+            }
+            let (assembled, inputs) = trial.assemble(batch.codes.len() as u32);
+            batch.codes.push(*assembled.code);
+            batch.inputs.extend(inputs);
+            trials.push((trial, assembled));
+            self.next += 1;
+        }
+        Prepared { first, trials, batch: Arc::new(batch) }
+    }
+
+    /// Runs trials until `count` instructions were executed. `found` gets the differences; `progress` hears how far
+    /// it is.
+    ///
+    /// # Errors
+    /// The native process died, or the engine can't be had any more.
+    pub fn run(
+        &mut self,
+        count: u64,
+        mut found: impl FnMut(Difference),
+        mut progress: impl FnMut(&Totals),
+    ) -> Result<Totals> {
+        let mut totals = Totals::default();
+        let mut current = self.prepare();
+        self.reference.submit(&current.batch)?;
+        while totals.instructions < count {
+            let expected = self.reference.wait()?;
+            let next = self.prepare();
+            self.reference.submit(&next.batch)?;
+            let empty = outcomes_to_fill(&current, &expected);
+            let counted = self.counter.execute(&current.batch, empty.clone()).map_err(engine_error)?;
+            let outcomes = self.subject.execute(&current.batch, empty).map_err(engine_error)?;
+            totals.add(&current, &expected, &counted);
+            for number in self.different(&current, &expected, &outcomes) {
+                totals.differences += 1;
+                if totals.differences <= self.options.explained {
+                    found(self.checker.explain(number));
+                }
+            }
+            progress(&totals);
+            current = next;
+        }
+        Ok(totals)
+    }
+
+    /// Numbers of the trials with a difference.
+    fn different(&self, prepared: &Prepared, expected: &[Outcome], outcomes: &[Outcome]) -> Vec<u64> {
+        let mut start = 0;
+        let differs = |trial: &Trial, assembled: &Assembled, start: usize| {
+            let runs = start..start + trial.runs.len();
+            // One that reads undefined flags is the generator's fault; that has a test.
+            let comparison = self.checker.comparison(trial, assembled)?;
+            first_difference(&comparison, &expected[runs.clone()], &outcomes[runs])
+        };
+        let mut numbers = Vec::new();
+        for (number, (trial, assembled)) in (prepared.first..).zip(&prepared.trials) {
+            if differs(trial, assembled, start).is_some() {
+                numbers.push(number);
+            }
+            start += trial.runs.len();
+        }
+        numbers
+    }
+}
+
+/// Outcomes to be filled in: trials in which some run did not end natively are marked to be skipped.
+fn outcomes_to_fill(prepared: &Prepared, expected: &[Outcome]) -> Vec<Outcome> {
+    let mut outcomes = vec![Outcome::empty(); expected.len()];
+    let mut start = 0;
+    for (trial, _) in &prepared.trials {
+        let runs = start..start + trial.runs.len();
+        start = runs.end;
+        if expected[runs.clone()].iter().any(|outcome| outcome.state.vector == TIMEOUT) {
+            outcomes[runs].iter_mut().for_each(|outcome| outcome.state.vector = SKIPPED);
+        }
+    }
+    outcomes
+}
+
+impl Totals {
+    fn add(&mut self, prepared: &Prepared, expected: &[Outcome], counted: &[Outcome]) {
+        self.trials += prepared.trials.len() as u64;
+        for (expected, counted) in expected.iter().zip(counted) {
+            if counted.state.vector < PANIC {
+                self.runs += 1;
+                self.instructions += counted.count;
+                self.by_vector[expected.state.vector as usize & 31] += 1;
+            }
+        }
+        self.endless += counted.iter().filter(|outcome| outcome.state.vector == SKIPPED).count() as u64;
+    }
+}
