@@ -134,14 +134,16 @@ fn borders(s: &mut Suite) {
 fn endless(s: &mut Suite) {
     let hole = ram_end();
     let watchdog = Some((WATCHDOG, 0));
-    let into = limited(|| {
-        // SAFETY: nothing is there; it ends long before the devices.
-        unsafe { asm!("rep stosb", inout("rcx") u64::MAX => _, inout("rdi") hole => _) }
-    });
-    s.check("REP STOSB into a hole is interrupted", short(into), watchdog);
-    let went_on =
-        into.is_some_and(|trap| trap.frame.registers[8] > hole && trap.frame.registers[13] < u64::MAX);
-    s.check("where it stands", went_on, true);
+    let into = || {
+        limited(|| {
+            // SAFETY: nothing is there; it ends long before the devices.
+            unsafe { asm!("rep stosb", inout("rcx") u64::MAX => _, inout("rdi") hole => _) }
+        })
+    };
+    s.check("REP STOSB into a hole is interrupted", short(into()), watchdog);
+    // On a busy host the interrupt may have come before the instruction, but not every time.
+    let stands = || left(into()).is_some_and(|[count, _, to]| to > hole && to - hole == !count);
+    s.check("where it stands", (0..50).any(|_| stands()), true);
     let same = limited(|| {
         // SAFETY: as above; ones are equal to ones.
         unsafe {
