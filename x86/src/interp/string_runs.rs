@@ -123,7 +123,8 @@ impl Cpu {
     ) -> Option<u64> {
         let bytes = elements * u64::from(op.size);
         let down = self.state.has_flags(Rflags::DF);
-        let lowest = if down { offset + u64::from(op.size) - bytes } else { offset };
+        // Behind the last element may lie the end of the address space.
+        let lowest = if down { offset.wrapping_add(op.size.into()).wrapping_sub(bytes) } else { offset };
         let linear = self.checked_address(segment, lowest, bytes as usize, access).ok()?;
         match self.place(env, linear, access, self.privilege()) {
             Ok(Place::Ram(offset)) => Some(offset),
