@@ -7,6 +7,7 @@ pub mod compare;
 pub mod control;
 pub mod flags;
 pub mod guest;
+pub mod isolate;
 pub mod layout;
 pub mod monitor;
 pub mod native;
@@ -17,6 +18,7 @@ pub mod special;
 pub mod trial;
 
 use std::io::Result;
+use std::ops::Range;
 use std::sync::Arc;
 
 use bivisor_x86::cpuid::CpuModel;
@@ -72,6 +74,16 @@ pub struct Difference {
     pub title: String,
     /// Everything to know about it, several lines.
     pub report: String,
+}
+
+/// Who hears how it goes.
+pub trait Listener {
+    /// Trials with these numbers are about to be run on the engine.
+    fn starting(&mut self, trials: Range<u64>);
+    /// There was a difference.
+    fn found(&mut self, difference: Difference);
+    /// So far it went.
+    fn progress(&mut self, totals: &Totals);
 }
 
 /// The two sides, and a third that counts.
@@ -156,17 +168,11 @@ impl Blocks {
         Prepared { first, trials, batch: Arc::new(batch) }
     }
 
-    /// Runs trials until `count` instructions were executed. `found` gets the differences; `progress` hears how far
-    /// it is.
+    /// Runs trials until `count` instructions were executed.
     ///
     /// # Errors
     /// The native process died, or the engine can't be had any more.
-    pub fn run(
-        &mut self,
-        count: u64,
-        mut found: impl FnMut(Difference),
-        mut progress: impl FnMut(&Totals),
-    ) -> Result<Totals> {
+    pub fn run(&mut self, count: u64, listener: &mut impl Listener) -> Result<Totals> {
         let mut totals = Totals::default();
         let mut current = self.prepare();
         self.reference.submit(&current.batch)?;
@@ -176,15 +182,16 @@ impl Blocks {
             self.reference.submit(&next.batch)?;
             let empty = outcomes_to_fill(&current, &expected);
             let counted = self.counter.execute(&current.batch, empty.clone()).map_err(engine_error)?;
+            listener.starting(current.first..current.first + current.trials.len() as u64);
             let outcomes = self.subject.execute(&current.batch, empty).map_err(engine_error)?;
             totals.add(&current, &expected, &counted);
             for number in self.different(&current, &expected, &outcomes) {
                 totals.differences += 1;
                 if totals.differences <= self.options.explained {
-                    found(self.checker.explain(number));
+                    listener.found(self.checker.explain(number));
                 }
             }
-            progress(&totals);
+            listener.progress(&totals);
             current = next;
         }
         Ok(totals)
