@@ -31,6 +31,10 @@ impl Builder<'_> {
     }
 
     pub fn call_indirect(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
+        if decoded.stack_delta.is_none() && decoded.instruction.op0_kind() == OpKind::Memory {
+            // Two pages checked one after the other may take each other's place in the TLB for ever.
+            return Err(NotRenamed);
+        }
         self.read_target(decoded)?;
         if decoded.stack_delta.is_some() {
             self.push_return_address(decoded);
