@@ -2,8 +2,9 @@
 
 use bivisor_oracle::blocks::guest::EngineKind;
 use bivisor_oracle::blocks::layout::CONTROL;
+use bivisor_oracle::blocks::monitor::{MONITOR, START};
 use bivisor_oracle::blocks::{Against, Blocks, Options};
-use bivisor_oracle::layout::DATA;
+use bivisor_oracle::layout::{CODE, DATA};
 
 const RAX: usize = 0;
 const RCX: usize = 1;
@@ -15,19 +16,23 @@ const STACK: u64 = DATA + 0x800;
 /// An address that is not canonical.
 const NOWHERE: u64 = 1 << 62;
 
-/// Runs the bytes at an offset in the code pages with these registers, natively and on the translator.
-#[track_caller]
-fn agrees(code: &[u8], origin: usize, registers: &[(usize, u64)]) {
-    let mut blocks = Blocks::new(Options {
+/// Both sides, for several sequences.
+fn both_sides() -> Blocks {
+    let options = Options {
         engine: EngineKind::Dbt,
         against: Against::Native,
         seed: 0,
         first: 0,
         dead_flags_ignored: false,
         explained: 0,
-    })
-    .expect("both sides start");
-    if let Some(report) = blocks.reproduce(code, origin, registers) {
+    };
+    Blocks::new(options).expect("both sides start")
+}
+
+/// Runs the bytes at an offset in the code pages with these registers, natively and on a new translator.
+#[track_caller]
+fn agrees(code: &[u8], origin: usize, registers: &[(usize, u64)]) {
+    if let Some(report) = both_sides().reproduce(code, origin, registers) {
         panic!("{report}");
     }
 }
@@ -85,4 +90,21 @@ fn what_can_not_be_encoded_leaves_nothing_behind() {
 fn a_stack_in_two_pages_costs_no_flags() {
     // call +0, the return address in two pages
     agrees(&[0xe8, 0, 0, 0, 0], 0, &[(RSP, DATA + 0x1004)]);
+}
+
+#[test]
+fn addresses_that_are_not_canonical_are_no_aliases_in_the_jump_cache() {
+    // jmp rax; the addresses differ from those of code in use, and from zero, by what modes are told apart by
+    let mut blocks = both_sides();
+    for known in [0, CODE, MONITOR, START] {
+        for bits in (1u64..12).chain(0xfff5..=0xffff) {
+            let address = known.wrapping_add(bits << 48);
+            if address << 16 >> 16 != 0 && (address as i64) << 16 >> 16 == address as i64 {
+                continue;
+            }
+            if let Some(report) = blocks.reproduce(&[0xff, 0xe0], 0, &[(RAX, address)]) {
+                panic!("{report}");
+            }
+        }
+    }
 }

@@ -346,7 +346,7 @@ impl Context {
     /// Empties the jump cache.
     pub fn flush_jumps(&mut self) {
         // With a complement of zero only bias + rip = 0 would hit; biases are at least 1 << 48, and no canonical
-        // address complements one below 1 << 63.
+        // address, which others are not looked up for, complements one below 1 << 63.
         self.jumps.fill(JumpEntry { complement: 0, host: 0 });
     }
 
