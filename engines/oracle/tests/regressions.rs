@@ -108,3 +108,9 @@ fn addresses_that_are_not_canonical_are_no_aliases_in_the_jump_cache() {
         }
     }
 }
+
+#[test]
+fn a_string_instruction_goes_down_from_the_highest_address() {
+    // std; rep lodsb
+    agrees(&[0xfd, 0xf3, 0xac], 0, &[(RCX, 5), (RSI, u64::MAX)]);
+}
