@@ -7,6 +7,7 @@ use iced_x86::{
     OpAccess, OpKind, Register, RflagsBits,
 };
 
+use super::code32;
 use super::key::{Key, SUPERVISOR, SUPERVISOR_AC, USER};
 
 /// The arithmetic flags, as iced-x86 numbers them.
@@ -130,6 +131,8 @@ pub struct Decoded {
     pub stack_delta: Option<i32>,
     /// Access of each operand.
     pub access: [OpAccess; 4],
+    /// Bytes that the stack moves by: 8, or 4 in 32-bit code.
+    pub stack_step: i32,
     /// Number of the window that its memory operand lies in.
     pub window: Option<u8>,
 }
@@ -167,7 +170,7 @@ pub struct StackRange {
 /// A stack range larger than this is not tracked: it would often cross a page.
 const STACK_RANGE_LIMIT: i32 = 1024;
 
-/// Classifies a 64-bit instruction.
+/// Classifies a 64-bit instruction, or one of 32-bit code as [`super::code32::widen`] leaves it.
 pub fn classify(instruction: &Instruction, model: &CpuModel, key: Key) -> Class {
     if !instruction.has_lock_prefix()
         && let Some(class) = sensitive(instruction, model, key)
@@ -216,7 +219,7 @@ fn sensitive(instruction: &Instruction, model: &CpuModel, key: Key) -> Option<Cl
         Mnemonic::Rdtsc if key.tsc() => Class::Rdtsc,
         Mnemonic::Rdtscp if key.tsc() && model.offers_instruction(instruction) => Class::Rdtscp,
         Mnemonic::Cpuid => Class::Cpuid,
-        Mnemonic::Syscall if !supervisor => Class::Syscall,
+        Mnemonic::Syscall if !supervisor && !key.code32() => Class::Syscall,
         Mnemonic::Sysretq if supervisor => Class::Sysret,
         Mnemonic::Swapgs if supervisor => Class::Swapgs,
         Mnemonic::Cli if supervisor => Class::Cli,
@@ -257,7 +260,7 @@ fn sensitive(instruction: &Instruction, model: &CpuModel, key: Key) -> Option<Cl
 }
 
 fn reads_control(instruction: &Instruction) -> bool {
-    instruction.code() == Code::Mov_r64_cr
+    matches!(instruction.code(), Code::Mov_r64_cr | Code::Mov_r32_cr)
         && matches!(instruction.op1_register(), Register::CR0 | Register::CR2 | Register::CR3 | Register::CR4)
 }
 
@@ -697,12 +700,14 @@ pub fn track_stack(block: &mut [Decoded]) -> Option<StackRange> {
         decoded.stack_delta = delta;
         let Some(current) = delta else { continue };
         if let Some((offset, size, write)) = stack_access(decoded) {
-            let low = current + offset;
+            let (mut low, mut high) = (current + offset, current + offset + size);
+            if decoded.stack_step == code32::STACK_STEP {
+                // ESP itself lies in the page, too: it has not wrapped since the check.
+                (low, high) = (low.min(current), high.max(current));
+            }
             let candidate = match range {
-                None => StackRange { low, high: low + size, write },
-                Some(r) => {
-                    StackRange { low: r.low.min(low), high: r.high.max(low + size), write: r.write | write }
-                }
+                None => StackRange { low, high, write },
+                Some(r) => StackRange { low: r.low.min(low), high: r.high.max(high), write: r.write | write },
             };
             if candidate.high - candidate.low > STACK_RANGE_LIMIT {
                 delta = None;
@@ -848,9 +853,10 @@ fn moved_value(instruction: &Instruction, values: &[Option<(u8, i32)>; 16]) -> O
 /// Offset from RSP, size and direction of an access to the stack at a fixed offset. PUSH of a memory operand and
 /// CALL through memory may make another one.
 pub fn stack_access(decoded: &Decoded) -> Option<(i32, i32, bool)> {
+    let step = decoded.stack_step;
     match decoded.class {
-        Class::Push | Class::Pushf | Class::Call | Class::CallIndirect => Some((-8, 8, true)),
-        Class::Pop | Class::Return => Some((0, 8, false)),
+        Class::Push | Class::Pushf | Class::Call | Class::CallIndirect => Some((-step, step, true)),
+        Class::Pop | Class::Return => Some((0, step, false)),
         Class::Copy => {
             let (offset, size) = rsp_operand(&decoded.instruction)?;
             Some((offset, size, writes_memory(decoded)))
@@ -892,9 +898,9 @@ fn rsp_operand(instruction: &Instruction) -> Option<(i32, i32)> {
 fn after(decoded: &Decoded, delta: i32) -> Option<i32> {
     let instruction = &decoded.instruction;
     let moved = match decoded.class {
-        Class::Push | Class::Pushf => -8,
+        Class::Push | Class::Pushf => -i64::from(decoded.stack_step),
         Class::Pop if instruction.op0_register() == Register::RSP => return None,
-        Class::Pop => 8,
+        Class::Pop => decoded.stack_step.into(),
         Class::Nothing
         | Class::JumpIf
         | Class::BitString
@@ -916,12 +922,10 @@ fn after(decoded: &Decoded, delta: i32) -> Option<i32> {
             });
             match instruction.mnemonic() {
                 _ if !writes_rsp => 0,
-                Mnemonic::Add if is_64bit_immediate(instruction) => instruction.immediate(1) as i64,
-                Mnemonic::Sub if is_64bit_immediate(instruction) => {
-                    (instruction.immediate(1) as i64).checked_neg()?
-                }
+                Mnemonic::Add => stack_constant(decoded)?,
+                Mnemonic::Sub => stack_constant(decoded)?.checked_neg()?,
                 Mnemonic::Lea
-                    if instruction.op0_register() == Register::RSP
+                    if i32::try_from(instruction.op0_register().size()) == Ok(decoded.stack_step)
                         && instruction.memory_base() == Register::RSP
                         && instruction.memory_index() == Register::None =>
                 {
@@ -941,10 +945,16 @@ pub fn changes_stack(decoded: &Decoded) -> bool {
     matches!(decoded.class, Class::Copy | Class::Pop | Class::Leave) && after(decoded, 0).is_none()
 }
 
-fn is_64bit_immediate(instruction: &Instruction) -> bool {
-    instruction.op0_kind() == OpKind::Register
+/// What an addition to or subtraction from the stack pointer adds or subtracts, if that is constant.
+fn stack_constant(decoded: &Decoded) -> Option<i64> {
+    let instruction = &decoded.instruction;
+    if decoded.stack_step == code32::STACK_STEP {
+        return code32::stack_constant(instruction);
+    }
+    let constant = instruction.op0_kind() == OpKind::Register
         && instruction.op0_register() == Register::RSP
-        && matches!(instruction.op1_kind(), OpKind::Immediate8to64 | OpKind::Immediate32to64)
+        && matches!(instruction.op1_kind(), OpKind::Immediate8to64 | OpKind::Immediate32to64);
+    constant.then(|| instruction.immediate(1) as i64)
 }
 
 /// Accesses of the operands.

@@ -6,9 +6,10 @@
 
 use bivisor_x86::cpuid::CpuModel;
 use bivisor_x86::interp::decode::{decoder_options, is_peculiar};
-use iced_x86::{Decoder, Encoder, InstructionInfoFactory};
+use iced_x86::{Decoder, Encoder, Instruction, InstructionInfoFactory};
 
 use super::analysis::{self, Class, Decoded, StackRange, Unit, Window};
+use super::code32::{self, Widened};
 use super::context::{
     self, ADDEND, ADDRESS, GUEST_RSP, TEMPORARY, block_flags, page_base, saved, stack_page,
 };
@@ -40,10 +41,10 @@ pub struct SharedCode {
     pub stack_window: [usize; 3],
     /// Called: looks for another page for a slot, by privilege class, and whether it is written.
     pub slot: [[usize; 2]; 3],
-    /// Called: REP MOVS, by privilege class and log2 of the element's size.
-    pub repeat_movs: [[usize; 4]; 3],
+    /// Called: REP MOVS, by code of 64 or 32 bits, privilege class, and log2 of the element's size.
+    pub repeat_movs: [[[usize; 4]; 3]; 2],
     /// Called: REP STOS, likewise.
-    pub repeat_stos: [[usize; 4]; 3],
+    pub repeat_stos: [[[usize; 4]; 3]; 2],
 }
 
 /// Where a block comes from and goes to.
@@ -241,11 +242,12 @@ fn is_vector(decoded: &Decoded) -> bool {
 
 fn decode(request: &Request<'_>, factory: &mut InstructionInfoFactory, looked_at: &mut u64) -> Vec<Decoded> {
     let options = decoder_options(request.model);
-    let mut decoder = Decoder::with_ip(64, &request.page[request.offset..], request.offset as u64, options);
+    let bits = code_bits(request.key);
+    let mut decoder = Decoder::with_ip(bits, &request.page[request.offset..], request.offset as u64, options);
     let mut block = Vec::with_capacity(16);
     let mut branches = 0;
     while block.len() < MAX_INSTRUCTIONS && decoder.can_decode() && (decoder.ip() as usize) < PAGE {
-        let instruction = decoder.decode();
+        let mut instruction = decoder.decode();
         if instruction.is_invalid() {
             // Cut off by the page's end, or no instruction at all: the interpreter decides.
             break;
@@ -254,7 +256,7 @@ fn decode(request: &Request<'_>, factory: &mut InstructionInfoFactory, looked_at
         let class = if is_peculiar(&instruction, bytes, request.model) {
             Class::Interpret
         } else {
-            analysis::classify(&instruction, request.model, request.key)
+            classify(&mut instruction, request)
         };
         let access = analysis::operand_accesses(factory, &instruction);
         let live_taken = match class {
@@ -268,6 +270,7 @@ fn decode(request: &Request<'_>, factory: &mut InstructionInfoFactory, looked_at
             live_taken,
             stack_delta: None,
             access,
+            stack_step: request.key.stack_step(),
             window: None,
         });
         branches += usize::from(class == Class::JumpIf);
@@ -279,6 +282,22 @@ fn decode(request: &Request<'_>, factory: &mut InstructionInfoFactory, looked_at
         }
     }
     block
+}
+
+fn code_bits(key: Key) -> u32 {
+    if key.code32() { 32 } else { 64 }
+}
+
+/// The instruction's class; one of 32-bit code becomes its 64-bit equivalent.
+fn classify(instruction: &mut Instruction, request: &Request<'_>) -> Class {
+    if request.key.code32() {
+        match code32::widened(instruction, request.key) {
+            Widened::As(wide) => *instruction = wide,
+            Widened::Interpreted => return Class::Interpret,
+            Widened::InterpretedLast => return Class::InterpretLast,
+        }
+    }
+    analysis::classify(instruction, request.model, request.key)
 }
 
 /// Flags that may be read after the block.
@@ -297,7 +316,8 @@ fn live_out(request: &Request<'_>, last: &Decoded, looked_at: &mut u64) -> u32 {
 fn live_at(request: &Request<'_>, offset: usize, looked_at: &mut u64) -> u32 {
     let page = request.page.get(..PAGE).unwrap_or_default();
     let Some(bytes) = page.get(offset..) else { return analysis::ALL_FLAGS };
-    let mut decoder = Decoder::with_ip(64, bytes, offset as u64, decoder_options(request.model));
+    let bits = code_bits(request.key);
+    let mut decoder = Decoder::with_ip(bits, bytes, offset as u64, decoder_options(request.model));
     let ahead = std::iter::from_fn(|| decoder.can_decode().then(|| decoder.decode())).take(LOOK_AHEAD);
     let live = analysis::live_at_start(ahead);
     *looked_at |= code_tracker::lines(offset as u64, decoder.ip() - offset as u64);
@@ -384,7 +404,7 @@ impl Builder<'_> {
         } else {
             host_register(window.root)
         };
-        self.e.lea(Width::W64, ADDRESS, at(root, window.low));
+        self.e.lea(self.width(), ADDRESS, at(root, window.low));
         self.e.sub_mem(Width::W64, ADDRESS, context::slot_page(slot));
         self.e.compare_imm(Width::W64, ADDRESS, PAGE as i32 - size);
         let from = self.e.jump_if(condition::A);
@@ -415,6 +435,16 @@ impl Builder<'_> {
 
     pub fn class(&self) -> u8 {
         self.request.key.class()
+    }
+
+    /// Width of addresses, and of what is on the stack.
+    pub fn width(&self) -> Width {
+        if self.request.key.code32() { Width::W32 } else { Width::W64 }
+    }
+
+    /// Bytes that the stack moves by.
+    pub fn stack_step(&self) -> i32 {
+        self.request.key.stack_step()
     }
 
     pub fn new_site(&mut self, kind: SiteKind) -> u32 {
@@ -630,7 +660,7 @@ impl Builder<'_> {
             } else {
                 host_register(root)
             };
-            self.e.lea(Width::W64, ADDRESS, at(base, low));
+            self.e.lea(self.width(), ADDRESS, at(base, low));
         }
         self.e.load_immediate(ADDEND, context::slot(retry.slot) as u64);
         self.e.load_immediate(TEMPORARY, retry.size as u64 - 1);
@@ -673,6 +703,14 @@ impl Builder<'_> {
         let SiteKind::Stack { low, size, retry, .. } = *self.kind_of(site) else { return };
         self.e.bind(from);
         self.e.lea(Width::W64, ADDRESS, at(GUEST_RSP, low));
+        if self.request.key.code32() {
+            // Accesses don't truncate ESP plus an offset, so nothing may wrap.
+            self.e.copy(Width::W64, TEMPORARY, ADDRESS);
+            self.e.shr(Width::W64, TEMPORARY, 12);
+            self.e.compare_imm(Width::W64, TEMPORARY, (code32::LAST_PAGE >> 12) as i32 - 1);
+            let outside = self.e.jump_if(condition::A);
+            self.stubs.push(Stub { from: outside, site, address: None, retry: None });
+        }
         self.e.load_immediate(TEMPORARY, u64::from(size) - 1);
         let call = self.e.call();
         self.bind_shared(call, self.request.shared.stack_window[usize::from(self.class())]);

@@ -10,9 +10,9 @@ use super::site::{FaultPoint, Site, SiteKind};
 use crate::code_memory::CodeMemory;
 
 /// Bytes of host code at most; when they are used up, everything is dropped.
-const CODE_SIZE: usize = 32 << 20;
+const CODE_SIZE: usize = 64 << 20;
 /// Blocks at most.
-const MAX_BLOCKS: usize = 200_000;
+const MAX_BLOCKS: usize = 400_000;
 
 /// A translated block.
 pub struct Block {
@@ -266,6 +266,11 @@ impl Cache {
         if self.index.get(&key) == Some(&number) {
             self.index.remove(&key);
         }
+    }
+
+    /// All slots are free again. The blocks that use some must have been dropped.
+    pub fn free_slots(&mut self) {
+        self.slots.clear();
     }
 
     /// Drops everything. No code may be executing.

@@ -44,7 +44,7 @@ pub const TLB_EMPTY: u64 = u64::MAX;
 /// Entries of the jump cache: as many as 15 bits can index.
 pub const JUMP_ENTRIES: usize = 1 << 15;
 /// Links between pages at most.
-pub const LINKS: usize = 1 << 16;
+pub const LINKS: usize = 1 << 18;
 /// Bit of [`Context::jump_bias`] that is set when an event waits: no lookup hits any more.
 pub const EVENT_BIT: u64 = 1 << 63;
 /// [`Context::stack_page`] where no page is checked: not canonical, so no stack comes near it.
@@ -145,7 +145,7 @@ pub struct Slot {
 }
 
 /// Slots at most.
-pub const SLOTS: usize = 4096;
+pub const SLOTS: usize = 1024;
 
 /// What SYSCALL and SYSRET load into CS and SS, worked out beforehand.
 #[repr(C)]

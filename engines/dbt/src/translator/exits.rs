@@ -7,9 +7,11 @@ use bivisor_x86::cpu::Access;
 use bivisor_x86::env::Env;
 use bivisor_x86::memory::is_canonical;
 use bivisor_x86::paging::Place;
+use bivisor_x86::state::{SegReg, Segment};
 use iced_x86::{Code, Decoder, DecoderOptions};
 
 use super::block::PAGE;
+use super::code32;
 use super::context::{CPUID_ENTRIES, CpuidEntry};
 use super::key::Key;
 use super::site::{Site, SiteKind, Undo};
@@ -50,6 +52,7 @@ impl DbtVcpu {
             }
             SiteKind::Window { root, write, size, low, retry, .. } => {
                 let first = self.cpu.state.gpr[usize::from(root & 15)].wrapping_add(low as i64 as u64);
+                let first = self.wrapped(first);
                 let last = first.wrapping_add(u64::from(size)).wrapping_sub(1);
                 if first & PAGE_MASK == last & PAGE_MASK && self.fill(first, 1, write) {
                     return Next::Resume(retry, site.block, self.loaded_within(site.block));
@@ -87,7 +90,7 @@ impl DbtVcpu {
                 Next::Dispatch
             }
             SiteKind::Link { target, .. } => {
-                self.cpu.state.rip = base.wrapping_add(target as i64 as u64);
+                self.cpu.state.rip = self.wrapped(base.wrapping_add(target as i64 as u64));
                 self.link_jump(number, &site);
                 Next::Dispatch
             }
@@ -105,7 +108,7 @@ impl DbtVcpu {
                 Next::Dispatch
             }
             SiteKind::Event { target } => {
-                self.cpu.state.rip = base.wrapping_add(target as i64 as u64);
+                self.cpu.state.rip = self.wrapped(base.wrapping_add(target as i64 as u64));
                 let key = Key::of(&self.cpu);
                 self.found_hot(key);
                 Next::Dispatch
@@ -136,6 +139,16 @@ impl DbtVcpu {
                 }
             }
         }
+    }
+
+    /// Whether the code that was translated is 64-bit code, not 32-bit code.
+    fn is_long(&self) -> bool {
+        self.cpu.state.seg[SegReg::Cs as usize].attributes & Segment::L != 0
+    }
+
+    /// A linear address as translated code sees it: 32-bit code has no upper half.
+    fn wrapped(&self, linear: u64) -> u64 {
+        if self.is_long() { linear } else { linear & u64::from(u32::MAX) }
     }
 
     /// Takes the arithmetic flags from where the block had put them.
@@ -187,7 +200,8 @@ impl DbtVcpu {
         let mut bytes = [0; 15];
         let length = bytes.len().min(PAGE - offset as usize % PAGE);
         self.env.load_bytes(offset, &mut bytes[..length]);
-        Decoder::new(64, &bytes[..length], DecoderOptions::NONE).decode().code()
+        let bits = self.cpu.state.code_bits();
+        Decoder::new(bits, &bytes[..length], DecoderOptions::NONE).decode().code()
     }
 
     fn remember_cpuid(&mut self, (leaf, subleaf): (u32, u32)) {
@@ -226,7 +240,9 @@ impl DbtVcpu {
     fn stack_miss(&mut self, low: i32, size: u16, retry: u32, site: &Site) -> Next {
         let first = self.cpu.state.gpr[4].wrapping_add(low as i64 as u64);
         let last = first.wrapping_add(u64::from(size)).wrapping_sub(1);
-        if first & PAGE_MASK == last & PAGE_MASK && self.fill(first, 1, true) {
+        // In 32-bit code nothing on the stack may wrap.
+        let inside = self.is_long() || first < code32::LAST_PAGE;
+        if inside && first & PAGE_MASK == last & PAGE_MASK && self.fill(first, 1, true) {
             let addend = self.addend(first);
             let context = self.context();
             context.stack_page.store(first & PAGE_MASK, Ordering::SeqCst);
@@ -268,7 +284,7 @@ impl DbtVcpu {
     fn fill_for_string(&mut self, is_move: bool) -> bool {
         let gpr = &self.cpu.state.gpr;
         let here = (self.cpu.state.rip, gpr[1]);
-        let (source, destination) = (gpr[6], gpr[7]);
+        let (source, destination) = (self.wrapped(gpr[6]), self.wrapped(gpr[7]));
         if here.1 == 0 || self.last_string == here {
             self.last_string = (0, 0);
             return false;

@@ -21,26 +21,25 @@ impl Builder<'_> {
             if guest >= 12 {
                 self.e.load(Width::W64, ADDRESS, context::spilled(guest));
             } else {
-                self.e.copy(Width::W64, ADDRESS, host_register(guest));
+                self.e.copy(self.width(), ADDRESS, host_register(guest));
             }
             return Ok(());
         }
         self.address(instruction)?;
-        self.check(8, false, decoded.live_before);
-        self.e.load(Width::W64, ADDRESS, indexed(ADDRESS, ADDEND, 0, 0));
+        self.check(self.stack_step(), false, decoded.live_before);
+        self.e.load(self.width(), ADDRESS, indexed(ADDRESS, ADDEND, 0, 0));
         Ok(())
     }
 
     pub fn call_indirect(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
-        if decoded.stack_delta.is_none() && decoded.instruction.op0_kind() == OpKind::Memory {
-            // Two pages checked one after the other may take each other's place in the TLB for ever.
-            return Err(NotRenamed);
-        }
         self.read_target(decoded)?;
         if decoded.stack_delta.is_some() {
             self.push_return_address(decoded);
         } else {
             self.e.store(Width::W64, context::target(), ADDRESS);
+            // Once the stack's page is there, this goes on here: the page of the target must not be needed again, since
+            // the two may have to take turns in one entry of the TLB.
+            self.instruction_start = self.e.position();
             self.push_return_address(decoded);
             self.e.load(Width::W64, ADDRESS, context::target());
         }
@@ -50,11 +49,12 @@ impl Builder<'_> {
 
     pub fn ret(&mut self, decoded: &Decoded) {
         let place = self.stack_operand(decoded, 0, false);
-        self.e.load(Width::W64, ADDRESS, place);
+        self.e.load(self.width(), ADDRESS, place);
         let extra =
             if decoded.instruction.op_count() > 0 { decoded.instruction.immediate16().into() } else { 0 };
-        self.e.lea(Width::W64, GUEST_RSP, at(GUEST_RSP, 8 + extra));
-        self.look_up(Undo::Return(8 + extra as u32));
+        let popped = self.stack_step() + extra;
+        self.e.lea(self.width(), GUEST_RSP, at(GUEST_RSP, popped));
+        self.look_up(Undo::Return(popped as u32));
     }
 
     /// Goes on at the linear address in ADDRESS, by the jump cache. Leaves the guest's flags alone.
@@ -109,7 +109,7 @@ impl Builder<'_> {
             self.check_event(target, live);
         }
         self.e.load(Width::W64, ADDRESS, page_base());
-        self.e.lea(Width::W64, ADDRESS, at(ADDRESS, target));
+        self.e.lea(self.width(), ADDRESS, at(ADDRESS, target));
         let link = self.request.first_link + self.links;
         self.links += 1;
         self.new_site(SiteKind::Link { target, link, stub: 0 });

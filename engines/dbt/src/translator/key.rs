@@ -2,7 +2,9 @@
 
 use bivisor_x86::cpu::Cpu;
 use bivisor_x86::registers::{Cr0, Cr4, Rflags};
-use bivisor_x86::state::{XCR0_AVX, XCR0_SSE};
+use bivisor_x86::state::{CpuState, Mode, SegReg, Segment, XCR0_AVX, XCR0_SSE};
+
+use super::code32;
 
 /// The mode of a block: part of its identity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -20,6 +22,9 @@ const AVX: u16 = 1 << 3;
 const X87: u16 = 1 << 4;
 const TSC: u16 = 1 << 5;
 const NO_STACK: u16 = 1 << 6;
+const CODE32: u16 = 1 << 7;
+const FS: u16 = 1 << 8;
+const GS: u16 = 1 << 9;
 
 /// Exception masks of MXCSR.
 const MXCSR_MASKS: u32 = 0x1f80;
@@ -27,7 +32,8 @@ const MXCSR_MASKS: u32 = 0x1f80;
 const FCW_MASKS: u16 = 0x3f;
 
 impl Key {
-    /// The key of 64-bit code in the processor's current mode.
+    /// The key of code in the processor's current mode, if it is 64-bit code or [`Key::code32`]; else nothing that may be
+    /// translated.
     pub fn of(cpu: &Cpu) -> Self {
         let state = &cpu.state;
         let class = match (state.cpl, state.has_flags(Rflags::AC)) {
@@ -35,7 +41,7 @@ impl Key {
             (_, false) => SUPERVISOR,
             (_, true) => SUPERVISOR_AC,
         };
-        let mut bits = u16::from(class);
+        let mut bits = u16::from(class) | segments(state);
         let area = &state.xsave.bytes;
         if !state.cr0_has(Cr0::TS) && !state.cr0_has(Cr0::EM) {
             let fcw = u16::from_le_bytes([area[0], area[1]]);
@@ -79,6 +85,22 @@ impl Key {
     pub fn x87(self) -> bool {
         self.0 & X87 != 0
     }
+    /// The code is 32-bit code in flat segments.
+    pub fn code32(self) -> bool {
+        self.0 & CODE32 != 0
+    }
+    /// Bytes that the stack moves by.
+    pub fn stack_step(self) -> i32 {
+        if self.code32() { code32::STACK_STEP } else { 8 }
+    }
+    /// In 32-bit code: FS reaches all addresses and may be written.
+    pub fn fs(self) -> bool {
+        self.0 & FS != 0
+    }
+    /// In 32-bit code: GS reaches all addresses and may be written.
+    pub fn gs(self) -> bool {
+        self.0 & GS != 0
+    }
     /// RDTSC is allowed at every privilege level.
     pub fn tsc(self) -> bool {
         self.0 & TSC != 0
@@ -99,4 +121,40 @@ impl Key {
     pub fn bits(self) -> u16 {
         self.0
     }
+}
+
+/// What the key says of the segments: nothing unless the code is 32-bit code in flat segments.
+fn segments(state: &CpuState) -> u16 {
+    let segment = |register: SegReg| &state.seg[register as usize];
+    let code = segment(SegReg::Cs);
+    if code.attributes & (Segment::L | Segment::DB) != Segment::DB
+        || !matches!(state.mode(), Mode::Protected | Mode::Compatibility)
+        || !matches!(state.cpl, 0 | 3)
+    {
+        return 0;
+    }
+    // Type bits 3 and 1: readable code (SDM Vol. 3A, section 3.4.5.1).
+    let readable = code.attributes & (Segment::UNUSABLE | Segment::S | 0b1010) == Segment::S | 0b1010;
+    let wide_stack = segment(SegReg::Ss).attributes & Segment::DB != 0;
+    let flat = [SegReg::Ss, SegReg::Ds, SegReg::Es]
+        .into_iter()
+        .all(|register| segment(register).base == 0 && reaches_all(segment(register)));
+    if !readable || code.base != 0 || code.limit != u32::MAX || !wide_stack || !flat {
+        return 0;
+    }
+    let mut bits = CODE32;
+    if reaches_all(segment(SegReg::Fs)) {
+        bits |= FS;
+    }
+    if reaches_all(segment(SegReg::Gs)) {
+        bits |= GS;
+    }
+    bits
+}
+
+/// Whether every offset of a data segment may be read and written.
+fn reaches_all(segment: &Segment) -> bool {
+    // Type bits 3, 2, 1: data that expands up and may be written (SDM Vol. 3A, section 3.4.5.1).
+    segment.limit == u32::MAX
+        && segment.attributes & (Segment::UNUSABLE | Segment::S | 0b1110) == Segment::S | 0b0010
 }

@@ -161,7 +161,7 @@ impl Builder<'_> {
             _ => return Ok(()),
         };
         self.e.load(Width::W64, TEMPORARY, base);
-        self.e.lea(Width::W64, ADDRESS, indexed(ADDRESS, TEMPORARY, 0, 0));
+        self.e.lea(self.width(), ADDRESS, indexed(ADDRESS, TEMPORARY, 0, 0));
         Ok(())
     }
 
@@ -188,7 +188,7 @@ impl Builder<'_> {
         }
         // With a 67h prefix everything wraps at 32 bits.
         let short = base.size() == 4 || index.size() == 4;
-        let width = if short { Width::W32 } else { Width::W64 };
+        let width = if short { Width::W32 } else { self.width() };
         let displacement = displacement as i32;
         let host_base = self.address_register(base, ADDRESS);
         let host_index = self.address_register(index, TEMPORARY);
@@ -275,6 +275,7 @@ impl Builder<'_> {
         if analysis::is_based(instruction)
             && let Ok(displacement) = i32::try_from(instruction.memory_displacement64() as i64)
             && (decoded.window.is_some() || !is_spilled(instruction.memory_base()))
+            && !self.request.key.code32()
             && let Some(base) = self.address_register(instruction.memory_base(), ADDRESS)
         {
             match decoded.window {
@@ -289,8 +290,12 @@ impl Builder<'_> {
             return Ok(());
         }
         self.address(instruction)?;
-        let size = instruction.memory_size().size() as i32;
-        self.check(size, analysis::writes_memory(decoded), decoded.live_before);
+        if let Some(window) = decoded.window {
+            self.load_window_addend(window);
+        } else {
+            let size = instruction.memory_size().size() as i32;
+            self.check(size, analysis::writes_memory(decoded), decoded.live_before);
+        }
         renamed.set_memory_base(Register::R14);
         renamed.set_memory_index(Register::R13);
         renamed.set_memory_displacement64(0);
@@ -414,16 +419,17 @@ impl Builder<'_> {
             self.load_stack_addend();
             return indexed(GUEST_RSP, ADDEND, 0, offset);
         }
-        self.e.lea(Width::W64, ADDRESS, at(GUEST_RSP, offset));
-        self.check(8, write, decoded.live_before);
+        self.e.lea(self.width(), ADDRESS, at(GUEST_RSP, offset));
+        self.check(self.stack_step(), write, decoded.live_before);
         indexed(ADDRESS, ADDEND, 0, 0)
     }
 
     pub fn push(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
         let instruction = &decoded.instruction;
+        let (width, step) = (self.width(), self.stack_step());
         match instruction.op0_kind() {
             OpKind::Register => {
-                let place = self.stack_operand(decoded, -8, true);
+                let place = self.stack_operand(decoded, -step, true);
                 let guest = number(instruction.op0_register()).ok_or(NotRenamed)?;
                 let host = if guest >= 12 {
                     self.e.load(Width::W64, TEMPORARY, context::spilled(guest));
@@ -431,32 +437,36 @@ impl Builder<'_> {
                 } else {
                     host_register(guest)
                 };
-                self.e.store(Width::W64, place, host);
+                self.e.store(width, place, host);
             }
             OpKind::Memory => {
                 if decoded.stack_delta.is_none() {
                     return Err(NotRenamed);
                 }
                 self.address(instruction)?;
-                self.check(8, false, decoded.live_before);
-                self.e.load(Width::W64, TEMPORARY, indexed(ADDRESS, ADDEND, 0, 0));
-                let place = self.stack_operand(decoded, -8, true);
-                self.e.store(Width::W64, place, TEMPORARY);
+                self.check(step, false, decoded.live_before);
+                self.e.load(width, TEMPORARY, indexed(ADDRESS, ADDEND, 0, 0));
+                let place = self.stack_operand(decoded, -step, true);
+                self.e.store(width, place, TEMPORARY);
             }
             _ => {
-                let place = self.stack_operand(decoded, -8, true);
-                self.e.store_imm32_as_64(place, instruction.immediate(0) as i32);
+                let place = self.stack_operand(decoded, -step, true);
+                let value = instruction.immediate(0);
+                match width {
+                    Width::W32 => self.e.store_imm32(place, value as u32),
+                    Width::W64 => self.e.store_imm32_as_64(place, value as i32),
+                }
             }
         }
-        self.e.lea(Width::W64, GUEST_RSP, at(GUEST_RSP, -8));
+        self.e.lea(width, GUEST_RSP, at(GUEST_RSP, -step));
         Ok(())
     }
 
     pub fn pop(&mut self, decoded: &Decoded) {
         let place = self.stack_operand(decoded, 0, false);
         let guest = number(decoded.instruction.op0_register()).unwrap_or_default();
-        self.e.load(Width::W64, TEMPORARY, place);
-        self.e.lea(Width::W64, GUEST_RSP, at(GUEST_RSP, 8));
+        self.e.load(self.width(), TEMPORARY, place);
+        self.e.lea(self.width(), GUEST_RSP, at(GUEST_RSP, self.stack_step()));
         if guest >= 12 {
             self.e.store(Width::W64, context::spilled(guest), TEMPORARY);
         } else {
@@ -466,23 +476,25 @@ impl Builder<'_> {
     }
 
     pub fn leave(&mut self, decoded: &Decoded) {
-        self.e.copy(Width::W64, ADDRESS, reg::RBP);
-        self.check(8, false, decoded.live_before);
-        self.e.load(Width::W64, TEMPORARY, indexed(ADDRESS, ADDEND, 0, 0));
-        self.e.lea(Width::W64, GUEST_RSP, at(reg::RBP, 8));
-        self.e.copy(Width::W64, reg::RBP, TEMPORARY);
+        let (width, step) = (self.width(), self.stack_step());
+        self.e.copy(width, ADDRESS, reg::RBP);
+        self.check(step, false, decoded.live_before);
+        self.e.load(width, TEMPORARY, indexed(ADDRESS, ADDEND, 0, 0));
+        self.e.lea(width, GUEST_RSP, at(reg::RBP, step));
+        self.e.copy(width, reg::RBP, TEMPORARY);
     }
 
     pub fn push_return_address(&mut self, decoded: &Decoded) {
-        let place = self.stack_operand(decoded, -8, true);
+        let (width, step) = (self.width(), self.stack_step());
+        let place = self.stack_operand(decoded, -step, true);
         if decoded.class == Class::CallIndirect {
             self.e.load(Width::W64, TEMPORARY, place);
             self.e.store(Width::W64, context::overwritten(), TEMPORARY);
         }
         self.e.load(Width::W64, TEMPORARY, page_base());
         self.e.lea(Width::W64, TEMPORARY, at(TEMPORARY, self.next_guest as i32));
-        self.e.store(Width::W64, place, TEMPORARY);
-        self.e.lea(Width::W64, GUEST_RSP, at(GUEST_RSP, -8));
+        self.e.store(width, place, TEMPORARY);
+        self.e.lea(width, GUEST_RSP, at(GUEST_RSP, -step));
     }
 }
 

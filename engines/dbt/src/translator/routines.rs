@@ -88,7 +88,8 @@ pub fn slot(e: &mut Emitter, class: u8, write: bool) -> usize {
 
 /// REP MOVS or REP STOS forwards, elements of 1 << `scale` bytes, page by page as long as no page is missing in the
 /// TLB and no event waits. ZF: nothing is left to do. RSI, RDI and RCX tell how far it came.
-pub fn repeat_string(e: &mut Emitter, class: u8, scale: u8, is_move: bool) -> usize {
+/// `code32`: they are ESI, EDI and ECX.
+pub fn repeat_string(e: &mut Emitter, class: u8, scale: u8, is_move: bool, code32: bool) -> usize {
     let start = e.position();
     let mut failures = Vec::new();
     e.load(Width::W64, TEMPORARY, field(context::state()));
@@ -96,6 +97,12 @@ pub fn repeat_string(e: &mut Emitter, class: u8, scale: u8, is_move: bool) -> us
     e.test_mem8(at(TEMPORARY, offset_of!(CpuState, rflags) as i32 + 1), 1 << 2);
     failures.push(e.jump_if(condition::NE));
     let next = e.position();
+    if code32 {
+        // Addresses and the count have no upper half, and the pointers may have wrapped.
+        for register in [reg::RCX, reg::RSI, reg::RDI] {
+            e.copy(Width::W32, register, register);
+        }
+    }
     e.compare_imm(Width::W64, reg::RCX, 0);
     let done = e.jump_if(condition::E);
     e.compare_zero8(field(context::event()));

@@ -98,7 +98,7 @@ impl Builder<'_> {
         self.e.store(Width::W64, context::stack_page(), TEMPORARY);
     }
 
-    /// PUSHFQ.
+    /// PUSHFQ, or PUSHFD in 32-bit code.
     pub fn pushf(&mut self, decoded: &Decoded) {
         self.bring_flags_back();
         self.e.pushfq();
@@ -111,10 +111,11 @@ impl Builder<'_> {
         self.e.pdep(TEMPORARY, TEMPORARY, context::pushed_mask());
         self.e.lea(Width::W64, ADDRESS, indexed(ADDRESS, TEMPORARY, 0, 0));
         self.e.store(Width::W64, context::target(), ADDRESS);
-        let place = self.stack_operand(decoded, -8, true);
+        let (width, step) = (self.width(), self.stack_step());
+        let place = self.stack_operand(decoded, -step, true);
         self.e.load(Width::W64, TEMPORARY, context::target());
-        self.e.store(Width::W64, place, TEMPORARY);
-        self.e.lea(Width::W64, context::GUEST_RSP, at(context::GUEST_RSP, -8));
+        self.e.store(width, place, TEMPORARY);
+        self.e.lea(width, context::GUEST_RSP, at(context::GUEST_RSP, -step));
     }
 
     /// SWAPGS.
@@ -177,7 +178,7 @@ impl Builder<'_> {
         };
         let guest = number(decoded.instruction.op0_register()).ok_or(NotRenamed)?;
         self.load_state();
-        self.e.load(Width::W64, TEMPORARY, state(offset));
+        self.e.load(self.width(), TEMPORARY, state(offset));
         self.write_register(guest);
         Ok(())
     }
@@ -369,9 +370,9 @@ impl Builder<'_> {
         if decoded.live_before != 0 {
             self.put_flags_aside();
         }
-        let class = usize::from(self.class());
+        let (code32, class) = (usize::from(self.request.key.code32()), usize::from(self.class()));
         let shared = &self.request.shared;
-        let routine = if is_move { shared.repeat_movs } else { shared.repeat_stos }[class][scale];
+        let routine = if is_move { shared.repeat_movs } else { shared.repeat_stos }[code32][class][scale];
         let call = self.e.call();
         self.bind_shared(call, routine);
         let rest = self.e.jump_if(condition::NE);
@@ -397,7 +398,7 @@ impl Builder<'_> {
         self.bit_number(guest, size);
         self.e.sar(Width::W64, TEMPORARY, if size == 8 { 6 } else { 5 });
         let scale = if size == 8 { 3 } else { 2 };
-        self.e.lea(Width::W64, ADDRESS, indexed(ADDRESS, TEMPORARY, scale, 0));
+        self.e.lea(self.width(), ADDRESS, indexed(ADDRESS, TEMPORARY, scale, 0));
         self.check(size, instruction.mnemonic() != Mnemonic::Bt, analysis::ALL_FLAGS);
         self.bring_flags_back();
         self.bit_number(guest, size);

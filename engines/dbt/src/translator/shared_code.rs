@@ -7,7 +7,7 @@ use bivisor_x86::state::CpuState;
 use super::block::SharedCode;
 use super::context::{self, CONTEXT, Context, GUEST_RSP, TEMPORARY, VECTORS_IN_CONTEXT, VECTORS_LOADED, ymm};
 use super::emit::{Emitter, Reg, Width, at, condition, reg};
-use super::routines;
+use super::routines::{self, repeat_string};
 
 /// Host registers that the guest's registers of the same number live in.
 const SAME: [u8; 11] = [0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11];
@@ -59,10 +59,13 @@ pub fn emit() -> (Vec<u8>, Parts) {
             let place = (usize::from(class), usize::from(write));
             blocks.slot[place.0][place.1] = routines::slot(&mut e, class, write);
         }
-        for scale in 0..4u8 {
-            let place = (usize::from(class), usize::from(scale));
-            blocks.repeat_movs[place.0][place.1] = routines::repeat_string(&mut e, class, scale, true);
-            blocks.repeat_stos[place.0][place.1] = routines::repeat_string(&mut e, class, scale, false);
+        for (mode, scale) in
+            [false, true].into_iter().flat_map(|mode| (0..4u8).map(move |scale| (mode, scale)))
+        {
+            let [by_mode, by_class, by_scale]: [usize; 3] = [mode.into(), class.into(), scale.into()];
+            blocks.repeat_movs[by_mode][by_class][by_scale] = repeat_string(&mut e, class, scale, true, mode);
+            blocks.repeat_stos[by_mode][by_class][by_scale] =
+                repeat_string(&mut e, class, scale, false, mode);
         }
     }
     (e.code, Parts { blocks, enter, enter_with_vectors, enter_with_x87, fault_exit })

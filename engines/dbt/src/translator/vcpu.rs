@@ -1,4 +1,5 @@
-//! A virtual processor of the engine `dbt`: 64-bit code is translated, everything else is interpreted.
+//! A virtual processor of the engine `dbt`: 64-bit code and 32-bit code in flat segments are translated, everything else is
+//! interpreted.
 #![allow(unsafe_code)]
 
 use std::mem::transmute;
@@ -19,7 +20,7 @@ use super::analysis;
 use super::block::{self, OVERHANG, PAGE, Request, Translation};
 use super::cache::Cache;
 use super::context::{
-    Context, EVENT_BIT, JumpEntry, SLOTS, VECTORS_IN_CONTEXT, VECTORS_IN_STATE, jump_index,
+    Context, EVENT_BIT, JumpEntry, NO_STACK_PAGE, SLOTS, VECTORS_IN_CONTEXT, VECTORS_IN_STATE, jump_index,
 };
 use super::exits::Next;
 use super::fault::{self, FAULT_SITE, Running};
@@ -51,6 +52,10 @@ const GLOBAL_SPACE: u16 = u16::MAX;
 const OTHERWISE: u32 = 200;
 /// Host time stamps between two looks at what the guest is executing: about a millisecond.
 const SAMPLING_PERIOD: u64 = 2_000_000;
+/// Log2 of the bytes of a region of code.
+const SEEN_SHIFT: u32 = 8;
+/// A region that is found executing this often, before another is, is hot.
+const SEEN_OFTEN: u32 = 3;
 /// Slots that a block takes at most.
 const SLOTS_OF_A_BLOCK: usize = 64;
 /// Bytes before and behind an instruction that is found executing that are taken to be hot, too.
@@ -103,6 +108,8 @@ pub struct DbtVcpu {
     pub(super) last_string: (u64, u64),
     /// Host time stamp when the guest was last looked at for hot code.
     sampled: u64,
+    /// How often the guest was found executing in these regions of RAM lately.
+    seen: FxHashMap<u64, u32>,
     /// Lines of 64 bytes of code, by page of RAM, that the guest was found executing.
     hot: FxHashMap<u64, u64>,
     /// Instructions, by offset in RAM, that access too many pages for a slot.
@@ -223,6 +230,7 @@ impl DbtVcpu {
             resets: 0,
             last_string: (0, 0),
             sampled: 0,
+            seen: FxHashMap::default(),
             hot: FxHashMap::default(),
             roaming: FxHashSet::default(),
             windowless: FxHashSet::default(),
@@ -417,6 +425,9 @@ impl DbtVcpu {
     /// Offset in RAM of the page behind that of an instruction pointer, if it may be executed.
     fn second_page(&mut self, rip: u64) -> Option<u64> {
         let next = (rip & PAGE_MASK).wrapping_add(PAGE as u64);
+        if next > u64::from(u32::MAX) && self.cpu.state.mode() != Mode::Long64 {
+            return None;
+        }
         match self.cpu.probe(&mut self.env, next, Access::Execute) {
             Ok(Place::Ram(offset)) => Some(offset & PAGE_MASK),
             _ => None,
@@ -515,9 +526,14 @@ impl DbtVcpu {
         if key.class() != USER {
             return;
         }
+        let seen = self.seen.entry(offset >> SEEN_SHIFT).or_default();
+        *seen += 1;
+        if *seen < SEEN_OFTEN {
+            return;
+        }
+        self.seen.clear();
         if self.cache.slots().len() + SLOTS_OF_A_BLOCK >= SLOTS {
-            self.hot.clear();
-            self.clear_cache();
+            self.start_hot_code_anew();
         }
         let page = offset & PAGE_MASK;
         let first = (offset & !PAGE_MASK).saturating_sub(HOT_BEFORE);
@@ -529,6 +545,16 @@ impl DbtVcpu {
             self.statistics.hot += u64::from(new.count_ones());
             self.cache.drop_lines(page, new, self.windows.context());
         }
+    }
+
+    /// The slots are used up: what is hot now gets them.
+    fn start_hot_code_anew(&mut self) {
+        for (page, lines) in std::mem::take(&mut self.hot) {
+            self.cache.drop_lines(page, lines, self.windows.context());
+        }
+        self.spaces.shared().forget_windows();
+        self.spaces.shared().use_slots(0);
+        self.cache.free_slots();
     }
 
     /// A window of the block can't be used: it is translated anew without.
@@ -636,6 +662,8 @@ impl DbtVcpu {
         // An event that comes from here on makes the first lookup miss.
         if context.jump_bias.load(Ordering::Relaxed) != bias {
             context.jump_bias.store(bias, Ordering::SeqCst);
+            // The stack window may be another privilege class's, or another mode's.
+            context.stack_page.store(NO_STACK_PAGE, Ordering::SeqCst);
         }
         if context.event.load(Ordering::SeqCst) != 0 {
             context.jump_bias.fetch_or(EVENT_BIT, Ordering::SeqCst);
@@ -714,13 +742,14 @@ impl DbtVcpu {
             return Ok(Some(exit));
         }
         self.statistics.dispatched += 1;
-        let long = self.cpu.state.mode() == Mode::Long64;
         let key = Key::of(&self.cpu);
-        let block = if long && self.cpu.runs_plainly() { self.block(key) } else { None };
+        let translatable = key.code32() || self.cpu.state.mode() == Mode::Long64;
+        let block = if translatable && self.cpu.runs_plainly() { self.block(key) } else { None };
         let Some((number, block)) = block.and_then(|number| Some((number, self.cache.block(number)?))) else {
-            *(if long { &mut self.statistics.not_translated } else { &mut self.statistics.other_modes }) += 1;
+            let statistics = &mut self.statistics;
+            *(if translatable { &mut statistics.not_translated } else { &mut statistics.other_modes }) += 1;
             self.windows.context().forget_cpuid();
-            return Ok(self.interpret(if long { 1 } else { INTERPRETED }, true));
+            return Ok(self.interpret(if translatable { 1 } else { INTERPRETED }, true));
         };
         let (entry, lookup_entry, crosses) = (block.entry, block.lookup_entry, block.second.is_some());
         let rip = self.cpu.state.rip;
