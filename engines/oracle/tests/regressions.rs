@@ -110,6 +110,14 @@ fn addresses_that_are_not_canonical_are_no_aliases_in_the_jump_cache() {
 }
 
 #[test]
+fn an_indirect_call_that_misses_the_stack_goes_where_it_should() {
+    // enter 0, 0; call [rbp - 8 + 8], which holds RBP; the stack's page is not tracked behind ENTER
+    agrees(&[0xc8, 0, 0, 0, 0xff, 0x55, 0x00], 0, &[(RBP, CODE + 0x20), (RSP, DATA + 0x1004)]);
+    // call rax, the return address in two pages
+    agrees(&[0xff, 0xd0], 0, &[(RAX, CODE + 0x20), (RSP, DATA + 0x1004)]);
+}
+
+#[test]
 fn a_string_instruction_goes_down_from_the_highest_address() {
     // std; rep lodsb
     agrees(&[0xfd, 0xf3, 0xac], 0, &[(RCX, 5), (RSI, u64::MAX)]);
