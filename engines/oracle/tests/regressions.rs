@@ -17,13 +17,13 @@ const STACK: u64 = DATA + 0x800;
 const NOWHERE: u64 = 1 << 62;
 
 /// Both sides, for several sequences.
-fn both_sides() -> Blocks {
+fn both_sides(dead_flags_ignored: bool) -> Blocks {
     let options = Options {
         engine: EngineKind::Dbt,
         against: Against::Native,
         seed: 0,
         first: 0,
-        dead_flags_ignored: false,
+        dead_flags_ignored,
         explained: 0,
     };
     Blocks::new(options).expect("both sides start")
@@ -32,7 +32,7 @@ fn both_sides() -> Blocks {
 /// Runs the bytes at an offset in the code pages with these registers, natively and on a new translator.
 #[track_caller]
 fn agrees(code: &[u8], origin: usize, registers: &[(usize, u64)]) {
-    if let Some(report) = both_sides().reproduce(code, origin, registers) {
+    if let Some(report) = both_sides(false).reproduce(code, origin, registers) {
         panic!("{report}");
     }
 }
@@ -95,7 +95,7 @@ fn a_stack_in_two_pages_costs_no_flags() {
 #[test]
 fn addresses_that_are_not_canonical_are_no_aliases_in_the_jump_cache() {
     // jmp rax; the addresses differ from those of code in use, and from zero, by what modes are told apart by
-    let mut blocks = both_sides();
+    let mut blocks = both_sides(false);
     for known in [0, CODE, MONITOR, START] {
         for bits in (1u64..12).chain(0xfff5..=0xffff) {
             let address = known.wrapping_add(bits << 48);
@@ -106,6 +106,18 @@ fn addresses_that_are_not_canonical_are_no_aliases_in_the_jump_cache() {
                 panic!("{report}");
             }
         }
+    }
+}
+
+#[test]
+fn a_fault_of_the_host_leads_to_the_right_instruction() {
+    // mov al, [CONTROL] with eight bytes of address; ror cl, cl; addsubpd xmm5, [rip + …], not aligned;
+    // cmp r14d, r12d
+    let mut code = vec![0x4c, 0xa0];
+    code.extend(CONTROL.to_le_bytes());
+    code.extend([0x4a, 0xd2, 0xc9, 0x66, 0x48, 0x0f, 0xd0, 0x2d, 0xf2, 0x0f, 0x01, 0x00, 0x45, 0x3b, 0xf4]);
+    if let Some(report) = both_sides(true).reproduce(&code, 0, &[(RCX, 0xffff_ffff_ffff_ffd7)]) {
+        panic!("{report}");
     }
 }
 

@@ -141,7 +141,7 @@ impl Checker {
     /// Runs a trial on a new engine, and looks at nothing.
     pub fn execute_only(&self, trial: &Trial) {
         let (_, batch) = Self::batch(trial);
-        let _ = self.execute(self.options.engine, &batch);
+        let _ = self.execute(self.options.engine_for(trial), &batch);
     }
 
     /// Runs a trial on a new engine.
@@ -153,7 +153,7 @@ impl Checker {
         if expected.iter().any(|outcome| outcome.state.vector == TIMEOUT) {
             return None;
         }
-        let outcomes = self.execute(self.options.engine, &batch)?;
+        let outcomes = self.execute(self.options.engine_for(trial), &batch)?;
         let (run, lines) = first_difference(&comparison, &expected, &outcomes)?;
         Some(Finding { run, lines, expected: expected[run].clone(), outcome: outcomes[run].clone() })
     }

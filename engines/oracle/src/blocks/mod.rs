@@ -58,6 +58,14 @@ pub struct Options {
 }
 
 impl Options {
+    /// The engine for a trial.
+    fn engine_for(&self, trial: &Trial) -> EngineKind {
+        match self.engine {
+            EngineKind::Dbt if trial.hot => EngineKind::DbtHot,
+            engine => engine,
+        }
+    }
+
     /// Names of the two sides.
     fn names(&self) -> [&'static str; 2] {
         let reference = if self.against == Against::Native { "native" } else { "interp" };
@@ -92,7 +100,8 @@ pub struct Blocks {
     model: Arc<CpuModel>,
     reference: Reference,
     checker: Checker,
-    subject: Guest,
+    /// For each kind of engine: a guest.
+    subjects: Vec<(EngineKind, Guest)>,
     counter: Guest,
     next: u64,
 }
@@ -131,11 +140,15 @@ impl Blocks {
         let model = Arc::new(host_model());
         let images: Arc<[Image]> = images().into();
         let guest = |kind| Guest::new(kind, Arc::clone(&model), Arc::clone(&images)).map_err(engine_error);
+        let kinds = match options.engine {
+            EngineKind::Dbt => &[EngineKind::Dbt, EngineKind::DbtHot][..],
+            _ => &[options.engine],
+        };
         Ok(Self {
             // First: the child processes should not have what the others allocate.
             reference: Reference::new(options.against, &model, &images)?,
             checker: Checker::new(options, &model, &images)?,
-            subject: guest(options.engine)?,
+            subjects: kinds.iter().map(|&kind| Ok((kind, guest(kind)?))).collect::<Result<_>>()?,
             counter: guest(EngineKind::Counter)?,
             options,
             model: Arc::clone(&model),
@@ -183,7 +196,7 @@ impl Blocks {
             let empty = outcomes_to_fill(&current, &expected);
             let counted = self.counter.execute(&current.batch, empty.clone()).map_err(engine_error)?;
             listener.starting(current.first..current.first + current.trials.len() as u64);
-            let outcomes = self.subject.execute(&current.batch, empty).map_err(engine_error)?;
+            let outcomes = self.execute(&current, empty)?;
             totals.add(&current, &expected, &counted);
             for number in self.different(&current, &expected, &outcomes) {
                 totals.differences += 1;
@@ -195,6 +208,23 @@ impl Blocks {
             current = next;
         }
         Ok(totals)
+    }
+
+    /// Executes trials on the engines that they are for.
+    fn execute(&mut self, prepared: &Prepared, empty: Vec<Outcome>) -> Result<Vec<Outcome>> {
+        let mut all = empty.clone();
+        for (kind, guest) in &mut self.subjects {
+            let mut mine = empty.clone();
+            let runs = prepared.trials.iter().flat_map(|(trial, _)| trial.runs.iter().map(move |_| trial));
+            let is_mine: Vec<bool> = runs.map(|trial| self.options.engine_for(trial) == *kind).collect();
+            for (outcome, _) in mine.iter_mut().zip(&is_mine).filter(|(_, is_mine)| !**is_mine) {
+                outcome.state.vector = SKIPPED;
+            }
+            let done = guest.execute(&prepared.batch, mine).map_err(engine_error)?;
+            let done = all.iter_mut().zip(done).zip(&is_mine).filter(|(_, is_mine)| **is_mine);
+            done.for_each(|((place, outcome), _)| *place = outcome);
+        }
+        Ok(all)
     }
 
     /// Numbers of the trials with a difference.
