@@ -14,6 +14,8 @@ pub mod cpuid;
 pub mod debug;
 pub mod env;
 pub mod exception;
+#[cfg(test)]
+mod hostile_tests;
 pub mod interp;
 pub mod interrupt;
 pub mod memory;

@@ -123,8 +123,8 @@ impl Cpu {
     ) -> Option<u64> {
         let bytes = elements * u64::from(op.size);
         let down = self.state.has_flags(Rflags::DF);
-        // In this order: downwards from the highest address there is, the sum would be too large.
-        let lowest = if down { offset - (bytes - u64::from(op.size)) } else { offset };
+        // Behind the last element may lie the end of the address space.
+        let lowest = if down { offset.wrapping_add(op.size.into()).wrapping_sub(bytes) } else { offset };
         let linear = self.checked_address(segment, lowest, bytes as usize, access).ok()?;
         match self.place(env, linear, access, self.privilege()) {
             Ok(Place::Ram(offset)) => Some(offset),

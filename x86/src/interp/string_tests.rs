@@ -322,3 +322,21 @@ fn every_page_written_that_holds_cached_code_is_told() {
     let generations = machine.env.generations.borrow();
     assert!(generations[&0x2_5000] > 0 && generations[&0x2_6000] > 0 && generations[&0x2_3000] == 0);
 }
+
+#[test]
+fn downwards_from_the_end_of_the_address_space() {
+    let setup = |machine: &mut Machine| {
+        for (table, entry) in [(0, 0x4000), (0x4000, 0x5000), (0x5000, 0x6000)] {
+            machine.env.store64(at::PAGES + table + 0xff8, at::PAGES + entry | 7);
+        }
+        machine.env.store64(at::PAGES + 0x6ff8, 0x2_0007);
+        machine.cpu.state.gpr[RCX] = 40;
+        machine.cpu.state.gpr[RDI] = u64::MAX - 7;
+        machine.cpu.state.gpr[RSI] = u64::MAX - 15;
+        machine.cpu.state.rflags |= Rflags::DF.bits();
+    };
+    let (machine, result) = same(&setup, &[0xf3, 0x48, 0xab]);
+    assert_eq!((result, machine.env.runs.get()), (Ok(()), 1));
+    let (_, result) = same(&setup, &[0xf3, 0x48, 0xa5]);
+    assert_eq!(result, Ok(()));
+}

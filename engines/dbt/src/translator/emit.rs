@@ -219,10 +219,14 @@ impl Emitter {
     pub fn compare(&mut self, wide: Width, register: Reg, mem: Mem) {
         self.op_mem(wide, &[0x3b], register, mem);
     }
+    /// `cmp byte [mem], value`.
+    pub fn compare_imm8(&mut self, mem: Mem, value: u8) {
+        self.op_mem(Width::W32, &[0x80], Reg(7), mem);
+        self.code.push(value);
+    }
     /// `cmp byte [mem], 0`.
     pub fn compare_zero8(&mut self, mem: Mem) {
-        self.op_mem(Width::W32, &[0x80], Reg(7), mem);
-        self.code.push(0);
+        self.compare_imm8(mem, 0);
     }
     /// An instruction of the three-byte VEX form, map 0F38, on general registers: `pp` and W as in the third byte.
     fn vex_general(&mut self, opcode: u8, bits: u8, register: Reg, second: Reg, mem: Mem) {

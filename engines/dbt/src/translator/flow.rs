@@ -36,12 +36,12 @@ impl Builder<'_> {
         if decoded.stack_delta.is_some() {
             self.push_return_address(decoded);
         } else {
-            self.e.store(Width::W64, context::called(), ADDRESS);
+            self.e.store(Width::W64, context::call_target(), ADDRESS);
             // Once the stack's page is there, this goes on here: the page of the target must not be needed again, since
             // the two may have to take turns in one entry of the TLB.
             self.instruction_start = self.e.position();
             self.push_return_address(decoded);
-            self.e.load(Width::W64, ADDRESS, context::called());
+            self.e.load(Width::W64, ADDRESS, context::call_target());
         }
         self.look_up(Undo::Call);
         Ok(())

@@ -11,7 +11,7 @@ use super::analysis::{self, Decoded};
 use super::block::{Addend, Builder, NotRenamed};
 use super::context::{
     self, ADDEND, ADDRESS, ARITHMETIC, CPUID_ENTRIES, CpuidEntry, NO_STACK_PAGE, Selectors, TEMPORARY,
-    cpuid_key, cpuid_result,
+    VECTORS_IN_STATE, cpuid_key, cpuid_result,
 };
 use super::emit::{Mem, Reg, Width, at, condition, indexed, reg};
 use super::key::{SUPERVISOR, SUPERVISOR_AC, USER};
@@ -306,6 +306,10 @@ impl Builder<'_> {
         const SPECIAL: Rflags = Rflags::TF.union(Rflags::AC).union(Rflags::RF).union(Rflags::VM);
         self.flags_aside = true;
         self.interpret_if_zero(context::fast_system_calls(), true);
+        // Only what the context holds is loaded below.
+        self.e.compare_imm8(context::vectors(), VECTORS_IN_STATE);
+        let elsewhere = self.e.jump_if(condition::E);
+        self.leave_from(elsewhere, SiteKind::InterpretLast);
         self.e.test_imm(R11, SPECIAL.bits() as u32);
         let special = self.e.jump_if(condition::NE);
         self.leave_from(special, SiteKind::InterpretLast);

@@ -160,6 +160,12 @@ fn stacks(s: &mut Suite) {
     let seen = got.map(|trap| (trap.vector, trap.frame.rip, trap.frame.rsp));
     // The last byte of the address space is absent.
     s.check("RET leads to the last byte of all", seen, Some((vector::PF, u64::MAX, hole)));
+    // Each leads to the next instruction, by way of what can't be written.
+    let got = trapping!(
+        "mov rdx, rsp", "mov rsp, {0}", "call 5f", "5:", "lea rcx, [rip + 6f]", "call rcx", "6:", "mov rsp, rdx", => "nop";
+        in(reg) hole, out("rcx") _, out("rdx") _
+    );
+    s.check("CALL of the next instruction", short(got), None);
     let got = trapping!(
         "mov rcx, rsp", "mov rdx, rbp", "mov rsp, {0}", "mov rbp, rsp", "enter 0, 31", "mov rbp, rdx", => "mov rsp, rcx";
         in(reg) hole, out("rcx") _, out("rdx") _
