@@ -26,17 +26,25 @@ pub struct SoftwareEngine {
     /// The record of cached code, made for the first virtual processor's RAM and shared by all.
     code: Mutex<Option<(Arc<GuestMemory>, Arc<CodeTracker>)>>,
     peers: Arc<Peers>,
+    /// All code of user mode counts as hot.
+    hot: bool,
 }
 
 impl SoftwareEngine {
     /// The engine `interp`.
     pub fn interpreter() -> Self {
-        Self { kind: Kind::Interpreter, code: Mutex::default(), peers: Arc::default() }
+        Self { kind: Kind::Interpreter, code: Mutex::default(), peers: Arc::default(), hot: false }
     }
 
     /// The engine `dbt`.
     pub fn translator() -> Self {
-        Self { kind: Kind::Translator, code: Mutex::default(), peers: Arc::default() }
+        Self { kind: Kind::Translator, code: Mutex::default(), peers: Arc::default(), hot: false }
+    }
+
+    /// Lets the translator treat all code of user mode as hot, from its first execution on: for tests, which don't wait
+    /// until it is found to be.
+    pub fn with_hot_code(self) -> Self {
+        Self { hot: true, ..self }
     }
 
     fn tracker(&self, memory: &Arc<GuestMemory>) -> Result<Arc<CodeTracker>, EngineError> {
@@ -71,7 +79,7 @@ impl Engine for SoftwareEngine {
         cpu.apic_id = index;
         Ok(match self.kind {
             Kind::Interpreter => Box::new(InterpVcpu::new(cpu, env)),
-            Kind::Translator => Box::new(DbtVcpu::new(cpu, env, ram)?),
+            Kind::Translator => Box::new(DbtVcpu::new(cpu, env, ram, self.hot)?),
         })
     }
 }

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::ops::Range;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use bivisor_oracle::blocks::guest::EngineKind;
-use bivisor_oracle::blocks::{Against, Blocks, Difference, Options};
+use bivisor_oracle::blocks::{Against, Difference, Listener, Options, Totals, isolate};
 use bivisor_oracle::{Oracle, exclude};
 use clap::{Parser, ValueEnum};
 
@@ -116,47 +117,60 @@ fn run(arguments: &Arguments) -> std::io::Result<bool> {
     Ok(differences == 0)
 }
 
+/// Prints what there is to say of sequences.
+struct Printer<'a> {
+    arguments: &'a Arguments,
+    start: Instant,
+    shown: u64,
+    by_title: BTreeMap<String, u64>,
+}
+
+impl Listener for Printer<'_> {
+    fn starting(&mut self, _trials: Range<u64>) {}
+
+    fn found(&mut self, difference: Difference) {
+        let Difference { trial, title, report } = difference;
+        let count = self.by_title.entry(title.clone()).or_default();
+        *count += 1;
+        if *count <= self.arguments.reports {
+            println!("\r--- {title}; trial {trial} of seed {}\n{report}", self.arguments.seed);
+        }
+    }
+
+    fn progress(&mut self, totals: &Totals) {
+        if totals.instructions >= self.shown + (1 << 18) {
+            self.shown = totals.instructions;
+            eprint!("\r{} instructions, {:.0} s ", self.shown, self.start.elapsed().as_secs_f64());
+            let _ = std::io::stderr().flush();
+        }
+    }
+}
+
+impl Printer<'_> {
+    fn finished(&mut self, totals: &Totals) {
+        let Totals { instructions, runs, trials, differences, by_vector, endless } = totals;
+        let seconds = self.start.elapsed().as_secs_f64();
+        eprintln!("\r{instructions} instructions in {seconds:.1} s, {differences} differences");
+        eprintln!("{runs} runs in {trials} trials; {endless} runs were left out, because some did not end");
+        for (vector, count) in by_vector.iter().enumerate().filter(|(_, count)| **count > 0) {
+            eprintln!("{count:8} ended by #{vector}");
+        }
+        for (title, count) in &self.by_title {
+            println!("{count:8} {title}");
+        }
+    }
+}
+
 /// The same for sequences.
 fn run_blocks(arguments: &Arguments) -> std::io::Result<bool> {
-    let start = Instant::now();
-    let mut blocks = Blocks::new(Options {
+    let options = Options {
         engine: if arguments.engine == Engine::Dbt { EngineKind::Dbt } else { EngineKind::Interp },
         against: if arguments.against == Side::Native { Against::Native } else { Against::Interp },
         seed: arguments.seed,
         first: arguments.first,
         dead_flags_ignored: arguments.dead_flags_ignored,
         explained: arguments.explained,
-    })?;
-    let mut by_title: BTreeMap<String, u64> = BTreeMap::new();
-    let mut shown = 0;
-    let totals = blocks.run(
-        arguments.count,
-        |difference| {
-            let Difference { trial, title, report } = difference;
-            let count = by_title.entry(title.clone()).or_default();
-            *count += 1;
-            if *count <= arguments.reports {
-                println!("\r--- {title}; trial {trial} of seed {}\n{report}", arguments.seed);
-            }
-        },
-        |totals| {
-            if totals.instructions >= shown + (1 << 18) {
-                shown = totals.instructions;
-                eprint!("\r{shown} instructions, {:.0} s ", start.elapsed().as_secs_f64());
-                let _ = std::io::stderr().flush();
-            }
-        },
-    )?;
-    let seconds = start.elapsed().as_secs_f64();
-    let bivisor_oracle::blocks::Totals { instructions, runs, trials, differences, by_vector, endless } =
-        totals;
-    eprintln!("\r{instructions} instructions in {seconds:.1} s, {differences} differences");
-    eprintln!("{runs} runs in {trials} trials; {endless} runs were left out, because some did not end");
-    for (vector, count) in by_vector.iter().enumerate().filter(|(_, count)| **count > 0) {
-        eprintln!("{count:8} ended by #{vector}");
-    }
-    for (title, count) in &by_title {
-        println!("{count:8} {title}");
-    }
-    Ok(differences == 0)
+    };
+    let mut printer = Printer { arguments, start: Instant::now(), shown: 0, by_title: BTreeMap::new() };
+    isolate::run(options, arguments.count, &mut printer, Printer::finished)
 }

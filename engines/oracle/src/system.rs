@@ -16,6 +16,8 @@ use crate::layout::{FS_BASE, GS_BASE, PAGE, USER_CS, USER_SS};
 pub const SYSTEM_PAGE: u64 = 0xffff_8000_0000_0000;
 /// Selector of the supervisor's code segment.
 pub const KERNEL_CS: u64 = 0x10;
+/// Vector of the one interrupt there may be.
+pub const INTERRUPT: u8 = 32;
 const IDT: u64 = 0;
 const GDT: u64 = 0x400;
 const TSS: u64 = 0x500;
@@ -115,7 +117,7 @@ fn descriptor(access: u64, long: bool) -> u64 {
 /// Writes IDT, GDT and TSS to the physical page `place`. `handlers`: linear address of the first handler, the others
 /// follow every 16 bytes. `stack_end`: of the supervisor; `always`: that it is taken even if it is in use.
 pub fn write_tables(memory: &GuestMemory, place: u64, handlers: u64, stack_end: u64, always: bool) {
-    for vector in 0..32u64 {
+    for vector in 0..=u64::from(INTERRUPT) {
         let handler = handlers + 16 * vector;
         // An interrupt gate, which user mode may call for INT3.
         let access = if vector == 3 { 0xee00 } else { 0x8e00 } | u64::from(always);
@@ -157,7 +159,7 @@ pub fn initial_state(page_tables: u64) -> CpuState {
     state.gdtr.base = SYSTEM_PAGE + GDT;
     state.gdtr.limit = 0x3f;
     state.idtr.base = SYSTEM_PAGE + IDT;
-    state.idtr.limit = 0x1ff;
+    state.idtr.limit = 16 * (u16::from(INTERRUPT) + 1) - 1;
     state.tr = Segment { base: SYSTEM_PAGE + TSS, limit: 0x67, selector: 0x40, attributes: 0x8b };
     state
 }

@@ -2,8 +2,9 @@
 
 use bivisor_oracle::blocks::guest::EngineKind;
 use bivisor_oracle::blocks::layout::CONTROL;
+use bivisor_oracle::blocks::monitor::{MONITOR, START};
 use bivisor_oracle::blocks::{Against, Blocks, Options};
-use bivisor_oracle::layout::DATA;
+use bivisor_oracle::layout::{CODE, DATA};
 
 const RAX: usize = 0;
 const RCX: usize = 1;
@@ -15,19 +16,23 @@ const STACK: u64 = DATA + 0x800;
 /// An address that is not canonical.
 const NOWHERE: u64 = 1 << 62;
 
-/// Runs the bytes at an offset in the code pages with these registers, natively and on the translator.
-#[track_caller]
-fn agrees(code: &[u8], origin: usize, registers: &[(usize, u64)]) {
-    let mut blocks = Blocks::new(Options {
+/// Both sides, for several sequences.
+fn both_sides(dead_flags_ignored: bool) -> Blocks {
+    let options = Options {
         engine: EngineKind::Dbt,
         against: Against::Native,
         seed: 0,
         first: 0,
-        dead_flags_ignored: false,
+        dead_flags_ignored,
         explained: 0,
-    })
-    .expect("both sides start");
-    if let Some(report) = blocks.reproduce(code, origin, registers) {
+    };
+    Blocks::new(options).expect("both sides start")
+}
+
+/// Runs the bytes at an offset in the code pages with these registers, natively and on a new translator.
+#[track_caller]
+fn agrees(code: &[u8], origin: usize, registers: &[(usize, u64)]) {
+    if let Some(report) = both_sides(false).reproduce(code, origin, registers) {
         panic!("{report}");
     }
 }
@@ -85,4 +90,47 @@ fn what_can_not_be_encoded_leaves_nothing_behind() {
 fn a_stack_in_two_pages_costs_no_flags() {
     // call +0, the return address in two pages
     agrees(&[0xe8, 0, 0, 0, 0], 0, &[(RSP, DATA + 0x1004)]);
+}
+
+#[test]
+fn addresses_that_are_not_canonical_are_no_aliases_in_the_jump_cache() {
+    // jmp rax; the addresses differ from those of code in use, and from zero, by what modes are told apart by
+    let mut blocks = both_sides(false);
+    for known in [0, CODE, MONITOR, START] {
+        for bits in (1u64..12).chain(0xfff5..=0xffff) {
+            let address = known.wrapping_add(bits << 48);
+            if address << 16 >> 16 != 0 && (address as i64) << 16 >> 16 == address as i64 {
+                continue;
+            }
+            if let Some(report) = blocks.reproduce(&[0xff, 0xe0], 0, &[(RAX, address)]) {
+                panic!("{report}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_fault_of_the_host_leads_to_the_right_instruction() {
+    // mov al, [CONTROL] with eight bytes of address; ror cl, cl; addsubpd xmm5, [rip + …], not aligned;
+    // cmp r14d, r12d
+    let mut code = vec![0x4c, 0xa0];
+    code.extend(CONTROL.to_le_bytes());
+    code.extend([0x4a, 0xd2, 0xc9, 0x66, 0x48, 0x0f, 0xd0, 0x2d, 0xf2, 0x0f, 0x01, 0x00, 0x45, 0x3b, 0xf4]);
+    if let Some(report) = both_sides(true).reproduce(&code, 0, &[(RCX, 0xffff_ffff_ffff_ffd7)]) {
+        panic!("{report}");
+    }
+}
+
+#[test]
+fn an_indirect_call_that_misses_the_stack_goes_where_it_should() {
+    // enter 0, 0; call [rbp - 8 + 8], which holds RBP; the stack's page is not tracked behind ENTER
+    agrees(&[0xc8, 0, 0, 0, 0xff, 0x55, 0x00], 0, &[(RBP, CODE + 0x20), (RSP, DATA + 0x1004)]);
+    // call rax, the return address in two pages
+    agrees(&[0xff, 0xd0], 0, &[(RAX, CODE + 0x20), (RSP, DATA + 0x1004)]);
+}
+
+#[test]
+fn a_string_instruction_goes_down_from_the_highest_address() {
+    // std; rep lodsb
+    agrees(&[0xfd, 0xf3, 0xac], 0, &[(RCX, 5), (RSI, u64::MAX)]);
 }

@@ -209,10 +209,10 @@ pub struct Context {
     pub host_rsp: u64,
     /// Where to go on entry.
     pub target: u64,
+    /// Where an indirect call goes, while it pushes the return address: entering translated code must not change it.
+    pub call_target: u64,
     /// What the return address of an indirect call was pushed over.
     pub overwritten: u64,
-    /// Target of a call whose return address isn't pushed yet.
-    pub call_target: u64,
     /// Biases of the jump cache for the privilege classes.
     pub class_bias: [u64; 3],
     /// What to add to the host's time-stamp counter.
@@ -255,8 +255,8 @@ macro_rules! field {
     };
 }
 field!(page_base stack_page stack_addend jump_bias saved state block_flags vectors x87_in_memory event pending);
-field!(fast_system_calls base_instructions fs_base gs_base site host_mxcsr flags address temporary host_rsp target overwritten tsc_offset);
-field!(call_target arithmetic_mask pushed_mask bit_mask syscall sysret mxcsr);
+field!(fast_system_calls base_instructions fs_base gs_base site host_mxcsr flags address temporary host_rsp target call_target overwritten tsc_offset);
+field!(arithmetic_mask pushed_mask bit_mask syscall sysret mxcsr);
 
 /// Guest register 12 to 15 in [`Context::spilled`].
 pub const fn spilled(number: u8) -> Mem {
@@ -348,7 +348,7 @@ impl Context {
     /// Empties the jump cache.
     pub fn flush_jumps(&mut self) {
         // With a complement of zero only bias + rip = 0 would hit; biases are at least 1 << 48, and no canonical
-        // address complements one below 1 << 63.
+        // address, which others are not looked up for, complements one below 1 << 63.
         self.jumps.fill(JumpEntry { complement: 0, host: 0 });
     }
 

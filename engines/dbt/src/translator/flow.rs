@@ -8,6 +8,7 @@ use super::context::{
     self, ADDEND, ADDRESS, GUEST_RSP, TEMPORARY, jump_complement, jump_host, page_base, saved,
 };
 use super::emit::{Emitter, Fixup, Width, at, condition, indexed, reg};
+use super::key::USER;
 use super::operand::{host_register, number};
 use super::site::{SiteKind, Undo};
 
@@ -62,17 +63,36 @@ impl Builder<'_> {
         self.e.lea(Width::W32, TEMPORARY, indexed(ADDRESS, ADDRESS, 0, 0));
         self.e.zero_extend16(TEMPORARY, TEMPORARY);
         self.e.store(Width::W64, saved(), reg::RCX);
+        let canonical = self.jump_if_canonical();
+        let miss = self.e.position();
+        self.e.load(Width::W64, reg::RCX, saved());
+        let site = self.new_site(SiteKind::Lookup(undo));
+        self.leave_code(site);
+        canonical.into_iter().flatten().for_each(|fixup| self.e.bind(fixup));
         self.e.load(Width::W64, reg::RCX, context::jump_bias());
         self.e.load(Width::W64, ADDEND, jump_complement(TEMPORARY));
         self.e.lea(Width::W64, reg::RCX, indexed(reg::RCX, ADDRESS, 0, 0));
         self.e.lea(Width::W64, reg::RCX, indexed(reg::RCX, ADDEND, 0, 0));
         let hit = self.e.jump_if_rcx_zero(false);
-        self.e.load(Width::W64, reg::RCX, saved());
-        let site = self.new_site(SiteKind::Lookup(undo));
-        self.leave_code(site);
+        let missed = self.e.jump();
+        self.e.bind_to(missed, miss);
         self.e.bind(hit);
         self.e.load(Width::W64, reg::RCX, saved());
         self.e.jump_mem(jump_host(TEMPORARY));
+    }
+
+    /// Jumps taken if ADDRESS is canonical, as far as bits 47 to 62 tell. Others must not be looked up: the sum of one
+    /// and the bias in force may be that of another address and another mode's bias. Changes RCX.
+    fn jump_if_canonical(&mut self) -> [Option<Fixup>; 2] {
+        self.e.rorx(reg::RCX, ADDRESS, 47);
+        self.e.zero_extend16(reg::RCX, reg::RCX);
+        let lower = self.e.jump_if_rcx_zero(false);
+        // The upper half is the supervisor's; wherever else code of user mode lies there, it is not looked up.
+        let upper = (self.class() != USER).then(|| {
+            self.e.lea(Width::W32, reg::RCX, at(reg::RCX, -0xffff));
+            self.e.jump_if_rcx_zero(false)
+        });
+        [Some(lower), upper]
     }
 
     /// Goes on at a fixed offset from the page's start. `live`: flags live there.

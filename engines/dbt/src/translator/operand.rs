@@ -238,12 +238,10 @@ impl Builder<'_> {
         if flags_needed {
             self.bring_flags_back();
         }
-        self.fault_points.push(FaultPoint {
-            host: self.e.position() as u32,
-            guest: self.guest as u16,
-            flags_aside: self.flags_aside,
-        });
+        let host = self.e.position() as u32;
+        // First: if it can't be encoded, another instruction will stand there.
         self.encode(&renamed)?;
+        self.fault_points.push(FaultPoint { host, guest: self.guest as u16, flags_aside: self.flags_aside });
         for (host, number) in changed {
             self.e.store(Width::W64, context::spilled(number), host);
         }

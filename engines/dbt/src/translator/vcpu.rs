@@ -112,6 +112,8 @@ pub struct DbtVcpu {
     seen: FxHashMap<u64, u32>,
     /// Lines of 64 bytes of code, by page of RAM, that the guest was found executing.
     hot: FxHashMap<u64, u64>,
+    /// All code of user mode is hot.
+    always_hot: bool,
     /// Instructions, by offset in RAM, that access too many pages for a slot.
     roaming: FxHashSet<u64>,
     /// Blocks, by offset in RAM, whose windows lie where the inline TLB can't be used: a device, or written code.
@@ -185,7 +187,8 @@ pub(super) enum Load {
 
 impl DbtVcpu {
     /// A processor over `cpu` and its surroundings. `ram`: where RAM is mapped.
-    pub fn new(cpu: Cpu, env: VcpuEnv, ram: NonNull<u8>) -> Result<Self, EngineError> {
+    /// `always_hot`: all code of user mode is.
+    pub fn new(cpu: Cpu, env: VcpuEnv, ram: NonNull<u8>, always_hot: bool) -> Result<Self, EngineError> {
         let no_memory = |error| EngineError(format!("the host gives no memory for translated code: {error}"));
         if !analysis::host_can_translate() {
             return Err(EngineError(
@@ -232,6 +235,7 @@ impl DbtVcpu {
             sampled: 0,
             seen: FxHashMap::default(),
             hot: FxHashMap::default(),
+            always_hot,
             roaming: FxHashSet::default(),
             windowless: FxHashSet::default(),
             global_kernel: false,
@@ -442,7 +446,8 @@ impl DbtVcpu {
             volatility.entries_left -= 1;
             return None;
         }
-        if self.cache.is_full() {
+        let slots_used_up = self.cache.slots().len() + SLOTS_OF_A_BLOCK >= SLOTS;
+        if self.cache.is_full() || self.always_hot && slots_used_up {
             self.clear_cache();
         }
         // Marked before the bytes are read: a later write is noticed.
@@ -509,7 +514,7 @@ impl DbtVcpu {
         let lines = self.hot.get(&(offset & PAGE_MASK)).copied().unwrap_or(0);
         key.class() == USER
             && !self.windowless.contains(&offset)
-            && lines & code_tracker::lines(offset, 1) != 0
+            && (self.always_hot || lines & code_tracker::lines(offset, 1) != 0)
             && self.cache.slots().len() + SLOTS_OF_A_BLOCK < SLOTS
     }
 

@@ -4,22 +4,25 @@ use bivisor_x86::registers::Rflags;
 use bivisor_x86::state::MXCSR_MASK;
 use iced_x86::{Decoder, Instruction};
 
-use super::code::{Assembled, Item};
+use super::code::{Assembled, Field, Item, To};
 use super::flags;
-use super::layout::{CONTROL, Outcome, PANIC};
+use super::layout::{CONTROL, Code, Outcome, PANIC};
 use super::trial::Trial;
 use crate::compare::{
     MISALIGNED_SSE, Rules, compares_strings, is_state_operand, same_mxcsr, state_differences, undefined_flags,
 };
-use crate::layout::{CODE, DATA};
+use crate::layout::{CODE, CODE_SIZE, DATA};
 
 /// Words of memory that are told at most.
 const TOLD: usize = 8;
 
 /// Compares the two sides of the runs of a trial.
 pub struct Comparison<'a> {
-    trial: &'a Trial,
     assembled: &'a Assembled,
+    /// The code pages before the first run, without the operands that sequences mean to overwrite.
+    fixed: Box<Code>,
+    /// Which bytes these are.
+    meant: Vec<usize>,
     /// Undefined flags before each item.
     undefined: Vec<u64>,
     decoder_options: u32,
@@ -32,24 +35,28 @@ pub struct Comparison<'a> {
 impl<'a> Comparison<'a> {
     /// For the runs of this trial; `None` if it reads undefined flags.
     pub fn new(
-        trial: &'a Trial,
+        trial: &Trial,
         assembled: &'a Assembled,
         decoder_options: u32,
         names: [&'static str; 2],
         dead_flags_ignored: bool,
     ) -> Option<Self> {
         let undefined = flags::undefined_before(&trial.items, &trial.entries, decoder_options)?;
-        Some(Self { trial, assembled, undefined, decoder_options, names, dead_flags_ignored })
+        let meant: Vec<usize> = trial.items.iter().flat_map(|item| written_code(item, assembled)).collect();
+        let mut fixed = assembled.code.clone();
+        meant.iter().for_each(|&at| fixed[at] = 0);
+        Some(Self { assembled, fixed, meant, undefined, decoder_options, names, dead_flags_ignored })
     }
 
-    /// The instruction that execution ended at, and its number.
-    fn ended_at(&self, rip: u64) -> Option<(usize, Instruction)> {
-        let number = self.assembled.item_at(rip)?;
-        let Item::Instruction { bytes, .. } = self.trial.items.get(number)? else { return None };
-        Some((number, Decoder::with_ip(64, bytes, rip, self.decoder_options).decode()))
+    /// The instruction that execution ended at, as it stands there by now.
+    fn ended_at(&self, outcome: &Outcome) -> Option<Instruction> {
+        let rip = outcome.state.rip;
+        let code = outcome.code.get(rip.checked_sub(CODE)? as usize..)?;
+        Some(Decoder::with_ip(64, code, rip, self.decoder_options).decode())
     }
 
     fn rules(&self, one: &Outcome, other: &Outcome) -> Rules {
+        let instruction = self.ended_at(one);
         let (one, other) = (&one.state, &other.state);
         let mut rules = Rules {
             names: self.names,
@@ -60,8 +67,10 @@ impl<'a> Comparison<'a> {
             any_mxcsr: false,
             any_pointers: self.names[1] == "dbt",
         };
-        let Some((number, instruction)) = self.ended_at(one.rip) else { return rules };
-        rules.ignored_flags = self.undefined[number];
+        if let Some(item) = self.assembled.item_at(one.rip) {
+            rules.ignored_flags = self.undefined[item];
+        }
+        let Some(instruction) = instruction else { return rules };
         if one.vector == 0 {
             rules.ignored_flags |= undefined_flags(&instruction);
         }
@@ -78,6 +87,14 @@ impl<'a> Comparison<'a> {
         }
         rules.any_mxcsr = same_mxcsr(&one.xsave, &instruction, one, other);
         rules
+    }
+
+    /// Whether a run has overwritten more than operands of its instructions: then other instructions are executed,
+    /// which may read flags that were dead.
+    pub fn is_overwritten(&self, outcome: &Outcome) -> bool {
+        let mut code = outcome.code;
+        self.meant.iter().for_each(|&at| code[at] = 0);
+        self.dead_flags_ignored && code != *self.fixed
     }
 
     /// The differences between the outcomes of a run, a line each; empty if there are none.
@@ -110,6 +127,17 @@ impl<'a> Comparison<'a> {
         for (at, one, other) in different.take(TOLD) {
             lines.push(format!("{:>12}  {first} {one:#010x}  {second} {other:#010x}", format!("[{at:#x}]")));
         }
+    }
+}
+
+/// Offsets in the code pages of what an item stores to code.
+fn written_code(item: &Item, assembled: &Assembled) -> Vec<usize> {
+    match item {
+        Item::Instruction { field: Some(Field { to: To::Item(target, offset @ 1..), .. }), .. } => {
+            let at = (assembled.address(*target) - CODE) as usize + usize::from(*offset);
+            (at..(at + 4).min(CODE_SIZE)).collect()
+        }
+        _ => Vec::new(),
     }
 }
 

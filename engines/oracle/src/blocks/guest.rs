@@ -17,11 +17,12 @@ use bivisor_x86::registers::gpr;
 use bivisor_x86::state::{CpuState, SegReg, Segment};
 
 use super::layout::{
-    Batch, CONTROL, CONTROL_SIZE, ENGINE_ERROR, Image, Outcome, PANIC, SHUTDOWN, SKIPPED, TIMEOUT,
+    Batch, CONTROL, CONTROL_SIZE, ENGINE_ERROR, INTERRUPT_NUDGE, Image, NUDGE, Outcome, PANIC, SHUTDOWN,
+    SKIPPED, TIMEOUT,
 };
 use super::monitor;
 use crate::layout::{CODE, CODE_SIZE, DATA, DATA_SIZE, IMAGE_SIZE, PAGE, State, USER_CS, USER_SS};
-use crate::system::{self, KERNEL_CS, NO_EXECUTE, PageTables, SYSTEM_PAGE, USER, WRITABLE, pages};
+use crate::system::{self, INTERRUPT, KERNEL_CS, NO_EXECUTE, PageTables, SYSTEM_PAGE, USER, WRITABLE, pages};
 
 /// Physical addresses.
 const TABLES: u64 = 0x1000;
@@ -29,6 +30,8 @@ const SYSTEM: u64 = 0x1_0000;
 const MAILBOX: u64 = SYSTEM + monitor::MAILBOX - SYSTEM_PAGE;
 const DATA_PAGES: u64 = 0x2_0000;
 const CONTROL_PAGE: u64 = 0x2_8000;
+/// Where no RAM is.
+const NUDGE_PAGE: u64 = 0xe000_0000;
 /// Code pages: every exchange takes new ones, so that none are written behind the engine's back that it knows.
 const CODE_PAGES: u64 = 0x10_0000;
 /// How many exchanges a guest lives for.
@@ -42,6 +45,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 pub enum EngineKind {
     /// The translator.
     Dbt,
+    /// The translator, all code being hot.
+    DbtHot,
     /// The interpreter.
     Interp,
     /// The interpreter, stepping: it counts instructions.
@@ -52,6 +57,7 @@ impl EngineKind {
     fn engine(self) -> SoftwareEngine {
         match self {
             Self::Dbt => SoftwareEngine::translator(),
+            Self::DbtHot => SoftwareEngine::translator().with_hot_code(),
             Self::Interp | Self::Counter => SoftwareEngine::interpreter(),
         }
     }
@@ -82,6 +88,8 @@ struct Port {
     session: Mutex<Session>,
     observer: OnceLock<Arc<dyn Waker>>,
     kicked: AtomicBool,
+    /// An interrupt waits.
+    interrupted: AtomicBool,
     /// Instructions executed, where they are counted.
     steps: AtomicU64,
     /// Grows with every run.
@@ -203,6 +211,10 @@ impl Port {
     /// Makes the engine return.
     fn kick(&self) {
         self.kicked.store(true, Ordering::SeqCst);
+        self.wake();
+    }
+
+    fn wake(&self) {
         if let Some(observer) = self.observer.get() {
             observer.wake();
         }
@@ -213,7 +225,12 @@ impl VcpuBus for Port {
     fn mmio_read(&self, _gpa: u64, _size: usize) -> u64 {
         u64::MAX
     }
-    fn mmio_write(&self, _gpa: u64, _size: usize, _value: u64) {}
+    fn mmio_write(&self, _gpa: u64, _size: usize, value: u64) {
+        if value & INTERRUPT_NUDGE != 0 {
+            self.interrupted.store(true, Ordering::SeqCst);
+        }
+        self.wake();
+    }
     fn port_in(&self, _port: u16, _size: usize) -> u32 {
         u32::MAX
     }
@@ -227,14 +244,18 @@ impl VcpuBus for Port {
         }
     }
     fn has_event(&self) -> bool {
-        self.kicked.load(Ordering::Relaxed)
+        self.kicked.load(Ordering::Relaxed) || self.interrupted.load(Ordering::Relaxed)
     }
     fn set_observer(&self, observer: Arc<dyn Waker>) {
         // The engine calls it once.
         let _ = self.observer.set(observer);
     }
-    fn take_event(&self, _interrupts: bool, _nmis: bool) -> Option<Event> {
-        self.kicked.swap(false, Ordering::SeqCst).then_some(Event::Kick)
+    fn take_event(&self, interrupts: bool, _nmis: bool) -> Option<Event> {
+        if self.kicked.swap(false, Ordering::SeqCst) {
+            return Some(Event::Kick);
+        }
+        let interrupt = interrupts && self.interrupted.swap(false, Ordering::SeqCst);
+        interrupt.then_some(Event::Interrupt(INTERRUPT))
     }
     fn cr8(&self) -> u8 {
         0
@@ -287,6 +308,7 @@ impl Machine {
             session: Mutex::new(session),
             observer: OnceLock::new(),
             kicked: AtomicBool::new(false),
+            interrupted: AtomicBool::new(false),
             steps: AtomicU64::new(0),
             progress: AtomicU64::new(0),
             seen: AtomicU64::new(u64::MAX),
@@ -358,6 +380,7 @@ fn build_page_tables(memory: &GuestMemory) -> [u64; CODE_SIZE / PAGE as usize] {
     for page in pages(CONTROL_SIZE) {
         tables.map(CONTROL + page, CONTROL_PAGE + page, USER | WRITABLE | NO_EXECUTE);
     }
+    tables.map(NUDGE, NUDGE_PAGE, USER | WRITABLE | NO_EXECUTE);
     for page in pages(5 * PAGE as usize) {
         tables.map(SYSTEM_PAGE + page, SYSTEM + page, WRITABLE);
     }

@@ -22,6 +22,11 @@ pub const TARGETS: u64 = CONTROL + 0x40;
 /// Where the control page is free for all.
 pub const CONTROL_FREE: u64 = 0x100;
 
+/// Linear address of a page that stores make the engine look for events by, see [`INTERRUPT_NUDGE`]. It is not compared.
+pub const NUDGE: u64 = CONTROL + 0x8000;
+/// Bit of what is stored there: an interrupt comes. It does nothing that sequences could see.
+pub const INTERRUPT_NUDGE: u64 = 1;
+
 /// Linear address of the page that may only be read.
 pub const READ_ONLY: u64 = DATA + DATA_SIZE as u64;
 /// Values for LDMXCSR, 4 bytes each.

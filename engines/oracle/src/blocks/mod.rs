@@ -7,6 +7,7 @@ pub mod compare;
 pub mod control;
 pub mod flags;
 pub mod guest;
+pub mod isolate;
 pub mod layout;
 pub mod monitor;
 pub mod native;
@@ -17,6 +18,7 @@ pub mod special;
 pub mod trial;
 
 use std::io::Result;
+use std::ops::Range;
 use std::sync::Arc;
 
 use bivisor_x86::cpuid::CpuModel;
@@ -56,6 +58,14 @@ pub struct Options {
 }
 
 impl Options {
+    /// The engine for a trial.
+    fn engine_for(&self, trial: &Trial) -> EngineKind {
+        match self.engine {
+            EngineKind::Dbt if trial.hot => EngineKind::DbtHot,
+            engine => engine,
+        }
+    }
+
     /// Names of the two sides.
     fn names(&self) -> [&'static str; 2] {
         let reference = if self.against == Against::Native { "native" } else { "interp" };
@@ -74,13 +84,24 @@ pub struct Difference {
     pub report: String,
 }
 
+/// Who hears how it goes.
+pub trait Listener {
+    /// Trials with these numbers are about to be run on the engine.
+    fn starting(&mut self, trials: Range<u64>);
+    /// There was a difference.
+    fn found(&mut self, difference: Difference);
+    /// So far it went.
+    fn progress(&mut self, totals: &Totals);
+}
+
 /// The two sides, and a third that counts.
 pub struct Blocks {
     options: Options,
     model: Arc<CpuModel>,
     reference: Reference,
     checker: Checker,
-    subject: Guest,
+    /// For each kind of engine: a guest.
+    subjects: Vec<(EngineKind, Guest)>,
     counter: Guest,
     next: u64,
 }
@@ -119,11 +140,15 @@ impl Blocks {
         let model = Arc::new(host_model());
         let images: Arc<[Image]> = images().into();
         let guest = |kind| Guest::new(kind, Arc::clone(&model), Arc::clone(&images)).map_err(engine_error);
+        let kinds = match options.engine {
+            EngineKind::Dbt => &[EngineKind::Dbt, EngineKind::DbtHot][..],
+            _ => &[options.engine],
+        };
         Ok(Self {
             // First: the child processes should not have what the others allocate.
             reference: Reference::new(options.against, &model, &images)?,
             checker: Checker::new(options, &model, &images)?,
-            subject: guest(options.engine)?,
+            subjects: kinds.iter().map(|&kind| Ok((kind, guest(kind)?))).collect::<Result<_>>()?,
             counter: guest(EngineKind::Counter)?,
             options,
             model: Arc::clone(&model),
@@ -156,17 +181,11 @@ impl Blocks {
         Prepared { first, trials, batch: Arc::new(batch) }
     }
 
-    /// Runs trials until `count` instructions were executed. `found` gets the differences; `progress` hears how far
-    /// it is.
+    /// Runs trials until `count` instructions were executed.
     ///
     /// # Errors
     /// The native process died, or the engine can't be had any more.
-    pub fn run(
-        &mut self,
-        count: u64,
-        mut found: impl FnMut(Difference),
-        mut progress: impl FnMut(&Totals),
-    ) -> Result<Totals> {
+    pub fn run(&mut self, count: u64, listener: &mut impl Listener) -> Result<Totals> {
         let mut totals = Totals::default();
         let mut current = self.prepare();
         self.reference.submit(&current.batch)?;
@@ -176,18 +195,36 @@ impl Blocks {
             self.reference.submit(&next.batch)?;
             let empty = outcomes_to_fill(&current, &expected);
             let counted = self.counter.execute(&current.batch, empty.clone()).map_err(engine_error)?;
-            let outcomes = self.subject.execute(&current.batch, empty).map_err(engine_error)?;
+            listener.starting(current.first..current.first + current.trials.len() as u64);
+            let outcomes = self.execute(&current, empty)?;
             totals.add(&current, &expected, &counted);
             for number in self.different(&current, &expected, &outcomes) {
                 totals.differences += 1;
                 if totals.differences <= self.options.explained {
-                    found(self.checker.explain(number));
+                    listener.found(self.checker.explain(number));
                 }
             }
-            progress(&totals);
+            listener.progress(&totals);
             current = next;
         }
         Ok(totals)
+    }
+
+    /// Executes trials on the engines that they are for.
+    fn execute(&mut self, prepared: &Prepared, empty: Vec<Outcome>) -> Result<Vec<Outcome>> {
+        let mut all = empty.clone();
+        for (kind, guest) in &mut self.subjects {
+            let mut mine = empty.clone();
+            let runs = prepared.trials.iter().flat_map(|(trial, _)| trial.runs.iter().map(move |_| trial));
+            let is_mine: Vec<bool> = runs.map(|trial| self.options.engine_for(trial) == *kind).collect();
+            for (outcome, _) in mine.iter_mut().zip(&is_mine).filter(|(_, is_mine)| !**is_mine) {
+                outcome.state.vector = SKIPPED;
+            }
+            let done = guest.execute(&prepared.batch, mine).map_err(engine_error)?;
+            let done = all.iter_mut().zip(done).zip(&is_mine).filter(|(_, is_mine)| **is_mine);
+            done.for_each(|((place, outcome), _)| *place = outcome);
+        }
+        Ok(all)
     }
 
     /// Numbers of the trials with a difference.

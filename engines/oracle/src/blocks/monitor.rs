@@ -10,7 +10,7 @@ use crate::system::{SYSTEM_PAGE, WITH_ERROR_CODE};
 /// Linear address of the supervisor's code; handlers of exceptions come first, 16 bytes each.
 pub const MONITOR: u64 = SYSTEM_PAGE + PAGE;
 /// Where it starts.
-pub const START: u64 = MONITOR + 0x200;
+pub const START: u64 = MONITOR + 0x220;
 /// Linear address behind its stack.
 pub const STACK_END: u64 = SYSTEM_PAGE + 3 * PAGE;
 /// Linear address of the mailbox.
@@ -54,7 +54,16 @@ std::arch::global_asm!(
     "jmp 20f",
     ".set vector, vector + 1",
     ".endr",
+    // The interrupt: it changes some state, and changes it back.
     ".org bivisor_oracle_monitor + 0x200",
+    "push rax",
+    "push r12",
+    "xor eax, eax",
+    "lea r12, [rsp + 8]",
+    "pop r12",
+    "pop rax",
+    "iretq",
+    ".org bivisor_oracle_monitor + 0x220",
     // The next run.
     "10:",
     "movabs rsp, {stack}",

@@ -6,7 +6,7 @@ use std::io::Result;
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
-use super::layout::{Batch, CONTROL, CONTROL_SIZE, Code, IMAGES, Image, Input, Outcome, TIMEOUT};
+use super::layout::{Batch, CONTROL, CONTROL_SIZE, Code, IMAGES, Image, Input, NUDGE, Outcome, TIMEOUT};
 use crate::child::{self, Frame, Process, Turns, Work, handler_entry};
 use crate::layout::{CODE, CODE_SIZE, DATA, DATA_SIZE, FS_BASE, GS_BASE, IMAGE_SIZE, PAGE, READ_ONLY_SIZE};
 
@@ -96,6 +96,7 @@ unsafe fn run_child(shared: *mut Shared) -> ! {
         data.copy_from_nonoverlapping((&raw const (*shared).images[0].data).cast(), IMAGE_SIZE);
         libc::mprotect(data.add(DATA_SIZE).cast(), READ_ONLY_SIZE, libc::PROT_READ);
         child::map_private(CONTROL, CONTROL_SIZE);
+        child::map_private(NUDGE, PAGE as usize);
         let state = child::map_private(0, size_of::<ChildState>()).cast::<ChildState>();
         *state = ChildState {
             shared,

@@ -83,6 +83,9 @@ pub fn report(
     let mut text = listing(trial, assembled, options);
     let entries: Vec<String> = trial.runs.iter().take(run + 1).map(|(entry, _)| entry.to_string()).collect();
     let _ = writeln!(text, "  runs of sequences {}; the last of them differs", entries.join(", "));
+    if trial.hot {
+        let _ = writeln!(text, "  as hot code");
+    }
     let flags = flag_names(input.rflags);
     let _ = write!(text, "  from {:#x}, image {}, rflags {flags}", input.rip, input.image);
     text += &state_before(input);

@@ -82,6 +82,7 @@ impl Shrinker<'_> {
     }
 
     fn states(&mut self) {
+        self.attempt(Trial { hot: false, ..self.smallest.clone() });
         for run in 0..self.smallest.runs.len() {
             self.simpler(run, |input| input.xsave = XsaveArea::default().bytes);
             self.simpler(run, |input| input.rflags = (Rflags::IF | Rflags::FIXED).bits());

@@ -7,7 +7,8 @@ use iced_x86::{Code, CpuidFeature, Instruction, MemoryOperand, Register};
 use super::build::{Builder, Class, MARGIN, RBP, RSP, at, from, made, r32, r64};
 use super::code::Item;
 use super::layout::{
-    CONTROL_WORD_COUNT, CONTROL_WORDS, HOST_AREA_SIZE, INDEX_COUNT, INDICES, MXCSR_COUNT, MXCSRS, XSAVE_AREAS,
+    CONTROL_WORD_COUNT, CONTROL_WORDS, HOST_AREA_SIZE, INDEX_COUNT, INDICES, MXCSR_COUNT, MXCSRS, NUDGE,
+    XSAVE_AREAS,
 };
 use crate::layout::{DATA, DATA_SIZE};
 
@@ -34,7 +35,7 @@ const GATHERS: [(Code, bool); 16] = [
 impl Builder<'_> {
     /// One of the special things.
     pub fn special(&mut self) {
-        match self.random.below(40) {
+        match self.random.below(43) {
             0..=8 => self.push_and_pop(),
             9..=13 => self.stack_frame(),
             14..=16 => self.repeated(),
@@ -47,8 +48,21 @@ impl Builder<'_> {
             29..=31 => self.write_code(),
             32..=35 => self.locked(),
             36..=38 => self.segment_access(),
-            _ => self.single_step(),
+            39 => self.single_step(),
+            _ => self.nudge(),
         }
+    }
+
+    /// Makes the engine look for events, of which there may be one.
+    fn nudge(&mut self) {
+        let value = self.random.below(4) as i32;
+        let place = at(NUDGE + 8 * self.random.below(8));
+        let instruction = match self.random.below(3) {
+            0 => Instruction::with2(Code::Mov_rm8_imm8, place, value),
+            1 => Instruction::with2(Code::Mov_rm64_r64, place, r64(self.any())),
+            _ => Instruction::with2(Code::Mov_rm32_imm32, place, value),
+        };
+        self.assemble(made(instruction));
     }
 
     fn any(&mut self) -> usize {

@@ -27,6 +27,8 @@ pub struct Trial {
     pub entries: Vec<usize>,
     /// Offset in the code pages of the first.
     pub origin: usize,
+    /// The translator is to treat the code as hot.
+    pub hot: bool,
     /// The runs: which sequence, and from which state. The address of the first instruction is filled in later.
     pub runs: Vec<(usize, Input)>,
 }
@@ -68,7 +70,7 @@ impl Trial {
             image: 0,
             code: 0,
         };
-        Self { items, entries: vec![0], origin, runs: vec![(0, input.clone()), (0, input)] }
+        Self { items, entries: vec![0], origin, hot: false, runs: vec![(0, input.clone()), (0, input)] }
     }
 }
 
@@ -107,7 +109,7 @@ pub fn trial(seed: u64, number: u64, model: &CpuModel) -> Trial {
             (entry as usize, input(&mut random, &initial, mood, image))
         })
         .collect();
-    Trial { items, entries, origin, runs }
+    Trial { items, entries, origin, hot: number % 2 == 1, runs }
 }
 
 /// Where sequences of so many bytes start: often so that they cross a page.
