@@ -40,6 +40,7 @@ pub const HELLO: Guest = guest!("hello", input: "help\rinfo\rpoweroff\r");
 /// Every guest.
 pub const ALL: &[Guest] = &[
     HELLO,
+    guest!("code32", input: ""),
     guest!("exceptions", input: ""),
     guest!("paging", input: ""),
     guest!("smc", input: ""),
