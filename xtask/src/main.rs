@@ -1,4 +1,5 @@
 //! The project's own tasks: `cargo xtask help` lists them.
+mod bench;
 mod linux;
 mod setup;
 mod steps;
@@ -25,6 +26,10 @@ enum Task {
         #[arg(long)]
         quick: bool,
     },
+    /// Measure the same benchmark program on the host, in Bivisor and in every QEMU, in turns.
+    ///
+    /// Writes a table, a plot and the raw results. Status 0 only if every row of every run came out right.
+    Bench(Box<bench::Arguments>),
     /// Try random instructions on the host's processor and in the interpreter, and report every difference.
     Oracle {
         /// Arguments of the oracle, such as `--count N` and `--seed S`; `--help` lists them.
@@ -36,6 +41,7 @@ enum Task {
 fn main() -> ExitCode {
     let result = match Arguments::parse().task {
         Task::Test { quick } => test::all(quick),
+        Task::Bench(arguments) => bench::bench(&arguments),
         Task::Oracle { arguments } => oracle(&arguments),
     };
     match result {

@@ -1,7 +1,7 @@
 //! Which pages of RAM hold instructions that some virtual processor has cached, and when they were written.
 #![allow(unsafe_code)]
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// Shift from an offset in RAM to a page number.
@@ -9,9 +9,9 @@ const PAGE_SHIFT: u32 = 12;
 /// Bit of a page's word: instructions of the page are cached somewhere.
 const CACHED: u32 = 1;
 /// Bits of a page's word that count its writes while it is marked.
-const WRITES: u32 = 7 << 1;
+const WRITES: u32 = 31 << 1;
 /// The other bits count the page's generations.
-const GENERATION_SHIFT: u32 = 4;
+const GENERATION_SHIFT: u32 = 6;
 /// Log2 of the bytes of a line, of which a page has 64.
 const LINE_SHIFT: u64 = 6;
 /// Epochs whose writes are remembered.
@@ -52,6 +52,8 @@ pub struct CodeTracker {
     /// The writes of the last epochs: that of epoch n stands at n modulo the length.
     recent: Mutex<Box<[CodeWrite; RECENT]>>,
     has_barrier: bool,
+    /// Several threads store to RAM.
+    is_shared: AtomicBool,
 }
 
 fn membarrier(command: i32) -> bool {
@@ -73,7 +75,13 @@ impl CodeTracker {
             epoch: AtomicU64::new(0),
             recent: Mutex::new(Box::new([CodeWrite::default(); RECENT])),
             has_barrier: membarrier(MEMBARRIER_REGISTER_PRIVATE_EXPEDITED),
+            is_shared: AtomicBool::new(false),
         }
+    }
+
+    /// From now on another thread stores to RAM, too. Call before it starts.
+    pub fn share(&self) {
+        self.is_shared.store(true, Ordering::SeqCst);
     }
 
     fn page(&self, offset: u64) -> Option<&AtomicU32> {
@@ -89,7 +97,7 @@ impl CodeTracker {
             before = page.fetch_or(CACHED, Ordering::SeqCst);
         }
         let is_new = before & CACHED == 0;
-        if is_new && self.has_barrier {
+        if is_new && self.has_barrier && self.is_shared.load(Ordering::Relaxed) {
             barrier();
         }
         (before >> GENERATION_SHIFT, is_new)
@@ -180,9 +188,9 @@ mod tests {
             epoch = tracker.epoch();
             assert!(tracker.written(0x1000, 4));
         }
-        assert_eq!(epoch, 7);
+        assert_eq!(epoch, 31);
         let all = CodeWrite { page: 0x1000, lines: u64::MAX };
-        assert_eq!(tracker.written_since(epoch), (8, Some(vec![all])));
+        assert_eq!(tracker.written_since(epoch), (32, Some(vec![all])));
         assert!(!tracker.written(0x1000, 4));
         let generation = tracker.generation(0x1000);
         assert_eq!(tracker.mark(0x1000), (generation, true));

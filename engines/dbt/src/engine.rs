@@ -60,6 +60,9 @@ impl Engine for SoftwareEngine {
 
     fn create_vcpu(&self, index: u32, setup: VcpuSetup) -> Result<Box<dyn Vcpu>, EngineError> {
         let tracker = self.tracker(&setup.memory)?;
+        if index > 0 {
+            tracker.share();
+        }
         let ram = NonNull::new(setup.memory.host_base())
             .ok_or_else(|| EngineError("the machine's RAM has no address".into()))?;
         let env = VcpuEnv::new(setup.memory, setup.bus, tracker, Arc::clone(&self.peers), index)

@@ -37,7 +37,7 @@ struct Arguments {
     /// Sequences with a difference that are made small; others are only counted.
     #[arg(long, default_value_t = 100, requires = "blocks")]
     explained: u64,
-    /// Do not compare arithmetic flags after an access that faults.
+    /// Do not compare arithmetic flags after a fault.
     #[arg(long, requires = "blocks")]
     dead_flags_ignored: bool,
     /// List the kinds of instruction that no random number has hit.

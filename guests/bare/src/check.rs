@@ -67,10 +67,20 @@ impl Suite {
 
     /// Prints the verdict and ends the machine.
     pub fn finish(self) -> ! {
+        self.verdict();
+        machine::end(self.failed == 0)
+    }
+
+    /// Prints the verdict and switches the machine off.
+    pub fn power_off(self) -> ! {
+        self.verdict();
+        machine::power_off()
+    }
+
+    fn verdict(&self) {
         println!(
             "{}: end, {} passed, {} failed, {} skipped",
             self.name, self.passed, self.failed, self.skipped
         );
-        machine::end(self.failed == 0)
     }
 }

@@ -18,7 +18,8 @@ pub struct Guest {
     pub input: &'static str,
     /// Checks, one a line, in which QEMU's TCG (7.2, `-cpu max`) differs from the manuals: it checks no segment
     /// limits, no alignment and few reserved bits, raises no SSE exceptions, and doubles the vector in the
-    /// error code of a fault by a gate of the 64-bit interrupt table, and reports reserved page table bits without P.
+    /// error code of a fault by a gate of the 64-bit interrupt table, reports reserved page table bits without P, and
+    /// reads zeros where nothing is.
     pub qemu_differs: &'static str,
 }
 
@@ -37,10 +38,20 @@ macro_rules! guest {
 /// The default guest: says what machine it sees, and has a small prompt.
 pub const HELLO: Guest = guest!("hello", input: "help\rinfo\rpoweroff\r");
 
-/// Every guest.
+/// Loses its machine in the way that a key of [`TRIPLE_FAULTS`] or [`HANGS`] chooses.
+pub const LOST: Guest = guest!("lost", input: "");
+
+/// Keys of [`LOST`] by which it ends in a triple fault.
+pub const TRIPLE_FAULTS: [&str; 8] = ["1", "2", "3", "4", "5", "6", "7", "8"];
+
+/// Keys of [`LOST`] by which its CPU never comes back by itself.
+pub const HANGS: [&str; 9] = ["a", "b", "c", "d", "e", "f", "g", "h", "i"];
+
+/// Every guest that ends by itself.
 pub const ALL: &[Guest] = &[
     HELLO,
     guest!("code32", input: ""),
+    guest!("escape", input: ""),
     guest!("exceptions", input: ""),
     guest!("paging", input: ""),
     guest!("smc", input: ""),

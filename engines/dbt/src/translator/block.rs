@@ -16,7 +16,7 @@ use super::context::{
 use super::emit::{Emitter, Fixup, Mem, Width, at, condition, reg};
 use super::key::{Key, USER};
 use super::operand::host_register;
-use super::site::{FaultPoint, Site, SiteKind};
+use super::site::{FaultPoint, Site, SiteKind, Undo};
 use crate::code_tracker;
 
 /// Instructions of a block at most.
@@ -339,7 +339,7 @@ impl Builder<'_> {
             (loop_entry, entry) = (self.e.position(), self.e.position());
             self.e.load(Width::W64, ADDRESS, page_base());
             self.e.lea(Width::W64, ADDRESS, at(ADDRESS, self.request.offset as i32));
-            self.look_up();
+            self.look_up(Undo::Never);
             self.e.bind(over);
         } else {
             self.check_event(self.request.offset as i32, live);
@@ -568,7 +568,7 @@ impl Builder<'_> {
             Class::Jump => self.jump_to(decoded.instruction.near_branch64() as i64, decoded.live_before),
             Class::JumpIndirect => {
                 self.read_target(decoded)?;
-                self.look_up();
+                self.look_up(Undo::Jump);
             }
             Class::JumpIf => self.jump_if(decoded),
             Class::JumpIfRcxZero => self.jump_if_rcx_zero(decoded),
@@ -669,13 +669,29 @@ impl Builder<'_> {
         let found = self.e.jump_if(condition::E);
         self.e.bind_to(found, retry.back);
         if let SiteKind::Window { .. } = self.kind_of(site) {
-            let crosses = self.e.jump_if(condition::B);
-            self.e.bind(crosses);
-            let here = (self.request.start + self.e.position()) as u32;
-            if let SiteKind::Window { patch, stub, .. } = self.kind_of(site) {
-                *stub = here;
-                *patch = here - 4;
-            }
+            self.jump_to_variant(site);
+        }
+    }
+
+    /// If the shared code has found that accesses lie in two pages (CF): a jump to the variant of the block that checks
+    /// each, once there is one.
+    fn jump_to_variant(&mut self, number: u32) {
+        let crosses = self.e.jump_if(condition::B);
+        let leave = self.e.jump();
+        self.e.bind(crosses);
+        // The check was made after the flags were put aside; blocks are entered with the guest's.
+        self.flags_aside = self.sites[(number - self.request.first_site) as usize].flags_aside;
+        self.bring_flags_back();
+        let jump = self.e.jump();
+        let place = (self.request.start + Emitter::displacement_position(jump)) as u32;
+        self.e.bind(jump);
+        self.e.bind(leave);
+        let here = (self.request.start + self.e.position()) as u32;
+        if let SiteKind::Window { patch, stub, .. } | SiteKind::Stack { patch, stub, .. } =
+            self.kind_of(number)
+        {
+            *stub = here;
+            *patch = place;
         }
     }
 
@@ -700,14 +716,7 @@ impl Builder<'_> {
         self.bind_shared(call, self.request.shared.stack_window[usize::from(self.class())]);
         let found = self.e.jump_if(condition::E);
         self.e.bind_to(found, retry as usize - self.request.start);
-        // Across two pages: to the variant of the block that checks each access, once there is one.
-        let crosses = self.e.jump_if(condition::B);
-        self.e.bind(crosses);
-        let here = (self.request.start + self.e.position()) as u32;
-        if let SiteKind::Stack { patch, stub, .. } = self.kind_of(site) {
-            *stub = here;
-            *patch = here - 4;
-        }
+        self.jump_to_variant(site);
         self.leave_code(site);
     }
 }

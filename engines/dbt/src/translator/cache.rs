@@ -3,7 +3,7 @@
 use rustc_hash::FxHashMap;
 
 use super::block::{SharedCode, Translation};
-use super::context::{Context, LINKS};
+use super::context::{Context, JUMP_ENTRIES, JumpEntry, LINKS};
 use super::key::Key;
 use super::shared_code::{self, Parts};
 use super::site::{FaultPoint, Site, SiteKind};
@@ -253,6 +253,13 @@ impl Cache {
     fn drop_block(&mut self, number: u32, context: &mut Context) {
         let Some(block) = self.blocks.get_mut(number as usize) else { return };
         let key = index_key(block.offset, block.key);
+        // The jump cache is indexed by more bits of the linear address than lie within a page.
+        let host = self.code.address(block.lookup_entry as usize);
+        for place in (block.offset as usize & 0xfff..JUMP_ENTRIES).step_by(0x1000) {
+            if context.jumps[place].host == host {
+                context.jumps[place] = JumpEntry { complement: 0, host: 0 };
+            }
+        }
         for site in std::mem::take(&mut block.incoming) {
             self.unlink(site, context);
         }

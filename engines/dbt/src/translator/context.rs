@@ -209,6 +209,8 @@ pub struct Context {
     pub host_rsp: u64,
     /// Where to go on entry.
     pub target: u64,
+    /// What the return address of an indirect call was pushed over.
+    pub overwritten: u64,
     /// Biases of the jump cache for the privilege classes.
     pub class_bias: [u64; 3],
     /// What to add to the host's time-stamp counter.
@@ -251,7 +253,7 @@ macro_rules! field {
     };
 }
 field!(page_base stack_page stack_addend jump_bias saved state block_flags vectors x87_in_memory event pending);
-field!(fast_system_calls base_instructions fs_base gs_base site host_mxcsr flags address temporary host_rsp target tsc_offset);
+field!(fast_system_calls base_instructions fs_base gs_base site host_mxcsr flags address temporary host_rsp target overwritten tsc_offset);
 field!(arithmetic_mask pushed_mask bit_mask syscall sysret mxcsr);
 
 /// Guest register 12 to 15 in [`Context::spilled`].

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use bivisor_machine::engine::{EngineError, Exit};
 use bivisor_x86::cpu::Access;
 use bivisor_x86::env::Env;
+use bivisor_x86::memory::is_canonical;
 use bivisor_x86::paging::Place;
 use bivisor_x86::state::{SegReg, Segment};
 use iced_x86::{Code, Decoder, DecoderOptions};
@@ -13,7 +14,7 @@ use super::block::PAGE;
 use super::code32;
 use super::context::{CPUID_ENTRIES, CpuidEntry};
 use super::key::Key;
-use super::site::{Site, SiteKind};
+use super::site::{Site, SiteKind, Undo};
 use super::spaces::Filling;
 use super::vcpu::{DbtVcpu, Load, PAGE_MASK};
 
@@ -56,7 +57,12 @@ impl DbtVcpu {
                 if first & PAGE_MASK == last & PAGE_MASK && self.fill(first, 1, write) {
                     return Next::Resume(retry, site.block, self.loaded_within(site.block));
                 }
-                self.enter_variant(&site, first & PAGE_MASK != last & PAGE_MASK)
+                let crosses = first & PAGE_MASK != last & PAGE_MASK;
+                let then = self.enter_variant(&site, crosses);
+                if !crosses {
+                    self.drop_windows(site.block);
+                }
+                then
             }
             SiteKind::String { is_move, next, retry, next_host } => {
                 if self.fill_for_string(is_move) {
@@ -88,8 +94,13 @@ impl DbtVcpu {
                 self.link_jump(number, &site);
                 Next::Dispatch
             }
-            SiteKind::Lookup => {
-                self.cpu.state.rip = self.context().address;
+            SiteKind::Lookup(undo) => {
+                let target = self.context().address;
+                if undo != Undo::Never && !is_canonical(target) {
+                    self.undo(undo);
+                    return self.step(rip, None, &site);
+                }
+                self.cpu.state.rip = target;
                 if self.context().event.load(Ordering::SeqCst) != 0 {
                     let key = Key::of(&self.cpu);
                     self.found_hot(key);
@@ -107,6 +118,24 @@ impl DbtVcpu {
                 match self.cache.block(site.block) {
                     Some(block) => Next::Resume(block.entry, site.block, self.loaded_within(site.block)),
                     None => Next::Dispatch,
+                }
+            }
+        }
+    }
+
+    /// Takes back what a jump to an address that isn't canonical has done.
+    fn undo(&mut self, undo: Undo) {
+        let overwritten = self.context().overwritten;
+        let rsp = &mut self.cpu.state.gpr[4];
+        match undo {
+            Undo::Never | Undo::Jump => {}
+            Undo::Return(size) => *rsp = rsp.wrapping_sub(size.into()),
+            Undo::Call => {
+                let place = *rsp;
+                *rsp = rsp.wrapping_add(8);
+                // It lies in RAM and in one page: translated code has written it just now.
+                if let Ok(Place::Ram(offset)) = self.cpu.probe(&mut self.env, place, Access::Write) {
+                    self.env.store64(offset, overwritten);
                 }
             }
         }
@@ -143,7 +172,11 @@ impl DbtVcpu {
         if let Some(exit) = exit {
             return Next::Leave(Ok(exit));
         }
-        let Some(next_host) = next_host else { return Next::Dispatch };
+        let Some(next_host) = next_host else {
+            // What ends a block may change what CPUID tells.
+            self.context().forget_cpuid();
+            return Next::Dispatch;
+        };
         let same = self.cpu.state.rip == next
             && self.epoch == epoch
             && self.flushes == flushes
@@ -221,11 +254,12 @@ impl DbtVcpu {
 
     /// The same block, with each access checked by itself. `link`: the site is to lead there from now on.
     fn enter_variant(&mut self, site: &Site, link: bool) -> Next {
-        let Some((offset, key)) = self.cache.block(site.block).map(|block| (block.offset, block.key)) else {
-            return Next::Dispatch;
-        };
-        let key = key.with_no_stack();
+        let Some(block) = self.cache.block(site.block) else { return Next::Dispatch };
+        let (offset, key) = (block.offset, block.key.with_no_stack());
         let variant = match self.cache.find(offset, key) {
+            // Its one instruction crosses into another page: only the jump cache may enter such a block, and it knows
+            // the one that led here.
+            _ if block.second.is_some() => None,
             Some(variant) => Some(variant),
             None => self.translate(offset, key),
         };

@@ -9,7 +9,7 @@ use super::context::{
 };
 use super::emit::{Emitter, Fixup, Width, at, condition, indexed, reg};
 use super::operand::{host_register, number};
-use super::site::SiteKind;
+use super::site::{SiteKind, Undo};
 
 impl Builder<'_> {
     /// Reads the target of an indirect jump or call into ADDRESS.
@@ -31,6 +31,10 @@ impl Builder<'_> {
     }
 
     pub fn call_indirect(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
+        if decoded.stack_delta.is_none() && decoded.instruction.op0_kind() == OpKind::Memory {
+            // Two pages checked one after the other may take each other's place in the TLB for ever.
+            return Err(NotRenamed);
+        }
         self.read_target(decoded)?;
         if decoded.stack_delta.is_some() {
             self.push_return_address(decoded);
@@ -39,7 +43,7 @@ impl Builder<'_> {
             self.push_return_address(decoded);
             self.e.load(Width::W64, ADDRESS, context::target());
         }
-        self.look_up();
+        self.look_up(Undo::Call);
         Ok(())
     }
 
@@ -48,12 +52,13 @@ impl Builder<'_> {
         self.e.load(self.width(), ADDRESS, place);
         let extra =
             if decoded.instruction.op_count() > 0 { decoded.instruction.immediate16().into() } else { 0 };
-        self.e.lea(self.width(), GUEST_RSP, at(GUEST_RSP, self.stack_step() + extra));
-        self.look_up();
+        let popped = self.stack_step() + extra;
+        self.e.lea(self.width(), GUEST_RSP, at(GUEST_RSP, popped));
+        self.look_up(Undo::Return(popped as u32));
     }
 
     /// Goes on at the linear address in ADDRESS, by the jump cache. Leaves the guest's flags alone.
-    pub fn look_up(&mut self) {
+    pub fn look_up(&mut self, undo: Undo) {
         self.bring_flags_back();
         self.e.lea(Width::W32, TEMPORARY, indexed(ADDRESS, ADDRESS, 0, 0));
         self.e.zero_extend16(TEMPORARY, TEMPORARY);
@@ -64,7 +69,7 @@ impl Builder<'_> {
         self.e.lea(Width::W64, reg::RCX, indexed(reg::RCX, ADDEND, 0, 0));
         let hit = self.e.jump_if_rcx_zero(false);
         self.e.load(Width::W64, reg::RCX, saved());
-        let site = self.new_site(SiteKind::Lookup);
+        let site = self.new_site(SiteKind::Lookup(undo));
         self.leave_code(site);
         self.e.bind(hit);
         self.e.load(Width::W64, reg::RCX, saved());

@@ -2,7 +2,7 @@
 
 use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
 
-use super::analysis::{self, Decoded};
+use super::analysis::{self, Class, Decoded};
 use super::block::{Addend, Builder, NotRenamed, PAGE, Retry};
 use super::context::{
     self, ADDEND, ADDRESS, GUEST_RSP, TEMPORARY, TLB_INDEX_MASK, TLB_INDEX_SHIFT, page_base, stack_addend,
@@ -194,6 +194,7 @@ impl Builder<'_> {
         let host_index = self.address_register(index, TEMPORARY);
         let scale = instruction.memory_index_scale().trailing_zeros() as u8;
         match (host_base, host_index) {
+            (Some(ADDRESS), None) if displacement == 0 && width == Width::W64 => {}
             (Some(base), None) => self.e.lea(width, ADDRESS, at(base, displacement)),
             (Some(base), Some(index)) => {
                 self.e.lea(width, ADDRESS, indexed(base, index, scale, displacement))
@@ -273,22 +274,20 @@ impl Builder<'_> {
         }
         if analysis::is_based(instruction)
             && let Ok(displacement) = i32::try_from(instruction.memory_displacement64() as i64)
+            && (decoded.window.is_some() || !is_spilled(instruction.memory_base()))
             && !self.request.key.code32()
             && let Some(base) = self.address_register(instruction.memory_base(), ADDRESS)
         {
-            if let Some(window) = decoded.window {
-                self.load_window_addend(window);
-                self.rename_based(instruction, renamed, base);
-                free.retain(|&host| host != ADDEND && host != base);
-                return Ok(());
+            match decoded.window {
+                Some(window) => self.load_window_addend(window),
+                None => {
+                    let size = instruction.memory_size().size() as i32;
+                    self.check_based(at(base, displacement), size, decoded);
+                }
             }
-            if base != ADDRESS {
-                let size = instruction.memory_size().size() as i32;
-                self.check_based(at(base, displacement), size, decoded);
-                self.rename_based(instruction, renamed, base);
-                free.retain(|&host| host != ADDEND);
-                return Ok(());
-            }
+            self.rename_based(instruction, renamed, base);
+            free.retain(|&host| host != ADDEND && host != base);
+            return Ok(());
         }
         self.address(instruction)?;
         if let Some(window) = decoded.window {
@@ -377,11 +376,14 @@ impl Builder<'_> {
     }
 
     pub fn encode(&mut self, instruction: &Instruction) -> Result<(), NotRenamed> {
-        self.encoder.encode(instruction, 0).map_err(|_| NotRenamed)?;
+        let encoded = self.encoder.encode(instruction, 0);
+        // In any case: what can't be encoded may leave its first bytes behind.
         let bytes = self.encoder.take_buffer();
-        self.e.code.extend_from_slice(&bytes);
+        if encoded.is_ok() {
+            self.e.code.extend_from_slice(&bytes);
+        }
         self.encoder.set_buffer(bytes_cleared(bytes));
-        Ok(())
+        encoded.map(|_| ()).map_err(|_| NotRenamed)
     }
 
     fn lea(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
@@ -485,6 +487,10 @@ impl Builder<'_> {
     pub fn push_return_address(&mut self, decoded: &Decoded) {
         let (width, step) = (self.width(), self.stack_step());
         let place = self.stack_operand(decoded, -step, true);
+        if decoded.class == Class::CallIndirect {
+            self.e.load(Width::W64, TEMPORARY, place);
+            self.e.store(Width::W64, context::overwritten(), TEMPORARY);
+        }
         self.e.load(Width::W64, TEMPORARY, page_base());
         self.e.lea(Width::W64, TEMPORARY, at(TEMPORARY, self.next_guest as i32));
         self.e.store(width, place, TEMPORARY);

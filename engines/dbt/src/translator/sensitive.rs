@@ -16,7 +16,7 @@ use super::context::{
 use super::emit::{Mem, Reg, Width, at, condition, indexed, reg};
 use super::key::{SUPERVISOR, SUPERVISOR_AC, USER};
 use super::operand::{host_register, number};
-use super::site::SiteKind;
+use super::site::{SiteKind, Undo};
 
 const R11: Reg = Reg(11);
 
@@ -351,8 +351,8 @@ impl Builder<'_> {
         self.switch_class(class);
         self.e.compare_zero8(context::event());
         let event = self.e.jump_if(condition::NE);
-        self.leave_from(event, SiteKind::Lookup);
-        self.look_up();
+        self.leave_from(event, SiteKind::Lookup(Undo::Never));
+        self.look_up(Undo::Never);
     }
 
     /// REP MOVS and REP STOS: page by page in the shared code, and by the interpreter what that leaves.

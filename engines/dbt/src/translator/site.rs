@@ -109,7 +109,7 @@ pub enum SiteKind {
         stub: u32,
     },
     /// A jump to a linear address that the jump cache doesn't know.
-    Lookup,
+    Lookup(Undo),
     /// An event waits; the guest goes on at this place, from the start of the page.
     Event {
         /// Offset in the page.
@@ -117,6 +117,19 @@ pub enum SiteKind {
     },
     /// The block needs the vector or x87 registers loaded.
     LoadVectors,
+}
+
+/// What a jump has changed before it is known whether its target is canonical: if it isn't, it is the jump that faults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Undo {
+    /// It doesn't fault.
+    Never,
+    /// JMP: nothing.
+    Jump,
+    /// RET: so many bytes were taken from the stack.
+    Return(u32),
+    /// CALL: the return address was pushed; what stood there is in the context.
+    Call,
 }
 
 /// An instruction of the guest's that stands in the code as it is, and may fault there.

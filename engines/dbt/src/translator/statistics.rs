@@ -68,7 +68,7 @@ impl Statistics {
             }
             SiteKind::Jump { .. } => &mut self.jump,
             SiteKind::Link { .. } => &mut self.link,
-            SiteKind::Lookup => &mut self.lookup,
+            SiteKind::Lookup(_) => &mut self.lookup,
             SiteKind::Event { .. } => &mut self.event,
             SiteKind::LoadVectors => &mut self.vectors,
         };

@@ -108,6 +108,8 @@ pub struct DbtVcpu {
     hot: FxHashMap<u64, u64>,
     /// Instructions, by offset in RAM, that access too many pages for a slot.
     roaming: FxHashSet<u64>,
+    /// Blocks, by offset in RAM, whose windows lie where the inline TLB can't be used: a device, or written code.
+    windowless: FxHashSet<u64>,
     pub(super) statistics: Statistics,
     /// Supervisor code is taken to lie in global pages.
     global_kernel: bool,
@@ -224,6 +226,7 @@ impl DbtVcpu {
             sampled: 0,
             hot: FxHashMap::default(),
             roaming: FxHashSet::default(),
+            windowless: FxHashSet::default(),
             global_kernel: false,
             otherwise: 0,
             statistics: Statistics::default(),
@@ -390,9 +393,6 @@ impl DbtVcpu {
             if volatility.writes >= VOLATILE_WRITES {
                 *volatility = Volatility { writes: VOLATILE_WRITES / 2, entries_left: VOLATILE_ENTRIES };
             }
-            // The jump cache may lead into them.
-            self.biases.clear();
-            self.forgotten += 1;
         }
     }
 
@@ -501,6 +501,7 @@ impl DbtVcpu {
     fn is_hot(&self, offset: u64, key: Key) -> bool {
         let lines = self.hot.get(&(offset & PAGE_MASK)).copied().unwrap_or(0);
         key.class() == USER
+            && !self.windowless.contains(&offset)
             && lines & code_tracker::lines(offset, 1) != 0
             && self.cache.slots().len() + SLOTS_OF_A_BLOCK < SLOTS
     }
@@ -531,9 +532,15 @@ impl DbtVcpu {
         if new != 0 {
             self.statistics.hot += u64::from(new.count_ones());
             self.cache.drop_lines(page, new, self.windows.context());
-            self.biases.clear();
-            self.forgotten += 1;
         }
+    }
+
+    /// A window of the block can't be used: it is translated anew without.
+    pub(super) fn drop_windows(&mut self, block: u32) {
+        let Some(offset) = self.cache.block(block).map(|block| block.offset) else { return };
+        self.windowless.insert(offset);
+        let lines = code_tracker::lines(offset, 1);
+        self.cache.drop_lines(offset & PAGE_MASK, lines, self.windows.context());
     }
 
     /// Instructions that miss their slots too often get none from now on.
@@ -548,8 +555,6 @@ impl DbtVcpu {
         for place in pages {
             let lines = code_tracker::lines(place, 1);
             self.cache.drop_lines(place & PAGE_MASK, lines, self.windows.context());
-            self.biases.clear();
-            self.forgotten += 1;
         }
     }
 
@@ -721,6 +726,7 @@ impl DbtVcpu {
         let Some((number, block)) = block.and_then(|number| Some((number, self.cache.block(number)?))) else {
             let statistics = &mut self.statistics;
             *(if translatable { &mut statistics.not_translated } else { &mut statistics.other_modes }) += 1;
+            self.windows.context().forget_cpuid();
             return Ok(self.interpret(if translatable { 1 } else { INTERPRETED }, true));
         };
         let (entry, lookup_entry, crosses) = (block.entry, block.lookup_entry, block.second.is_some());

@@ -173,6 +173,11 @@ impl Checker {
         Difference { trial: number, title, report: self.report(&small, &finding) }
     }
 
+    /// Reports how a trial differs, if it does, as it is.
+    pub fn reproduce(&mut self, trial: &Trial) -> Option<String> {
+        self.check(trial).map(|finding| self.report(trial, &finding))
+    }
+
     fn report(&self, small: &Trial, finding: &Finding) -> String {
         let (assembled, batch) = Self::batch(small);
         let decoder = decoder_options(&self.model);

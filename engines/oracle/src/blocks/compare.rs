@@ -25,7 +25,7 @@ pub struct Comparison<'a> {
     decoder_options: u32,
     /// Names of the two sides.
     names: [&'static str; 2],
-    /// Arithmetic flags that an access which faults leaves are not compared.
+    /// Arithmetic flags after a fault are not compared.
     dead_flags_ignored: bool,
 }
 
@@ -58,13 +58,14 @@ impl<'a> Comparison<'a> {
             hidden_error: 0,
             ignored_flags: 0,
             any_mxcsr: false,
+            any_pointers: self.names[1] == "dbt",
         };
         let Some((number, instruction)) = self.ended_at(one.rip) else { return rules };
         rules.ignored_flags = self.undefined[number];
         if one.vector == 0 {
             rules.ignored_flags |= undefined_flags(&instruction);
         }
-        if self.dead_flags_ignored && matches!(one.vector, 0 | 12 | 13 | 14 | 17) {
+        if self.dead_flags_ignored && !matches!(one.vector, 1 | 3) {
             rules.ignored_flags |= Rflags::ARITHMETIC.bits();
         }
         // Which byte of a large operand faults first, or which of two operands, is the processor's own affair.

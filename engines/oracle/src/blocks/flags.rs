@@ -41,10 +41,15 @@ pub fn effect(instruction: &Instruction) -> Effect {
     let is_word_double_shift = matches!(instruction.mnemonic(), Mnemonic::Shld | Mnemonic::Shrd)
         && instruction.op1_kind() == OpKind::Register
         && instruction.op1_register().size() == 2;
+    // iced-x86 takes rotations through CF by 9 bits of 8, or 17 of 16, for none at all.
+    let by_more = matches!(instruction.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr)
+        && instruction.op_kind(1) == OpKind::Immediate8
+        && instruction.immediate8() & 0x1f > 1;
+    let also = if by_more { Rflags::OF.bits() } else { 0 };
     Effect {
         read: if goes_elsewhere { everything } else { mask(instruction.rflags_read() & ALL) },
         written: if is_conditional(instruction) { 0 } else { mask(instruction.rflags_modified() & ALL) },
-        undefined: if is_word_double_shift { everything } else { undefined_flags(instruction) },
+        undefined: if is_word_double_shift { everything } else { undefined_flags(instruction) | also },
     }
 }
 

@@ -26,7 +26,7 @@ use self::code::Assembled;
 use self::guest::{EngineKind, Guest};
 use self::layout::{Batch, Image, Outcome, PANIC, SKIPPED, TIMEOUT, images};
 use self::native::{CODES, RUNS};
-use self::trial::{Trial, trial};
+use self::trial::{Trial, decoder_options, trial};
 use crate::host_model;
 
 /// What the engine is compared with.
@@ -129,6 +129,13 @@ impl Blocks {
             model: Arc::clone(&model),
             next: options.first,
         })
+    }
+
+    /// Runs a sequence of these bytes at an offset in the code pages, with these general registers. Returns a report
+    /// if there is a difference.
+    pub fn reproduce(&mut self, code: &[u8], origin: usize, registers: &[(usize, u64)]) -> Option<String> {
+        let options = decoder_options(&self.model);
+        self.checker.reproduce(&Trial::of_code(code, origin, registers, options))
     }
 
     fn prepare(&mut self) -> Prepared {

@@ -63,11 +63,12 @@ pub fn title(trial: &Trial, options: u32, lines: &[String]) -> String {
         Item::Instruction { bytes, .. } if bytes[..] != [FILLER] => Some(bytes),
         _ => None,
     });
-    let mnemonic = last.map(|bytes| Decoder::new(64, bytes, options).decode().mnemonic());
+    let mnemonic = |bytes: &Vec<u8>| format!("{:?}", Decoder::new(64, bytes, options).decode().mnemonic());
+    let mnemonic = last.map_or_else(String::new, mnemonic);
     let differs = lines.iter().filter_map(|line| line.trim_start().split("  ").next());
     let differs: Vec<&str> =
         differs.map(|name| if name.starts_with('[') { "memory" } else { name }).collect();
-    format!("{mnemonic:?}: {}", differs.first().unwrap_or(&""))
+    format!("{mnemonic}: {}", differs.first().unwrap_or(&""))
 }
 
 /// All about a difference in a run of a trial.

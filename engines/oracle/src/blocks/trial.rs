@@ -3,10 +3,11 @@
 
 use bivisor_x86::cpuid::{CpuModel, Vendor};
 use bivisor_x86::registers::Rflags;
-use iced_x86::DecoderOptions;
+use bivisor_x86::state::XsaveArea;
+use iced_x86::{Decoder, DecoderOptions};
 
 use super::build::{Builder, Class, MARGIN, RSP};
-use super::code::{Assembled, Item, assemble};
+use super::code::{Assembled, FILLER, Item, assemble};
 use super::layout::{IMAGES, Input, POINTER_COUNT, READ_ONLY};
 use crate::generate::xsave;
 use crate::layout::{CODE_SIZE, DATA, DATA_SIZE, PAGE};
@@ -40,6 +41,34 @@ impl Trial {
         };
         let inputs = self.runs.iter().map(input).collect();
         (assembled, inputs)
+    }
+}
+
+impl Trial {
+    /// One sequence of these bytes at an offset in the code pages, run twice with these general registers, and with
+    /// everything else zero or as after a reset.
+    pub fn of_code(code: &[u8], origin: usize, registers: &[(usize, u64)], options: u32) -> Self {
+        let mut decoder = Decoder::new(64, code, options);
+        let mut items = Vec::new();
+        while decoder.can_decode() {
+            let start = decoder.position();
+            let _ = decoder.decode();
+            let bytes = code[start..decoder.position()].to_vec();
+            items.push(Item::Instruction { bytes, field: None });
+        }
+        items.push(Item::Instruction { bytes: vec![FILLER], field: None });
+        let mut gpr = [0; 16];
+        registers.iter().for_each(|(number, value)| gpr[*number] = *value);
+        let input = Input {
+            xsave: XsaveArea::default().bytes,
+            gpr,
+            rflags: (Rflags::IF | Rflags::FIXED).bits(),
+            rip: 0,
+            control: [1; 1 + POINTER_COUNT],
+            image: 0,
+            code: 0,
+        };
+        Self { items, entries: vec![0], origin, runs: vec![(0, input.clone()), (0, input)] }
     }
 }
 
@@ -171,7 +200,6 @@ fn rflags(random: &mut Random) -> u64 {
 mod tests {
     use super::*;
     use crate::blocks::flags::undefined_before;
-    use iced_x86::Decoder;
 
     #[test]
     fn trials_read_no_undefined_flags_and_consist_of_what_they_say() {
