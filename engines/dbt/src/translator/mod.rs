@@ -22,5 +22,6 @@ pub mod shared_code;
 pub mod site;
 pub mod spaces;
 pub mod statistics;
+mod values;
 pub mod vcpu;
 pub mod windows;
