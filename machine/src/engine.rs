@@ -77,6 +77,13 @@ pub trait VcpuBus: Send + Sync {
     fn hypercall(&self, state: &CpuState) -> Option<u64>;
 }
 
+/// Hears what a vCPU executes.
+pub trait Tracer: Send {
+    /// The vCPU is in this state and about to execute `code`: the bytes at its instruction pointer, as many as an
+    /// instruction may have, as far as they lie in one page of RAM.
+    fn about_to_execute(&mut self, state: &CpuState, code: &[u8]);
+}
+
 /// One virtual processor of an engine.
 pub trait Vcpu: Send {
     /// The architectural state, while not running.
@@ -93,6 +100,8 @@ pub trait Vcpu: Send {
     fn statistics(&self) -> alloc::vec::Vec<(String, u64)> {
         alloc::vec::Vec::new()
     }
+    /// Tells a tracer what is executed from now on: every instruction, or at least every place that a jump leads to.
+    fn set_tracer(&mut self, _tracer: Box<dyn Tracer>) {}
     /// Guest-physical address of a linear address by the current page tables, without side effects.
     fn translate(&mut self, linear: u64) -> Option<u64>;
 }

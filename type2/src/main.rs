@@ -11,6 +11,7 @@ mod host;
 mod image;
 mod run;
 mod status;
+mod trace;
 mod vm;
 
 use std::io::Write;

@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
-use bivisor_machine::engine::{DebugControl, EngineError, Exit, Vcpu};
+use bivisor_machine::engine::{DebugControl, EngineError, Exit, Tracer, Vcpu};
 use bivisor_machine::host::Waker;
 use bivisor_x86::cpu::{Access, Cpu};
 use bivisor_x86::env::Env;
@@ -33,6 +33,7 @@ use crate::env::VcpuEnv;
 use crate::host_cpu;
 use crate::interp_vcpu::{self, ended};
 use crate::peers::Peer;
+use crate::trace::Trace;
 
 pub(super) const PAGE_MASK: u64 = !0xfff;
 /// Biases of the jump cache are counted in this.
@@ -108,6 +109,8 @@ pub struct DbtVcpu {
     /// Instructions, by offset in RAM, that access too many pages for a slot.
     roaming: FxHashSet<u64>,
     pub(super) statistics: Statistics,
+    /// While it is on, every block is entered by the dispatcher, which tells it.
+    trace: Trace,
     /// Supervisor code is taken to lie in global pages.
     global_kernel: bool,
     /// How often it didn't, or did where it is taken not to.
@@ -226,6 +229,7 @@ impl DbtVcpu {
             global_kernel: false,
             otherwise: 0,
             statistics: Statistics::default(),
+            trace: Trace::default(),
             system_calls_for: None,
             cpuid_for: (0, 0),
         })
@@ -488,6 +492,7 @@ impl DbtVcpu {
             block: self.cache.next_block(),
             first_link: self.cache.next_link(),
             shared: self.cache.shared(),
+            all_flags: self.trace.is_on(),
             first_slot: self.is_hot(offset, key).then(|| self.cache.slots().len() as u32),
             roams,
         }
@@ -709,17 +714,19 @@ impl DbtVcpu {
             return Ok(Some(exit));
         }
         self.statistics.dispatched += 1;
+        self.trace.note(&mut self.cpu, &mut self.env);
         let long = self.cpu.state.mode() == Mode::Long64;
         let key = Key::of(&self.cpu);
         let block = if long && self.cpu.runs_plainly() { self.block(key) } else { None };
         let Some((number, block)) = block.and_then(|number| Some((number, self.cache.block(number)?))) else {
             *(if long { &mut self.statistics.not_translated } else { &mut self.statistics.other_modes }) += 1;
-            return Ok(self.interpret(if long { 1 } else { INTERPRETED }, true));
+            let budget = if long || self.trace.is_on() { 1 } else { INTERPRETED };
+            return Ok(self.interpret(budget, true));
         };
         let (entry, lookup_entry, crosses) = (block.entry, block.lookup_entry, block.second.is_some());
         let rip = self.cpu.state.rip;
         let host = self.cache.address(lookup_entry);
-        let remember = self.may_remember(rip, key);
+        let remember = !self.trace.is_on() && self.may_remember(rip, key);
         self.update_biases(key);
         self.note_code(rip);
         if crosses {
@@ -780,7 +787,8 @@ impl DbtVcpu {
 
     /// A jump that isn't linked: linked to its target, unless something else must happen there first.
     pub(super) fn link_jump(&mut self, number: u32, site: &Site) {
-        if self.context().event.load(Ordering::SeqCst) != 0 || !self.cpu.runs_plainly() {
+        let has_event = self.context().event.load(Ordering::SeqCst) != 0;
+        if has_event || self.trace.is_on() || !self.cpu.runs_plainly() {
             return;
         }
         let key = Key::of(&self.cpu);
@@ -827,7 +835,7 @@ impl Vcpu for DbtVcpu {
     fn run(&mut self) -> Result<Exit, EngineError> {
         if self.single_step || !self.cpu.breakpoints.is_empty() {
             self.sync_vectors();
-            let exit = interp_vcpu::run(&mut self.cpu, &mut self.env, self.single_step);
+            let exit = interp_vcpu::run(&mut self.cpu, &mut self.env, self.single_step, &mut self.trace);
             self.follow_changes();
             return Ok(exit);
         }
@@ -855,6 +863,12 @@ impl Vcpu for DbtVcpu {
 
     fn statistics(&self) -> Vec<(String, u64)> {
         self.statistics.list()
+    }
+
+    fn set_tracer(&mut self, tracer: Box<dyn Tracer>) {
+        self.trace.set(tracer);
+        // What was translated so far is linked.
+        self.clear_cache();
     }
 
     fn translate(&mut self, linear: u64) -> Option<u64> {
