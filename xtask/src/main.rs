@@ -3,9 +3,10 @@ mod linux;
 mod setup;
 mod steps;
 mod test;
+mod trace_diff;
 
 use clap::{Parser, Subcommand};
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
 /// Builds and checks Bivisor.
 #[derive(Parser)]
@@ -31,12 +32,23 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Find where two traces of one guest (`bivisor run --trace`), one of them of the interpreter, first differ.
+    TraceDiff {
+        /// A trace.
+        a: PathBuf,
+        /// The other one.
+        b: PathBuf,
+        /// The processor whose lines are compared.
+        #[arg(long, default_value_t = 0)]
+        cpu: u32,
+    },
 }
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().task {
         Task::Test { quick } => test::all(quick),
         Task::Oracle { arguments } => oracle(&arguments),
+        Task::TraceDiff { a, b, cpu } => trace_diff::run(&a, &b, cpu),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,
