@@ -144,6 +144,8 @@ pub struct VmConfig {
     pub stats: bool,
     /// Where to write what the guest executes.
     pub trace: Option<PathBuf>,
+    /// Name translated code for perf.
+    pub perf_map: bool,
     /// Debugger.
     pub gdb: Option<GdbSpec>,
 }
@@ -208,6 +210,7 @@ struct FileConfig {
     testdev: Option<bool>,
     stats: Option<bool>,
     trace: Option<PathBuf>,
+    perf_map: Option<bool>,
     gdb: Option<Spanned<String>>,
 }
 
@@ -250,6 +253,7 @@ impl VmConfig {
             testdev: settings.testdev,
             stats: settings.stats,
             trace: settings.trace,
+            perf_map: settings.perf_map,
             gdb: settings.gdb,
         })
     }
@@ -282,6 +286,7 @@ struct Settings {
     testdev: bool,
     stats: bool,
     trace: Option<PathBuf>,
+    perf_map: bool,
     gdb: Option<GdbSpec>,
 }
 
@@ -315,6 +320,7 @@ impl Settings {
             testdev: file.testdev.unwrap_or(false),
             stats: file.stats.unwrap_or(false),
             trace: file.trace.map(|path| folder.join(path)),
+            perf_map: file.perf_map.unwrap_or(false),
             gdb: source.value("gdb", file.gdb, GdbSpec::from_str)?.map(|gdb| match gdb {
                 GdbSpec::Unix(path) => GdbSpec::Unix(folder.join(path)),
                 port => port,
@@ -341,6 +347,7 @@ impl Settings {
         self.no_reboot |= args.no_reboot;
         self.testdev |= args.testdev;
         self.stats |= args.stats;
+        self.perf_map |= args.perf_map;
     }
 }
 
@@ -437,14 +444,14 @@ mod tests {
     fn a_file_says_what_options_say() {
         let config = parse(
             "kernel = \"k\"\ninitrd = \"i\"\nappend = \"quiet\"\nmemory = \"1G\"\ncpus = 4\nengine = \"interp\"\n\
-             console = \"pty\"\nno-reboot = true\ntestdev = true\nstats = true\ntrace = \"/t\"\ngdb = \":1234\"\n",
+             console = \"pty\"\nno-reboot = true\ntestdev = true\nstats = true\ntrace = \"/t\"\nperf-map = true\ngdb = \":1234\"\n",
             "",
         )
         .unwrap();
         assert_eq!(config.boot, Boot::Kernel { kernel: "k".into(), initrd: Some("i".into()) });
         assert_eq!((config.append.as_deref(), config.memory.0, config.cpus), (Some("quiet"), 1 << 30, 4));
         assert_eq!((config.engine, config.console), (EngineChoice::Interp, ConsoleSpec::Pty));
-        assert!(config.no_reboot && config.testdev && config.stats);
+        assert!(config.no_reboot && config.testdev && config.stats && config.perf_map);
         assert_eq!((config.trace, config.gdb), (Some("/t".into()), Some(GdbSpec::Port(1234))));
     }
 

@@ -9,6 +9,7 @@ mod error;
 mod guest;
 mod host;
 mod image;
+mod perf_map;
 mod run;
 mod status;
 mod trace;

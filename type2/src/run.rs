@@ -16,6 +16,7 @@ use crate::guest::Guest;
 use crate::host::clock::LinuxClock;
 use crate::host::log::Log;
 use crate::host::{memory, signals};
+use crate::perf_map::PerfMap;
 use crate::trace::TraceFile;
 use crate::vm::vcpu::VcpuEvent;
 use crate::vm::{Event, Parts, Session, inspect};
@@ -65,7 +66,8 @@ pub fn run(args: &RunArgs, verbose: bool) -> Result<u8, Failure> {
     let debugger = debugger.transpose().map_err(Failure::host)?;
     let trace = config.trace.as_ref().map(|path| TraceFile::create(path, events.clone()));
     let trace = trace.transpose().map_err(Failure::host)?;
-    let parts = Parts { config, guest, clock, console, trace, log, events };
+    let perf_map = config.perf_map.then(PerfMap::create).transpose().map_err(Failure::host)?;
+    let parts = Parts { config, guest, clock, console, trace, perf_map, log, events };
     let ending = supervise(&parts, &happenings, debugger.as_ref());
 
     if let (Some(debugger), Ok(ending)) = (&debugger, &ending) {
@@ -76,11 +78,13 @@ pub fn run(args: &RunArgs, verbose: bool) -> Result<u8, Failure> {
         message(&format!("bivisor: {lost} bytes of console output could not be delivered\n"));
     }
     let traced = parts.trace.as_ref().map_or(Ok(()), |trace| trace.finish());
+    let mapped = parts.perf_map.as_ref().map_or(Ok(()), PerfMap::write);
     let ending = ending?;
     if !ending.sentence.is_empty() {
         message(&format!("bivisor: {}\n", ending.sentence));
     }
     traced.map_err(Failure::host)?;
+    mapped.map_err(Failure::host)?;
     Ok(ending.status)
 }
 

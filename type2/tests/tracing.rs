@@ -1,4 +1,4 @@
-//! `--trace` writes everything, however the machine ends, and tells when it can't.
+//! `--trace` writes everything, however the machine ends, and tells when it can't; `--perf-map` names code for perf.
 
 mod common;
 
@@ -54,4 +54,23 @@ fn a_full_disk_ends_the_machine_in_words() {
         assert_eq!(output.status.code(), Some(6), "{}", stderr(&output));
         assert!(stderr(&output).contains("bivisor: cannot write the trace /dev/full: No space left"));
     }
+}
+
+#[test]
+fn perf_is_told_the_names_of_translated_code() {
+    let folder = Folder::new();
+    let words = ["run", "hello", "--memory", "32M", "--engine", "dbt", "--perf-map"];
+    let mut child = folder.bivisor(&words).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let map = format!("/tmp/perf-{}.map", child.id());
+    let mut prompt = [0];
+    std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut prompt).unwrap();
+    std::io::Write::write_all(child.stdin.as_mut().unwrap(), b"poweroff\r").unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    let text = std::fs::read_to_string(&map).unwrap();
+    std::fs::remove_file(&map).unwrap();
+    let names: Vec<&str> = text.lines().filter_map(|line| line.splitn(3, ' ').nth(2)).collect();
+    assert_eq!(names.len(), text.lines().count());
+    assert_eq!(names[0], "dbt:shared");
+    assert!(names.iter().any(|name| name.starts_with("guest:") && name.ends_with(":kernel")), "{text}");
 }

@@ -26,6 +26,7 @@ use crate::host::alarm::{AlarmThread, HostAlarm};
 use crate::host::clock::{LinuxClock, host_cpuid};
 use crate::host::log::Log;
 use crate::host::memory;
+use crate::perf_map::PerfMap;
 use crate::trace::{TraceError, TraceFile};
 use crate::{engines, status};
 use gate::Gate;
@@ -60,6 +61,8 @@ pub struct Parts {
     pub console: Console,
     /// The file for what the guest executes.
     pub trace: Option<Arc<TraceFile>>,
+    /// The names of translated code for perf.
+    pub perf_map: Option<PerfMap>,
     /// Log of what devices refuse.
     pub log: Arc<Log>,
     /// The supervisor.
@@ -297,6 +300,9 @@ fn make_vcpus(machine: &Machine, engine: &dyn Engine, parts: &Parts) -> Result<V
         }
         if let Some(trace) = &parts.trace {
             vcpu.set_tracer(trace.tracer(index));
+        }
+        if let Some(map) = &parts.perf_map {
+            vcpu.set_code_map(map.code_map());
         }
         vcpus.push(Arc::new(Mutex::new(vcpu)));
     }

@@ -14,6 +14,7 @@ mod exits;
 pub mod fault;
 mod flow;
 pub mod key;
+mod names;
 mod operand;
 mod routines;
 mod sensitive;

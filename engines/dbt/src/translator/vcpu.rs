@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
-use bivisor_machine::engine::{DebugControl, EngineError, Exit, Tracer, Vcpu};
+use bivisor_machine::engine::{CodeMap, DebugControl, EngineError, Exit, Tracer, Vcpu};
 use bivisor_machine::host::Waker;
 use bivisor_x86::cpu::{Access, Cpu};
 use bivisor_x86::env::Env;
@@ -24,6 +24,7 @@ use super::context::{
 use super::exits::Next;
 use super::fault::{self, FAULT_SITE, Running};
 use super::key::{Key, USER};
+use super::names::Names;
 use super::site::{Site, SiteKind};
 use super::spaces::{SharedTlbs, Spaces};
 use super::statistics::Statistics;
@@ -111,6 +112,7 @@ pub struct DbtVcpu {
     pub(super) statistics: Statistics,
     /// While it is on, every block is entered by the dispatcher, which tells it.
     trace: Trace,
+    names: Names,
     /// Supervisor code is taken to lie in global pages.
     global_kernel: bool,
     /// How often it didn't, or did where it is taken not to.
@@ -230,6 +232,7 @@ impl DbtVcpu {
             otherwise: 0,
             statistics: Statistics::default(),
             trace: Trace::default(),
+            names: Names::default(),
             system_calls_for: None,
             cpuid_for: (0, 0),
         })
@@ -366,6 +369,7 @@ impl DbtVcpu {
     /// All translations go.
     fn clear_cache(&mut self) {
         self.statistics.cleared += 1;
+        self.names.cleared();
         // Other code will use the slots.
         self.spaces.shared().forget_windows();
         self.spaces.shared().use_slots(0);
@@ -470,6 +474,10 @@ impl DbtVcpu {
         self.statistics.translated += 1;
         self.statistics.guest_bytes += translation.length as u64;
         self.statistics.host_bytes += translation.code.len() as u64;
+        let address = self.cache.address(self.cache.next_start() as u32);
+        // The page is that of the instruction pointer, wherever in a block that stands.
+        let linear = self.cpu.state.rip & PAGE_MASK | offset & !PAGE_MASK;
+        self.names.made(address, translation.code.len() as u64, linear, key);
         let number = self.cache.insert(offset, key, second, translation, self.windows.context());
         self.spaces.shared().use_slots(self.cache.slots().len());
         number
@@ -869,6 +877,10 @@ impl Vcpu for DbtVcpu {
         self.trace.set(tracer);
         // What was translated so far is linked.
         self.clear_cache();
+    }
+
+    fn set_code_map(&mut self, map: Box<dyn CodeMap>) {
+        self.names.set(map, self.cache.shared_range());
     }
 
     fn translate(&mut self, linear: u64) -> Option<u64> {
