@@ -5,8 +5,9 @@ use std::sync::atomic::Ordering;
 use bivisor_machine::engine::{EngineError, Exit};
 use bivisor_x86::cpu::Access;
 use bivisor_x86::env::Env;
+use bivisor_x86::memory::is_canonical;
 use bivisor_x86::paging::Place;
-use iced_x86::{Code, Decoder, DecoderOptions};
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
 
 use super::block::PAGE;
 use super::context::{CPUID_ENTRIES, CpuidEntry};
@@ -86,7 +87,11 @@ impl DbtVcpu {
                 Next::Dispatch
             }
             SiteKind::Lookup => {
-                self.cpu.state.rip = self.context().address;
+                let target = self.context().address;
+                if !is_canonical(target) && self.undo_jump() {
+                    return self.step(rip, None, &site);
+                }
+                self.cpu.state.rip = target;
                 if self.context().event.load(Ordering::SeqCst) != 0 {
                     let key = Key::of(&self.cpu);
                     self.found_hot(key);
@@ -123,7 +128,7 @@ impl DbtVcpu {
         let space = self.cpu.address_space();
         let (epoch, flushes) = (self.epoch, self.flushes);
         if self.statistics.by_kind {
-            let code = self.code();
+            let code = self.instruction().code();
             self.statistics.interpreted(code);
         }
         let exit = self.interpret(1, site.vector);
@@ -145,16 +150,33 @@ impl DbtVcpu {
         }
     }
 
+    /// Takes back what the jump, call or return at the instruction pointer has done to RSP: to a target that isn't
+    /// canonical it faults itself (SDM Vol. 2A, CALL; 2B, JMP, RET). False if it is none of these.
+    fn undo_jump(&mut self) -> bool {
+        let instruction = self.instruction();
+        let rsp = &mut self.cpu.state.gpr[4];
+        match (instruction.flow_control(), instruction.mnemonic()) {
+            (FlowControl::IndirectBranch, _) => {}
+            (FlowControl::IndirectCall, Mnemonic::Call) => *rsp = rsp.wrapping_add(8),
+            (FlowControl::Return, Mnemonic::Ret) => {
+                let extra = if instruction.op_count() > 0 { instruction.immediate16() } else { 0 };
+                *rsp = rsp.wrapping_sub(8 + u64::from(extra));
+            }
+            _ => return false,
+        }
+        true
+    }
+
     /// What stands at the instruction pointer, as far as it lies in one page.
-    fn code(&mut self) -> Code {
+    fn instruction(&mut self) -> Instruction {
         let rip = self.cpu.state.rip;
         let Ok(Place::Ram(offset)) = self.cpu.probe(&mut self.env, rip, Access::Execute) else {
-            return Code::INVALID;
+            return Instruction::default();
         };
         let mut bytes = [0; 15];
         let length = bytes.len().min(PAGE - offset as usize % PAGE);
         self.env.load_bytes(offset, &mut bytes[..length]);
-        Decoder::new(64, &bytes[..length], DecoderOptions::NONE).decode().code()
+        Decoder::new(64, &bytes[..length], DecoderOptions::NONE).decode()
     }
 
     fn remember_cpuid(&mut self, (leaf, subleaf): (u32, u32)) {
