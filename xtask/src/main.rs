@@ -22,7 +22,7 @@ enum Task {
     ///
     /// Ends in one line, "N passed, N failed", with status 0 only if nothing failed.
     Test {
-        /// Leave out what takes minutes: the boot of Linux.
+        /// Leave out what takes minutes: the guests' traces and the boot of Linux.
         #[arg(long)]
         quick: bool,
     },

@@ -4,6 +4,7 @@
 //! therefore be found a few lines further on in the interpreter's. Interrupts come at other places in the two, and loops
 //! that wait go round more or less often: what only one of them has of these is passed over, and told.
 
+pub mod guests;
 mod line;
 mod loose;
 

@@ -45,16 +45,14 @@ fn interrupt(lines: &mut Vec<String>, index: usize) {
 }
 
 fn compare(interp: &[String], dbt: &[String]) -> (Option<String>, u64, usize) {
-    let folder = std::env::temp_dir().join(format!("trace-diff-{:?}", std::thread::current().id()));
-    std::fs::create_dir_all(&folder).unwrap();
+    let folder = tempfile::tempdir().unwrap();
     let open = |engine: &str, lines: &[String]| {
-        let path = folder.join(engine);
+        let path = folder.path().join(engine);
         std::fs::write(&path, text(engine, lines)).unwrap();
         Reader::open(&path, 0).unwrap()
     };
     let mut comparison = Comparison::new(open("interp", interp), open("dbt", dbt));
     let difference = comparison.run().unwrap();
-    std::fs::remove_dir_all(&folder).unwrap();
     (difference, comparison.compared, comparison.skipped.len())
 }
 
