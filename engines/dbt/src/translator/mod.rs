@@ -15,6 +15,7 @@ mod exits;
 pub mod fault;
 mod flow;
 pub mod key;
+mod names;
 mod operand;
 mod routines;
 mod sensitive;
