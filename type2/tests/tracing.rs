@@ -20,13 +20,13 @@ fn instruction_pointers(folder: &Folder) -> Vec<u32> {
 }
 
 #[test]
-fn both_engines_trace_every_instruction_outside_of_64_bit_mode() {
-    for engine in ["interp", "dbt"] {
+fn the_interpreter_traces_every_instruction_and_the_translator_every_block() {
+    for (engine, first) in [("interp", &[ENTRY, ENTRY + 5][..]), ("dbt", &[ENTRY])] {
         let folder = Folder::new();
         let output = traced(&folder, engine);
         assert_eq!(output.status.code(), Some(33), "{engine}: {}", stderr(&output));
         let told = instruction_pointers(&folder);
-        assert_eq!(told[..2], [ENTRY, ENTRY + 5], "{engine}");
+        assert_eq!(told.get(..first.len()), Some(first), "{engine}");
     }
 }
 
