@@ -38,7 +38,8 @@ struct Arguments {
     /// Sequences with a difference that are made small; others are only counted.
     #[arg(long, default_value_t = 100, requires = "blocks")]
     explained: u64,
-    /// Do not compare arithmetic flags after a fault.
+    /// Do not compare arithmetic flags that a fault saves where they are dead: the code that follows overwrites them
+    /// unread.
     #[arg(long, requires = "blocks")]
     dead_flags_ignored: bool,
     /// List the kinds of instruction that no random number has hit.

@@ -247,8 +247,21 @@ impl<'a> Builder<'a> {
     /// Appends a jump, call or loop of this kind.
     pub fn jump(&mut self, code: Code, way: Way) {
         let Some((bytes, _)) = self.encode(&made(Instruction::with_branch(code, CODE))) else { return };
+        let bytes = self.with_prefix(bytes);
         let size = if code.op_code().instruction_string().contains("rel8") { 1 } else { 4 };
         self.refer(&bytes, bytes.len() - size, Form::Relative, way, size);
+    }
+
+    /// Puts a prefix before a jump now and then: a hint, one without meaning, or one that cuts its target.
+    pub fn with_prefix(&mut self, mut bytes: Vec<u8>) -> Vec<u8> {
+        // What F2 means for LOOPE and LOOPNE, Zen tells otherwise than the manuals.
+        let is_loop = bytes.contains(&0xe0) || bytes.contains(&0xe1);
+        if self.random.once_in(10) && !is_loop {
+            bytes.insert(0, self.random.pick(&[0x2e, 0x3e, 0x26, 0x36, 0x64, 0xf2, 0x48, 0x41]));
+        } else if self.random.once_in(300) && bytes.len() == 2 {
+            bytes.insert(0, 0x66);
+        }
+        bytes
     }
 
     /// Appends an instruction with a field that leads to another.

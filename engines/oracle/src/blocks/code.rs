@@ -119,6 +119,19 @@ pub fn assemble(items: &[Item], origin: usize) -> Assembled {
     assembled
 }
 
+/// Makes short references that don't reach their items lead to the following instruction.
+pub fn shorten(items: &mut [Item]) {
+    let assembled = assemble(items, 0);
+    for (number, item) in items.iter_mut().enumerate() {
+        let end = assembled.address(number + 1);
+        if let Item::Instruction { field: Some(Field { size: 1, to: To::Item(target, _), .. }), .. } = item
+            && i8::try_from(assembled.address(*target).wrapping_sub(end) as i64).is_err()
+        {
+            *target = number + 1;
+        }
+    }
+}
+
 impl Assembled {
     fn value(&self, field: Field, end: u64) -> u64 {
         let target = match field.to {

@@ -1,5 +1,7 @@
 //! What must be equal after a run of sequences.
 
+use std::cell::OnceCell;
+
 use bivisor_x86::registers::Rflags;
 use bivisor_x86::state::MXCSR_MASK;
 use iced_x86::{Decoder, Instruction};
@@ -18,6 +20,7 @@ const TOLD: usize = 8;
 
 /// Compares the two sides of the runs of a trial.
 pub struct Comparison<'a> {
+    trial: &'a Trial,
     assembled: &'a Assembled,
     /// The code pages before the first run, without the operands that sequences mean to overwrite.
     fixed: Box<Code>,
@@ -28,14 +31,16 @@ pub struct Comparison<'a> {
     decoder_options: u32,
     /// Names of the two sides.
     names: [&'static str; 2],
-    /// Arithmetic flags after a fault are not compared.
+    /// Arithmetic flags that a fault saves where they are dead are not compared.
     dead_flags_ignored: bool,
+    /// Dead flags before each item, once they were asked for.
+    dead: OnceCell<Vec<u64>>,
 }
 
 impl<'a> Comparison<'a> {
     /// For the runs of this trial; `None` if it reads undefined flags.
     pub fn new(
-        trial: &Trial,
+        trial: &'a Trial,
         assembled: &'a Assembled,
         decoder_options: u32,
         names: [&'static str; 2],
@@ -45,7 +50,18 @@ impl<'a> Comparison<'a> {
         let meant: Vec<usize> = trial.items.iter().flat_map(|item| written_code(item, assembled)).collect();
         let mut fixed = assembled.code.clone();
         meant.iter().for_each(|&at| fixed[at] = 0);
-        Some(Self { assembled, fixed, meant, undefined, decoder_options, names, dead_flags_ignored })
+        let dead = OnceCell::new();
+        Some(Self {
+            trial,
+            dead,
+            assembled,
+            fixed,
+            meant,
+            undefined,
+            decoder_options,
+            names,
+            dead_flags_ignored,
+        })
     }
 
     /// The instruction that execution ended at, as it stands there by now.
@@ -69,13 +85,16 @@ impl<'a> Comparison<'a> {
         };
         if let Some(item) = self.assembled.item_at(one.rip) {
             rules.ignored_flags = self.undefined[item];
+            let differ = (one.rflags ^ other.rflags) & Rflags::ARITHMETIC.bits() != 0;
+            if differ && self.dead_flags_ignored && !matches!(one.vector, 1 | 3) {
+                let dead =
+                    self.dead.get_or_init(|| flags::dead_before(&self.trial.items, self.decoder_options));
+                rules.ignored_flags |= dead.get(item).copied().unwrap_or(0);
+            }
         }
         let Some(instruction) = instruction else { return rules };
         if one.vector == 0 {
             rules.ignored_flags |= undefined_flags(&instruction);
-        }
-        if self.dead_flags_ignored && !matches!(one.vector, 1 | 3) {
-            rules.ignored_flags |= Rflags::ARITHMETIC.bits();
         }
         // Which byte of a large operand faults first, or which of two operands, is the processor's own affair.
         if is_state_operand(&instruction) {

@@ -195,11 +195,14 @@ impl Builder<'_> {
     }
 
     fn emit_return(&mut self) {
-        if self.random.once_in(4) {
-            let bytes = 8 * self.random.below(4) as u8;
-            self.emit(&[0xc2, bytes, 0], None);
-        } else {
-            self.emit(&[0xc3], None);
-        }
+        let popped = 8 * self.random.below(4) as u8;
+        let plain = if self.random.once_in(4) { vec![0xc2, popped, 0] } else { vec![0xc3] };
+        let bytes = match self.random.below(30) {
+            0 | 1 => [&[0xf3][..], &plain].concat(),
+            2 => [&[0x48][..], &plain].concat(),
+            3 if self.random.once_in(4) => [&[0x66][..], &plain].concat(),
+            _ => plain,
+        };
+        self.emit(&bytes, None);
     }
 }

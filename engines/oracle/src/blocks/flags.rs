@@ -105,12 +105,67 @@ pub fn undefined_before(items: &[Item], entries: &[usize], options: u32) -> Opti
     (undefined == 0).then_some(all)
 }
 
+/// Where execution may go on after an item, if that is known.
+fn successors(number: usize, item: &Item, instruction: &Instruction) -> Option<Vec<usize>> {
+    match instruction.flow_control() {
+        FlowControl::Next => Some(vec![number + 1]),
+        FlowControl::ConditionalBranch => Some(vec![number + 1, item.target()?]),
+        FlowControl::UnconditionalBranch | FlowControl::Call => Some(vec![item.target()?]),
+        _ => None,
+    }
+}
+
+/// For each item, the flags that are dead before it: whatever is executed next overwrites them before it reads them.
+pub fn dead_before(items: &[Item], options: u32) -> Vec<u64> {
+    let everything = Rflags::ARITHMETIC.bits();
+    let decoded: Vec<Option<Instruction>> = items
+        .iter()
+        .map(|item| match item {
+            Item::Instruction { bytes, .. } => Some(Decoder::with_ip(64, bytes, CODE, options).decode()),
+            Item::Room(_) => None,
+        })
+        .collect();
+    let mut live = vec![0; items.len()];
+    loop {
+        let before = live.clone();
+        for number in (0..items.len()).rev() {
+            let next = decoded[number].as_ref().and_then(|i| successors(number, &items[number], i));
+            live[number] = match (&decoded[number], next) {
+                (Some(instruction), Some(next)) => {
+                    let after = next.iter().fold(0, |live_after, &next| {
+                        live_after | live.get(next).copied().unwrap_or(everything)
+                    });
+                    let read = mask(instruction.rflags_read() & ALL);
+                    read | after & !effect(instruction).written
+                }
+                _ => everything,
+            };
+        }
+        if live == before {
+            return live.iter().map(|live| everything & !live).collect();
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn items(code: &[&[u8]]) -> Vec<Item> {
         code.iter().map(|bytes| Item::Instruction { bytes: bytes.to_vec(), field: None }).collect()
+    }
+
+    #[test]
+    fn dead_flags_are_found_over_jumps() {
+        let (cf, all) = (Rflags::CF.bits(), Rflags::ARITHMETIC.bits());
+        // jb 0; mov eax,1; add eax,eax; int3
+        let mut code = items(&[&[0x72, 0], &[0xb8, 1, 0, 0, 0], &[0x01, 0xc0], &[0xcc]]);
+        if let Item::Instruction { field, .. } = &mut code[0] {
+            let to = crate::blocks::code::To::Item(0, 0);
+            let form = crate::blocks::code::Form::Relative;
+            *field = Some(crate::blocks::code::Field { at: 1, size: 1, form, to });
+        }
+        assert_eq!(dead_before(&code, 0), [all & !cf, all, all, 0]);
     }
 
     #[test]

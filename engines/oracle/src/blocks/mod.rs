@@ -51,7 +51,7 @@ pub struct Options {
     pub seed: u64,
     /// Number of the first trial.
     pub first: u64,
-    /// Arithmetic flags that an access which faults leaves are not compared.
+    /// Arithmetic flags that a fault saves where they are dead are not compared.
     pub dead_flags_ignored: bool,
     /// So many trials with a difference are made small; others are only counted.
     pub explained: u64,

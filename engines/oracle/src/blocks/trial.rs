@@ -7,7 +7,7 @@ use bivisor_x86::state::XsaveArea;
 use iced_x86::{Decoder, DecoderOptions};
 
 use super::build::{Builder, Class, MARGIN, RSP};
-use super::code::{Assembled, FILLER, Item, assemble};
+use super::code::{Assembled, FILLER, Item, assemble, shorten};
 use super::layout::{IMAGES, Input, POINTER_COUNT, READ_ONLY};
 use crate::generate::xsave;
 use crate::layout::{CODE_SIZE, DATA, DATA_SIZE, PAGE};
@@ -97,7 +97,8 @@ pub fn trial(seed: u64, number: u64, model: &CpuModel) -> Trial {
         builder.end();
     }
     builder.finish();
-    let (items, entries, initial) = (builder.items, builder.entries, builder.initial);
+    let (mut items, entries, initial) = (builder.items, builder.entries, builder.initial);
+    shorten(&mut items);
     let length: usize = items.iter().map(Item::length).sum();
     let origin = origin(&mut random, length);
     let count = 2 + random.below(6);
