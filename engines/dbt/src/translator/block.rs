@@ -10,14 +10,14 @@ use iced_x86::{Decoder, Encoder, Instruction, InstructionInfoFactory};
 
 use rustc_hash::FxHashSet;
 
-use super::analysis::{self, Class, Decoded, StackRange, Unit, Window};
+use super::analysis::{self, Class, Decoded, StackRange, Unit};
+use super::checks::{self, Check, MAX_WINDOWS};
 use super::code32::{self, Widened};
 use super::context::{
     self, ADDEND, ADDRESS, GUEST_RSP, TEMPORARY, block_flags, page_base, saved, stack_page,
 };
 use super::emit::{Emitter, Fixup, Mem, Width, at, condition, reg};
 use super::key::{Key, USER};
-use super::operand::host_register;
 use super::site::{FaultPoint, Site, SiteKind, Undo};
 use crate::code_tracker;
 
@@ -77,6 +77,8 @@ pub struct Request<'a> {
     pub page_offset: u64,
     /// Instructions, by offset in RAM, that access too many pages for a slot.
     pub roaming: &'a FxHashSet<u64>,
+    /// Instructions, by offset in RAM, that share no check with those behind them.
+    pub alone: &'a FxHashSet<u64>,
 }
 
 /// A translated block.
@@ -151,7 +153,12 @@ pub(super) struct Builder<'a> {
     pub flags_aside: bool,
     /// What ADDEND is known to hold.
     pub addend: Addend,
-    windows: Vec<Window>,
+    /// What ADDRESS is known to hold: so many bytes behind the start of a window.
+    pub address: Option<(u8, i32)>,
+    /// What it held before the current instruction.
+    pub held: Option<(u8, i32)>,
+    /// Windows that were checked.
+    pub windows: [Option<Kept>; MAX_WINDOWS],
     /// Offsets in the page of the instructions that slots were taken for.
     pub slots: Vec<u16>,
     /// The last instruction was STI.
@@ -171,7 +178,15 @@ pub(super) struct Builder<'a> {
 pub(super) enum Addend {
     Anything,
     Stack,
+    Window(u8),
+}
+
+/// Where a window's addend is, beside ADDEND.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kept {
     Slot(u32),
+    Context,
+    Nowhere,
 }
 
 /// The operands of an instruction can't be renamed: it is interpreted.
@@ -197,8 +212,9 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
     if stack.is_none() {
         block.iter_mut().for_each(|decoded| decoded.stack_delta = None);
     }
-    let plain = request.first_slot.is_none() || request.key.no_stack();
-    let windows = if plain { Vec::new() } else { analysis::track_windows(&mut block, &mut factory) };
+    if !request.key.no_stack() {
+        checks::share(&mut block, |place| request.alone.contains(&(request.page_offset + place)));
+    }
     let mut builder = Builder {
         request,
         e: Emitter { code: Vec::with_capacity(block.len() * 48) },
@@ -210,7 +226,9 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
         fault_points: Vec::new(),
         flags_aside: false,
         addend: Addend::Anything,
-        windows,
+        address: None,
+        held: None,
+        windows: [None; MAX_WINDOWS],
         slots: Vec::new(),
         in_shadow: false,
         stack,
@@ -267,7 +285,7 @@ fn decode(request: &Request<'_>, factory: &mut InstructionInfoFactory, looked_at
         } else {
             classify(&mut instruction, request)
         };
-        let access = analysis::operand_accesses(factory, &instruction);
+        let (access, written) = analysis::accesses(factory, &instruction);
         let live_taken = match class {
             Class::JumpIf => live_at(request, instruction.near_branch64() as usize, looked_at),
             _ => 0,
@@ -280,7 +298,8 @@ fn decode(request: &Request<'_>, factory: &mut InstructionInfoFactory, looked_at
             stack_delta: None,
             access,
             stack_step: request.key.stack_step(),
-            window: None,
+            written,
+            check: Check::Own,
         });
         branches += usize::from(class == Class::JumpIf);
         // An instruction that crosses into the next page stands alone.
@@ -365,9 +384,6 @@ impl Builder<'_> {
         if let Some(range) = self.stack {
             self.check_stack(range, live);
         }
-        for number in 0..self.windows.len() {
-            self.check_window(self.windows[number], live);
-        }
         (loop_entry, entry)
     }
 
@@ -399,47 +415,10 @@ impl Builder<'_> {
         self.stack_stub = Some((fixup, site));
     }
 
-    /// One check for all accesses of a window: they lie in the page of its slot. The windows' slots are the block's first.
-    fn check_window(&mut self, window: Window, live: u32) {
-        if live != 0 {
-            self.put_flags_aside();
-        }
-        let retry = (self.request.start + self.e.position()) as u32;
-        let size = window.high - window.low;
-        let slot = self.new_slot();
-        let root = if window.root >= 12 {
-            self.e.load(Width::W64, ADDRESS, context::spilled(window.root));
-            ADDRESS
-        } else {
-            host_register(window.root)
-        };
-        self.e.lea(self.width(), ADDRESS, at(root, window.low));
-        self.e.sub_mem(Width::W64, ADDRESS, context::slot_page(slot));
-        self.e.compare_imm(Width::W64, ADDRESS, PAGE as i32 - size);
-        let from = self.e.jump_if(condition::A);
-        let site = self.new_site(SiteKind::Window {
-            root: window.root,
-            write: window.write,
-            size: size as u16,
-            low: window.low,
-            retry,
-            patch: 0,
-            stub: 0,
-        });
-        let routine = self.request.shared.slot[usize::from(self.class())][usize::from(window.write)];
-        let back = self.e.position();
-        self.stubs.push(Stub { from, site, address: None, retry: Some(Retry { routine, slot, size, back }) });
-    }
-
     /// A free slot, for the current instruction.
     pub fn new_slot(&mut self) -> u32 {
         self.slots.push(self.guest as u16);
         self.request.first_slot.unwrap_or(0) + self.slots.len() as u32 - 1
-    }
-
-    /// The slot of a window.
-    pub fn window_slot(&self, window: u8) -> u32 {
-        self.request.first_slot.unwrap_or(0) + u32::from(window)
     }
 
     pub fn class(&self) -> u8 {
@@ -515,6 +494,8 @@ impl Builder<'_> {
         self.instruction_start = self.e.position();
         self.vector = is_vector(decoded) || analysis::is_state_image(instruction.mnemonic());
         let slots = self.slots.len();
+        let windows = self.windows;
+        self.held = self.address.take();
         let (sites, stubs, tails) = (self.sites.len(), self.stubs.len(), self.tails.len());
         if decoded.live_before == 0 {
             // Nobody reads what was put aside.
@@ -531,7 +512,9 @@ impl Builder<'_> {
             self.e.code.truncate(self.instruction_start);
             self.sites.truncate(sites);
             self.slots.truncate(slots);
+            self.windows = windows;
             self.addend = Addend::Anything;
+            self.address = None;
             self.stubs.truncate(stubs);
             self.tails.truncate(tails);
             self.flags_aside = flags_aside;
@@ -558,13 +541,14 @@ impl Builder<'_> {
         // Whoever comes back has changed the scratch registers.
         if comes_back {
             self.addend = Addend::Anything;
+            self.address = None;
         }
     }
 
     fn translated(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
         match decoded.class {
             Class::Copy => self.copy(decoded)?,
-            Class::Nothing => {}
+            Class::Nothing => self.address = self.held,
             Class::Push => self.push(decoded)?,
             Class::Pop => self.pop(decoded),
             Class::Leave => self.leave(decoded),
@@ -579,7 +563,10 @@ impl Builder<'_> {
                 self.read_target(decoded)?;
                 self.look_up(Undo::Jump);
             }
-            Class::JumpIf => self.jump_if(decoded),
+            Class::JumpIf => {
+                self.jump_if(decoded);
+                self.address = self.held;
+            }
             Class::JumpIfRcxZero => self.jump_if_rcx_zero(decoded),
             Class::BitString => self.bit_string(decoded)?,
             Class::RepeatString => self.repeat_string(decoded),
@@ -642,8 +629,10 @@ impl Builder<'_> {
             if let Some(address) = address {
                 self.e.lea(Width::W64, ADDRESS, address);
             }
-            if let Some(retry) = retry {
-                self.try_slot(retry, number);
+            match (retry, *self.kind_of(number)) {
+                (Some(retry), _) => self.try_slot(retry, number),
+                (None, SiteKind::Window { size, .. }) => self.try_variant(size, number),
+                _ => {}
             }
             let stub_at = (self.request.start + self.e.position()) as u32;
             if let SiteKind::Jump { stub: place, .. } = self.kind_of(number) {
@@ -662,15 +651,6 @@ impl Builder<'_> {
 
     /// Lets the shared code look for another page for a slot.
     fn try_slot(&mut self, retry: Retry, site: u32) {
-        if let SiteKind::Window { root, low, .. } = *self.kind_of(site) {
-            let base = if root >= 12 {
-                self.e.load(Width::W64, ADDRESS, context::spilled(root));
-                ADDRESS
-            } else {
-                host_register(root)
-            };
-            self.e.lea(self.width(), ADDRESS, at(base, low));
-        }
         self.e.load_immediate(ADDEND, context::slot(retry.slot) as u64);
         self.e.load_immediate(TEMPORARY, retry.size as u64 - 1);
         let call = self.e.call();
@@ -678,14 +658,22 @@ impl Builder<'_> {
         let found = self.e.jump_if(condition::E);
         self.e.bind_to(found, retry.back);
         if let SiteKind::Window { .. } = self.kind_of(site) {
-            self.jump_to_variant(site);
+            let crosses = self.e.jump_if(condition::B);
+            self.jump_to_variant(site, crosses);
         }
     }
 
-    /// If the shared code has found that accesses lie in two pages (CF): a jump to the variant of the block that checks
-    /// each, once there is one.
-    fn jump_to_variant(&mut self, number: u32) {
-        let crosses = self.e.jump_if(condition::B);
+    /// Where the window that begins at ADDRESS lies in two pages, goes to the variant.
+    fn try_variant(&mut self, size: u16, site: u32) {
+        self.e.lea(Width::W64, TEMPORARY, at(ADDRESS, i32::from(size) - 1));
+        self.e.xor(Width::W64, TEMPORARY, ADDRESS);
+        self.e.shr(Width::W64, TEMPORARY, 12);
+        let crosses = self.e.jump_if(condition::NE);
+        self.jump_to_variant(site, crosses);
+    }
+
+    /// Where accesses were found to lie in two pages: a jump to the code that checks each, once there is some.
+    fn jump_to_variant(&mut self, number: u32, crosses: Fixup) {
         let leave = self.e.jump();
         self.e.bind(crosses);
         // The check was made after the flags were put aside; blocks are entered with the guest's.
@@ -725,7 +713,8 @@ impl Builder<'_> {
         self.bind_shared(call, self.request.shared.stack_window[usize::from(self.class())]);
         let found = self.e.jump_if(condition::E);
         self.e.bind_to(found, retry as usize - self.request.start);
-        self.jump_to_variant(site);
+        let crosses = self.e.jump_if(condition::B);
+        self.jump_to_variant(site, crosses);
         self.leave_code(site);
     }
 }

@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use bivisor_x86::state::{CpuState, Segment};
 
+use super::checks::MAX_WINDOWS;
 use super::emit::{Mem, Reg, at, indexed, reg};
 
 /// Scratch: the linear address of an access, or the target of a jump.
@@ -235,6 +236,8 @@ pub struct Context {
     pub ymm: [[u8; 32]; 16],
     /// Results of CPUID, by the low bits of EAX plus ECX.
     pub cpuid: [CpuidEntry; CPUID_ENTRIES],
+    /// Addends of the current block's windows.
+    pub window_addends: [u64; MAX_WINDOWS],
     /// Slots of hot code.
     pub slots: [Slot; SLOTS],
     /// Host addresses that jumps between pages go to.
@@ -273,6 +276,10 @@ pub const fn ymm(number: u8) -> Mem {
 /// A link between pages.
 pub const fn link(number: u32) -> Mem {
     at(CONTEXT, offset_of!(Context, links) as i32 + number as i32 * 8)
+}
+/// Addend of a window.
+pub const fn window_addend(number: u8) -> Mem {
+    at(CONTEXT, offset_of!(Context, window_addends) as i32 + number as i32 * 8)
 }
 /// Offset of a slot from the context.
 pub const fn slot(number: u32) -> usize {

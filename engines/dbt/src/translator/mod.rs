@@ -8,6 +8,7 @@
 pub mod analysis;
 pub mod block;
 pub mod cache;
+pub mod checks;
 pub mod code32;
 pub mod context;
 pub mod emit;

@@ -65,7 +65,9 @@ const HOT_BEFORE: u64 = 256;
 /// See [`HOT_BEFORE`].
 const HOT_BEHIND: u64 = 512;
 /// Misses of a slot between two ticks of the guest from which on it is not worth its while.
-const ROAMING_MISSES: u64 = 2_000;
+const ROAMING_MISSES: u64 = 20_000;
+/// So often a window may lie where the inline TLB can't be used, until its accesses are checked one by one.
+const FAILURES: u32 = 200;
 /// Words of the filter of pages with code: linear page numbers are reduced to its bits.
 const FILTER_WORDS: usize = 1024;
 
@@ -118,8 +120,10 @@ pub struct DbtVcpu {
     always_hot: bool,
     /// Instructions, by offset in RAM, that access too many pages for a slot.
     roaming: FxHashSet<u64>,
-    /// Blocks, by offset in RAM, whose windows lie where the inline TLB can't be used: a device, or written code.
-    windowless: FxHashSet<u64>,
+    /// Instructions, by offset in RAM, whose window lies where the inline TLB can't be used: a device, or written code.
+    alone: FxHashSet<u64>,
+    /// How often that was so, of others.
+    failures: FxHashMap<u64, u32>,
     pub(super) statistics: Statistics,
     /// While it is on, every block is entered by the dispatcher, which tells it.
     trace: Trace,
@@ -222,7 +226,8 @@ impl DbtVcpu {
             hot: FxHashMap::default(),
             always_hot,
             roaming: FxHashSet::default(),
-            windowless: FxHashSet::default(),
+            alone: FxHashSet::default(),
+            failures: FxHashMap::default(),
             global_kernel: false,
             otherwise: 0,
             statistics: Statistics::default(),
@@ -493,6 +498,7 @@ impl DbtVcpu {
             first_slot: self.is_hot(offset, key).then(|| self.cache.slots().len() as u32),
             page_offset: offset & PAGE_MASK,
             roaming: &self.roaming,
+            alone: &self.alone,
         }
     }
 
@@ -500,7 +506,6 @@ impl DbtVcpu {
     fn is_hot(&self, offset: u64, key: Key) -> bool {
         let lines = self.hot.get(&(offset & PAGE_MASK)).copied().unwrap_or(0);
         key.class() == USER
-            && !self.windowless.contains(&offset)
             && (self.always_hot || lines & code_tracker::lines(offset, 1) != 0)
             && self.cache.slots().len() + SLOTS_OF_A_BLOCK < SLOTS
     }
@@ -549,12 +554,19 @@ impl DbtVcpu {
         self.cache.free_slots();
     }
 
-    /// A window of the block can't be used: it is translated anew without.
-    pub(super) fn drop_windows(&mut self, block: u32) {
-        let Some(offset) = self.cache.block(block).map(|block| block.offset) else { return };
-        self.windowless.insert(offset);
-        let lines = code_tracker::lines(offset, 1);
-        self.cache.drop_lines(offset & PAGE_MASK, lines, self.windows.context());
+    /// The window that begins with a site's instruction can't be used. If that is so often, there will be none.
+    pub(super) fn window_failed(&mut self, site: &Site) {
+        let Some(start) = self.cache.block(site.block).map(|block| block.offset) else { return };
+        let place = start & PAGE_MASK | u64::from(site.guest);
+        let failures = self.failures.entry(place).or_default();
+        *failures += 1;
+        if *failures < FAILURES {
+            return;
+        }
+        self.failures.remove(&place);
+        self.alone.insert(place);
+        let lines = code_tracker::lines(start, 1);
+        self.cache.drop_lines(start & PAGE_MASK, lines, self.windows.context());
     }
 
     /// Instructions that miss their slots too often get none from now on.
@@ -760,6 +772,7 @@ impl DbtVcpu {
             context.jumps[jump_index(rip)] = JumpEntry { complement, host };
         }
         self.resets = self.spaces.shared().resets();
+        self.spaces.shared().enter_block();
         let mut place = if crosses { lookup_entry } else { entry };
         let mut load = Load::Mode;
         loop {
