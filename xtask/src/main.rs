@@ -30,9 +30,9 @@ enum Task {
     ///
     /// Writes a table, a plot and the raw results. Status 0 only if every row of every run came out right.
     Bench(Box<bench::Arguments>),
-    /// Try random instructions on the host's processor and in the interpreter, and report every difference.
+    /// Try random instructions, or sequences of them, on the host's processor and on an engine, and report every difference.
     Oracle {
-        /// Arguments of the oracle, such as `--count N` and `--seed S`; `--help` lists them.
+        /// Arguments of the oracle, such as `--blocks --engine dbt`, `--count N` and `--seed S`; `--help` lists them.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },

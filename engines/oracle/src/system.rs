@@ -31,7 +31,7 @@ pub const WRITABLE: u64 = 2;
 /// User mode may access it.
 pub const USER: u64 = 4;
 /// Accessed and dirty.
-const USED: u64 = 0x60;
+pub const USED: u64 = 0x60;
 /// May not be executed.
 pub const NO_EXECUTE: u64 = 1 << 63;
 
@@ -126,6 +126,7 @@ pub fn write_tables(memory: &GuestMemory, place: u64, handlers: u64, stack_end: 
         memory.store64(place + IDT + 16 * vector + 8, handler >> 32);
     }
     memory.store64(place + GDT + KERNEL_CS, descriptor(0x9b, true));
+    memory.store64(place + GDT + KERNEL_CS + 8, descriptor(0x93, false));
     memory.store64(place + GDT + u64::from(USER_SS & !3), descriptor(0xf3, false));
     memory.store64(place + GDT + u64::from(USER_CS & !3), descriptor(0xfb, true));
     memory.store64(place + TSS + 4, stack_end);

@@ -65,6 +65,12 @@ pub struct Builder<'a> {
     pub classes: [Class; 16],
     /// x87 environments are stored, which tell of the last x87 instruction: so none stands here that they would tell of.
     pub environments: bool,
+    /// Stores may trap by a breakpoint: then no state is saved, of which not all is to be compared.
+    pub watched: bool,
+    /// Privileged instructions are tried, too.
+    pub with_privileged: bool,
+    /// The processor is in supervisor mode here, if execution comes from where it began.
+    pub is_supervisor: bool,
     /// Jumps may lead to what is emitted now.
     pub targetable: bool,
     targets: Vec<bool>,
@@ -115,6 +121,7 @@ impl<'a> Builder<'a> {
             }
         }
         let environments = random.once_in(8);
+        let watched = random.once_in(3);
         Self {
             random,
             model,
@@ -124,6 +131,9 @@ impl<'a> Builder<'a> {
             initial,
             classes: initial,
             environments,
+            watched,
+            with_privileged: false,
+            is_supervisor: false,
             targetable: true,
             targets: Vec::new(),
             pending: Vec::new(),
@@ -153,6 +163,12 @@ impl<'a> Builder<'a> {
         let room = if self.random.once_in(4) { self.random.below(200) } else { self.random.below(8) };
         self.items.push(Item::Room(room as usize));
         self.targets.push(false);
+    }
+
+    /// Some instruction that jumps may lead to.
+    pub fn any_target(&mut self) -> Option<usize> {
+        let all: Vec<usize> = (0..self.targets.len()).filter(|&item| self.targets[item]).collect();
+        (!all.is_empty()).then(|| self.random.pick(&all))
     }
 
     /// Chooses where jumps lead. Call when all sequences have ended.

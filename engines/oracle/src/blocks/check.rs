@@ -159,13 +159,14 @@ impl Checker {
     }
 
     /// Makes the trial with this number as small as it can be, and reports on it.
-    pub fn explain(&mut self, number: u64) -> Difference {
-        let whole = trial(self.options.seed, number, &self.model);
+    /// `seen`: what differed when it ran among others.
+    pub fn explain(&mut self, number: u64, seen: &[String]) -> Difference {
+        let whole = trial(self.options.seed, number, &self.model, self.options.is_privileged());
         let Some(first) = self.check(&whole) else {
             let (assembled, _) = Self::batch(&whole);
             let listing = listing(&whole, &assembled, decoder_options(&self.model));
             let title = "no difference without the trials before it".to_string();
-            return Difference { trial: number, title, report: listing };
+            return Difference { trial: number, title, report: listing + &seen.join("\n") + "\n" };
         };
         // Not just any difference: leaving out what prepares an instruction may make another.
         let mut differs = |trial: &Trial| {

@@ -9,6 +9,7 @@ use iced_x86::{Decoder, Instruction};
 use super::code::{Assembled, Field, Item, To};
 use super::flags;
 use super::layout::{CONTROL, Code, Outcome, PANIC};
+use super::monitor::SYSTEM_NAMES;
 use super::trial::Trial;
 use crate::compare::{
     MISALIGNED_SSE, Rules, compares_strings, is_state_operand, same_mxcsr, state_differences, undefined_flags,
@@ -74,6 +75,7 @@ impl<'a> Comparison<'a> {
     fn rules(&self, one: &Outcome, other: &Outcome) -> Rules {
         let instruction = self.ended_at(one);
         let (one, other) = (&one.state, &other.state);
+        let is_fault = !matches!(one.vector, 1 | 3);
         let mut rules = Rules {
             names: self.names,
             any_exception: false,
@@ -86,11 +88,14 @@ impl<'a> Comparison<'a> {
         if let Some(item) = self.assembled.item_at(one.rip) {
             rules.ignored_flags = self.undefined[item];
             let differ = (one.rflags ^ other.rflags) & Rflags::ARITHMETIC.bits() != 0;
-            if differ && self.dead_flags_ignored && !matches!(one.vector, 1 | 3) {
+            if differ && self.dead_flags_ignored && is_fault {
                 let dead =
                     self.dead.get_or_init(|| flags::dead_before(&self.trial.items, self.decoder_options));
                 rules.ignored_flags |= dead.get(item).copied().unwrap_or(0);
             }
+        } else if self.dead_flags_ignored && is_fault {
+            // Whatever is executed there may overwrite them.
+            rules.ignored_flags = Rflags::ARITHMETIC.bits();
         }
         let Some(instruction) = instruction else { return rules };
         if one.vector == 0 {
@@ -123,6 +128,13 @@ impl<'a> Comparison<'a> {
             return vec![format!("{name}: {}", ending(other.state.vector))];
         }
         let mut lines = state_differences(&one.state, &other.state, &self.rules(one, other));
+        for (i, name) in SYSTEM_NAMES.iter().enumerate() {
+            let (one, other) = (one.system[i], other.system[i]);
+            if one != other {
+                let [first, second] = self.names;
+                lines.push(format!("{name:>12}  {first} {one:#x}  {second} {other:#x}"));
+            }
+        }
         let pages: [(u64, &[u8], &[u8]); 3] = [
             (DATA, &one.data, &other.data),
             (CONTROL, &one.control, &other.control),

@@ -55,7 +55,7 @@ impl Builder<'_> {
     }
 
     /// What must stand before a jump that may lead backwards. Jumps must not lead between it and the jump.
-    fn guard(&mut self) {
+    pub fn guard(&mut self) {
         self.settle_flags();
         if self.random.once_in(3) {
             self.guard_without_flags();

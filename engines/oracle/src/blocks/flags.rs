@@ -115,6 +115,12 @@ fn successors(number: usize, item: &Item, instruction: &Instruction) -> Option<V
     }
 }
 
+/// Whether the instruction goes elsewhere and takes all flags from there.
+fn loads_flags(instruction: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(instruction.mnemonic(), M::Sysret | M::Sysretq | M::Iret | M::Iretd | M::Iretq)
+}
+
 /// For each item, the flags that are dead before it: whatever is executed next overwrites them before it reads them.
 pub fn dead_before(items: &[Item], options: u32) -> Vec<u64> {
     let everything = Rflags::ARITHMETIC.bits();
@@ -131,6 +137,7 @@ pub fn dead_before(items: &[Item], options: u32) -> Vec<u64> {
         for number in (0..items.len()).rev() {
             let next = decoded[number].as_ref().and_then(|i| successors(number, &items[number], i));
             live[number] = match (&decoded[number], next) {
+                (Some(instruction), _) if loads_flags(instruction) => 0,
                 (Some(instruction), Some(next)) => {
                     let after = next.iter().fold(0, |live_after, &next| {
                         live_after | live.get(next).copied().unwrap_or(everything)

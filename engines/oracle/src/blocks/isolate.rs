@@ -178,12 +178,13 @@ fn explain(options: Options, trials: Range<u64>, signal: i32) -> Difference {
     let images: Arc<[Image]> = images().into();
     let decoder = decoder_options(&model);
     let crashes = |trial: &Trial| crashes(options, &model, &images, trial, signal);
-    let found = trials.clone().find(|&number| crashes(&trial(options.seed, number, &model)));
+    let found =
+        trials.clone().find(|&number| crashes(&trial(options.seed, number, &model, options.is_privileged())));
     let Some(number) = found else {
         let title = format!("the engine crashed by signal {signal}, but by no single trial");
         return Difference { trial: trials.start, title, report: format!("trials {trials:?}\n") };
     };
-    let whole = trial(options.seed, number, &model);
+    let whole = trial(options.seed, number, &model, options.is_privileged());
     let last = |trial: &Trial| trial.runs.len().saturating_sub(1);
     let small = shrink(&whole, &mut |trial| crashes(trial).then(|| last(trial)));
     let (assembled, inputs) = small.assemble(0);

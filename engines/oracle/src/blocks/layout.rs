@@ -3,6 +3,7 @@
 //! Code and data lie where single instructions have them ([`crate::layout`]), but the first of the code pages may be
 //! written. There is a further page, whose number differs from the first data page's by a multiple of 256.
 
+use super::monitor::SYSTEM_NAMES;
 use crate::generate::{self, fill, mxcsr};
 use crate::layout::{CODE_SIZE, DATA, DATA_SIZE, IMAGE_SIZE, PAGE, State, XSAVE_SIZE};
 use crate::random::Random;
@@ -82,6 +83,12 @@ pub struct Input {
     pub control: [u64; 1 + POINTER_COUNT],
     /// Number of the image.
     pub image: u32,
+    /// System registers matter: they are loaded before and stored after.
+    pub privileged: u32,
+    /// The sequence begins in supervisor mode.
+    pub supervisor: u32,
+    /// CR0, CR4 and LSTAR.
+    pub system: [u64; 3],
     /// Number of the code pages in the batch. As long as it stays the same, stores to the code pages stay, too.
     pub code: u32,
 }
@@ -98,6 +105,8 @@ pub struct Outcome {
     pub control: [u8; CONTROL_SIZE],
     /// The code pages.
     pub code: Code,
+    /// System registers, as the monitor names them, after privileged runs.
+    pub system: [u64; SYSTEM_NAMES.len()],
     /// Instructions executed, where they are counted.
     pub count: u64,
 }
@@ -110,6 +119,7 @@ impl Outcome {
             data: [0; DATA_SIZE],
             control: [0; CONTROL_SIZE],
             code: [0; CODE_SIZE],
+            system: [0; SYSTEM_NAMES.len()],
             count: 0,
         }
     }

@@ -101,7 +101,7 @@ impl Builder<'_> {
                 true
             };
         }
-        if exclusion(&instruction, self.model).is_some() || !self.is_wanted(&instruction) {
+        if self.is_excluded(&instruction) || !self.is_wanted(&instruction) {
             return false;
         }
         let mut needs = Needs::default();
@@ -119,6 +119,27 @@ impl Builder<'_> {
         true
     }
 
+    fn is_excluded(&self, instruction: &Instruction) -> bool {
+        use Mnemonic as M;
+        // They give another result every time; or tell of the interpreter's own.
+        let varies = matches!(
+            instruction.mnemonic(),
+            M::Rdtsc
+                | M::Rdtscp
+                | M::Rdrand
+                | M::Rdseed
+                | M::Rdpmc
+                | M::Mwait
+                | M::Mwaitx
+                | M::Monitor
+                | M::Monitorx
+        );
+        match self.with_privileged {
+            true => varies,
+            false => exclusion(instruction, self.model).is_some(),
+        }
+    }
+
     /// Whether the instruction does something that sequences are after, and nothing that mostly ends them.
     fn is_wanted(&mut self, instruction: &Instruction) -> bool {
         use Mnemonic as M;
@@ -129,6 +150,8 @@ impl Builder<'_> {
             return false;
         }
         let rare = match instruction.mnemonic() {
+            // Those come from templates, which see that the sequence can go on.
+            _ if self.is_supervisor && is_system(instruction) => 300,
             _ if instruction.is_privileged() => 100,
             M::In
             | M::Insb
@@ -298,6 +321,29 @@ impl Builder<'_> {
             _ => self.data_address(),
         }
     }
+}
+
+/// Whether the instruction changes system registers, or ports.
+fn is_system(instruction: &Instruction) -> bool {
+    use Mnemonic as M;
+    let loads_segment = instruction.op_count() > 0
+        && instruction.op0_kind() == OpKind::Register
+        && instruction.op0_register().is_segment_register();
+    loads_segment
+        || instruction.is_privileged()
+        || matches!(
+            instruction.mnemonic(),
+            M::In
+                | M::Insb
+                | M::Insw
+                | M::Insd
+                | M::Out
+                | M::Outsb
+                | M::Outsw
+                | M::Outsd
+                | M::Popf
+                | M::Popfq
+        )
 }
 
 /// What a base register holds for an access in this segment: FS and GS have bases in the data pages.

@@ -83,6 +83,11 @@ pub fn report(
     let mut text = listing(trial, assembled, options);
     let entries: Vec<String> = trial.runs.iter().take(run + 1).map(|(entry, _)| entry.to_string()).collect();
     let _ = writeln!(text, "  runs of sequences {}; the last of them differs", entries.join(", "));
+    if input.privileged != 0 {
+        let mode = if input.supervisor != 0 { "supervisor" } else { "user" };
+        let [cr0, cr4, lstar] = input.system;
+        let _ = writeln!(text, "  in {mode} mode, CR0 {cr0:#x}, CR4 {cr4:#x}, LSTAR {lstar:#x}");
+    }
     if trial.hot {
         let _ = writeln!(text, "  as hot code");
     }

