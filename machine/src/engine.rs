@@ -77,6 +77,21 @@ pub trait VcpuBus: Send + Sync {
     fn hypercall(&self, state: &CpuState) -> Option<u64>;
 }
 
+/// Hears what a vCPU executes.
+pub trait Tracer: Send {
+    /// The vCPU is in this state and about to execute `code`: the bytes at its instruction pointer, as many as an
+    /// instruction may have, as far as they lie in one page of RAM.
+    fn about_to_execute(&mut self, state: &CpuState, code: &[u8]);
+}
+
+/// Hears where an engine puts the code that it makes.
+pub trait CodeMap: Send {
+    /// Code of this many bytes, with a name, stands at an address from now on, whatever stood there before.
+    fn made(&mut self, address: u64, size: u64, name: String);
+    /// No code is used any more: its addresses will get other code.
+    fn cleared(&mut self);
+}
+
 /// One virtual processor of an engine.
 pub trait Vcpu: Send {
     /// The architectural state, while not running.
@@ -93,6 +108,10 @@ pub trait Vcpu: Send {
     fn statistics(&self) -> alloc::vec::Vec<(String, u64)> {
         alloc::vec::Vec::new()
     }
+    /// Tells a tracer what is executed from now on: every instruction, or at least every place that a jump leads to.
+    fn set_tracer(&mut self, _tracer: Box<dyn Tracer>) {}
+    /// Tells what code is made from now on.
+    fn set_code_map(&mut self, _map: Box<dyn CodeMap>) {}
     /// Guest-physical address of a linear address by the current page tables, without side effects.
     fn translate(&mut self, linear: u64) -> Option<u64>;
 }

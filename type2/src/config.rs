@@ -142,6 +142,10 @@ pub struct VmConfig {
     pub testdev: bool,
     /// Tell what the engine has counted.
     pub stats: bool,
+    /// Where to write what the guest executes.
+    pub trace: Option<PathBuf>,
+    /// Name translated code for perf.
+    pub perf_map: bool,
     /// Debugger.
     pub gdb: Option<GdbSpec>,
 }
@@ -205,6 +209,8 @@ struct FileConfig {
     no_reboot: Option<bool>,
     testdev: Option<bool>,
     stats: Option<bool>,
+    trace: Option<PathBuf>,
+    perf_map: Option<bool>,
     gdb: Option<Spanned<String>>,
 }
 
@@ -246,6 +252,8 @@ impl VmConfig {
             no_reboot: settings.no_reboot,
             testdev: settings.testdev,
             stats: settings.stats,
+            trace: settings.trace,
+            perf_map: settings.perf_map,
             gdb: settings.gdb,
         })
     }
@@ -277,6 +285,8 @@ struct Settings {
     no_reboot: bool,
     testdev: bool,
     stats: bool,
+    trace: Option<PathBuf>,
+    perf_map: bool,
     gdb: Option<GdbSpec>,
 }
 
@@ -309,6 +319,8 @@ impl Settings {
             no_reboot: file.no_reboot.unwrap_or(false),
             testdev: file.testdev.unwrap_or(false),
             stats: file.stats.unwrap_or(false),
+            trace: file.trace.map(|path| folder.join(path)),
+            perf_map: file.perf_map.unwrap_or(false),
             gdb: source.value("gdb", file.gdb, GdbSpec::from_str)?.map(|gdb| match gdb {
                 GdbSpec::Unix(path) => GdbSpec::Unix(folder.join(path)),
                 port => port,
@@ -330,10 +342,12 @@ impl Settings {
         set(&mut self.cpus, &args.cpus);
         set(&mut self.engine, &args.engine);
         set(&mut self.console, &args.console);
+        set(&mut self.trace, &args.trace);
         set(&mut self.gdb, &args.gdb);
         self.no_reboot |= args.no_reboot;
         self.testdev |= args.testdev;
         self.stats |= args.stats;
+        self.perf_map |= args.perf_map;
     }
 }
 
@@ -430,15 +444,15 @@ mod tests {
     fn a_file_says_what_options_say() {
         let config = parse(
             "kernel = \"k\"\ninitrd = \"i\"\nappend = \"quiet\"\nmemory = \"1G\"\ncpus = 4\nengine = \"interp\"\n\
-             console = \"pty\"\nno-reboot = true\ntestdev = true\nstats = true\ngdb = \":1234\"\n",
+             console = \"pty\"\nno-reboot = true\ntestdev = true\nstats = true\ntrace = \"/t\"\nperf-map = true\ngdb = \":1234\"\n",
             "",
         )
         .unwrap();
         assert_eq!(config.boot, Boot::Kernel { kernel: "k".into(), initrd: Some("i".into()) });
         assert_eq!((config.append.as_deref(), config.memory.0, config.cpus), (Some("quiet"), 1 << 30, 4));
         assert_eq!((config.engine, config.console), (EngineChoice::Interp, ConsoleSpec::Pty));
-        assert!(config.no_reboot && config.testdev && config.stats);
-        assert_eq!(config.gdb, Some(GdbSpec::Port(1234)));
+        assert!(config.no_reboot && config.testdev && config.stats && config.perf_map);
+        assert_eq!((config.trace, config.gdb), (Some("/t".into()), Some(GdbSpec::Port(1234))));
     }
 
     #[test]

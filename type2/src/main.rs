@@ -9,8 +9,10 @@ mod error;
 mod guest;
 mod host;
 mod image;
+mod perf_map;
 mod run;
 mod status;
+mod trace;
 mod vm;
 
 use std::io::Write;

@@ -16,6 +16,8 @@ use crate::guest::Guest;
 use crate::host::clock::LinuxClock;
 use crate::host::log::Log;
 use crate::host::{memory, signals};
+use crate::perf_map::PerfMap;
+use crate::trace::TraceFile;
 use crate::vm::vcpu::VcpuEvent;
 use crate::vm::{Event, Parts, Session, inspect};
 use crate::{engines, status};
@@ -62,7 +64,10 @@ pub fn run(args: &RunArgs, verbose: bool) -> Result<u8, Failure> {
     .map_err(Failure::host)?;
     let debugger = config.gdb.as_ref().map(|spec| Debugger::start(spec, events.clone()));
     let debugger = debugger.transpose().map_err(Failure::host)?;
-    let parts = Parts { config, guest, clock, console, log, events };
+    let trace = config.trace.as_ref().map(|path| TraceFile::create(path, events.clone()));
+    let trace = trace.transpose().map_err(Failure::host)?;
+    let perf_map = config.perf_map.then(PerfMap::create).transpose().map_err(Failure::host)?;
+    let parts = Parts { config, guest, clock, console, trace, perf_map, log, events };
     let ending = supervise(&parts, &happenings, debugger.as_ref());
 
     if let (Some(debugger), Ok(ending)) = (&debugger, &ending) {
@@ -72,10 +77,14 @@ pub fn run(args: &RunArgs, verbose: bool) -> Result<u8, Failure> {
     if lost > 0 {
         message(&format!("bivisor: {lost} bytes of console output could not be delivered\n"));
     }
+    let traced = parts.trace.as_ref().map_or(Ok(()), |trace| trace.finish());
+    let mapped = parts.perf_map.as_ref().map_or(Ok(()), PerfMap::write);
     let ending = ending?;
     if !ending.sentence.is_empty() {
         message(&format!("bivisor: {}\n", ending.sentence));
     }
+    traced.map_err(Failure::host)?;
+    mapped.map_err(Failure::host)?;
     Ok(ending.status)
 }
 
@@ -194,6 +203,9 @@ fn outside_event(event: Event, session: &Session) -> Option<Ending> {
         )),
         Event::Console(ConsoleEvent::Command(Command::Quit)) => {
             Some(Ending::new(status::QUIT, "the machine was ended by Ctrl-A x"))
+        }
+        Event::TraceLost(error) => {
+            Some(Ending::new(status::HOST, format!("{error}, so the machine was ended")))
         }
         Event::Killed => Some(Ending::new(status::QUIT, "the machine was ended by the debugger")),
         Event::Console(ConsoleEvent::Command(Command::PowerButton)) => {

@@ -49,6 +49,7 @@ fn what_can_not_be_had() {
     refused(&folder, &["run", "--kernel", kernel, "--console", &console], 6, "cannot write the console file");
     let console = format!("unix={kernel}");
     refused(&folder, &["run", "--kernel", kernel, "--console", &console], 6, "exists and is not a socket");
+    refused(&folder, &["run", "--kernel", kernel, "--trace", "no/t"], 6, "cannot write the trace no/t");
     refused(&folder, &["run", "--kernel", kernel, "--gdb", &console], 6, "exists and is not a socket");
 }
 

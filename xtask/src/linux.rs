@@ -28,26 +28,29 @@ const DIALOGUE: &[(&str, &[&str])] = &[
     ("i=0; while [ $i -lt 2000 ]; do i=$((i+1)); done; echo counted $i | sha256sum", &["  -"]),
 ];
 
-/// Builds the program as a user does, and boots Linux on each software engine.
+/// Builds the program as a user does; returns where it is.
 ///
 /// # Errors
 /// If cargo cannot be started.
-pub fn boots(tally: &mut Tally) -> Result<()> {
+pub fn program(tally: &mut Tally) -> Result<PathBuf> {
     tally.step("optimised build", cargo(".").args(["build", "--release", "--package", "bivisor"]))?;
     let program = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
-    let program = program.join("release/bivisor");
+    Ok(program.join("release/bivisor"))
+}
+
+/// Boots Linux on each software engine.
+pub fn boots(tally: &mut Tally, program: &PathBuf) {
     for engine in ["dbt", "interp"] {
         let name = format!("Linux on {engine}");
         progress(&name);
         let start = Instant::now();
-        let result = boot(&program, engine);
+        let result = boot(program, engine);
         match &result {
             Ok(shell) => println!("    {name}: ok in {:.1?}, shell after {shell:.1?}", start.elapsed()),
             Err(error) => println!("    {name}: FAILED: {error:#}"),
         }
         tally.count(&name, result.is_ok());
     }
-    Ok(())
 }
 
 /// Boots, talks to the shell, powers off. Returns the time to the shell.

@@ -4,9 +4,10 @@ mod linux;
 mod setup;
 mod steps;
 mod test;
+mod trace_diff;
 
 use clap::{Parser, Subcommand};
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
 /// Builds and checks Bivisor.
 #[derive(Parser)]
@@ -22,7 +23,7 @@ enum Task {
     ///
     /// Ends in one line, "N passed, N failed", with status 0 only if nothing failed.
     Test {
-        /// Leave out what takes minutes: the boot of Linux.
+        /// Leave out what takes minutes: the guests' traces and the boot of Linux.
         #[arg(long)]
         quick: bool,
     },
@@ -36,6 +37,16 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Find where two traces of one guest (`bivisor run --trace`), one of them of the interpreter, first differ.
+    TraceDiff {
+        /// A trace.
+        a: PathBuf,
+        /// The other one.
+        b: PathBuf,
+        /// The processor whose lines are compared.
+        #[arg(long, default_value_t = 0)]
+        cpu: u32,
+    },
 }
 
 fn main() -> ExitCode {
@@ -43,6 +54,7 @@ fn main() -> ExitCode {
         Task::Test { quick } => test::all(quick),
         Task::Bench(arguments) => bench::bench(&arguments),
         Task::Oracle { arguments } => oracle(&arguments),
+        Task::TraceDiff { a, b, cpu } => trace_diff::run(&a, &b, cpu),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,

@@ -1,5 +1,5 @@
 //! `cargo xtask test`: everything that has to hold.
-use crate::{linux, setup, steps::Tally};
+use crate::{linux, setup, steps::Tally, trace_diff};
 use anyhow::Result;
 use std::{
     env,
@@ -19,7 +19,7 @@ pub fn cargo(folder: &str) -> Command {
     cargo
 }
 
-/// Runs every check; with `quick`, without the boot of Linux.
+/// Runs every check; with `quick`, without what needs an optimised build: traces and the boot of Linux.
 ///
 /// # Errors
 /// If something that the checks need is missing.
@@ -34,7 +34,9 @@ pub fn all(quick: bool) -> Result<bool> {
     tally.step("lints of the guests", cargo("guests/bare").args(bare))?;
     tally.cargo_test("tests", cargo(".").args(["test", "--workspace", "--no-fail-fast"]))?;
     if !quick {
-        linux::boots(&mut tally)?;
+        let program = linux::program(&mut tally)?;
+        trace_diff::guests::agree(&mut tally, &program);
+        linux::boots(&mut tally, &program);
     }
     Ok(tally.close())
 }

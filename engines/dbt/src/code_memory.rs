@@ -16,41 +16,52 @@ pub struct CodeMemory {
 // SAFETY: the mappings are owned by this value alone, and its methods that write take `&mut self`.
 unsafe impl Send for CodeMemory {}
 
-/// Maps a shared view of the file.
-fn map(file: i32, size: usize, protection: i32) -> Result<NonNull<u8>> {
-    // SAFETY: a new mapping at an address that the kernel chooses; nothing existing is touched.
-    let address = unsafe { libc::mmap(null_mut(), size, protection, libc::MAP_SHARED, file, 0) };
+/// Unmaps a view.
+///
+/// # Safety
+/// `view` is a mapping of this size that nobody uses any more.
+unsafe fn unmap(view: NonNull<u8>, size: usize) {
+    // SAFETY: the caller's word.
+    unsafe { libc::munmap(view.as_ptr().cast::<c_void>(), size) };
+}
+
+/// The address of a mapping that the kernel was asked for.
+fn mapped(address: *mut c_void) -> Result<NonNull<u8>> {
     if address == libc::MAP_FAILED {
         return Err(Error::last_os_error());
     }
     NonNull::new(address.cast()).ok_or_else(|| Error::other("a mapping at address zero"))
 }
 
+/// Maps the memory of a shared mapping of this size a second time, to be executed.
+fn executable_view(writable: NonNull<u8>, size: usize) -> Result<NonNull<u8>> {
+    // SAFETY: with an old size of zero, nothing is moved: a shared mapping gets a second view at an address that the
+    // kernel chooses.
+    let view = unsafe { libc::mremap(writable.as_ptr().cast::<c_void>(), 0, size, libc::MREMAP_MAYMOVE) };
+    let view = mapped(view)?;
+    // SAFETY: a mapping of this size that nobody else has seen yet.
+    if unsafe { libc::mprotect(view.as_ptr().cast::<c_void>(), size, libc::PROT_READ | libc::PROT_EXEC) } != 0
+    {
+        let error = Error::last_os_error();
+        // SAFETY: as above.
+        unsafe { unmap(view, size) };
+        return Err(error);
+    }
+    Ok(view)
+}
+
 impl CodeMemory {
-    /// `size` bytes of memory for code.
+    /// `size` bytes of memory for code. It has no name, as a memfd would have: perf looks for names of code that it
+    /// takes for made at run time in mappings without one only.
     pub fn new(size: usize) -> Result<Self> {
-        // SAFETY: the name is a C string; the call touches no memory of ours.
-        let file = unsafe { libc::memfd_create(c"bivisor-code".as_ptr(), libc::MFD_CLOEXEC) };
-        if file < 0 {
-            return Err(Error::last_os_error());
-        }
-        // SAFETY: `file` is a descriptor of ours.
-        let resized = unsafe { libc::ftruncate(file, size as libc::off_t) };
-        let mapped = if resized != 0 {
-            Err(Error::last_os_error())
-        } else {
-            map(file, size, libc::PROT_READ | libc::PROT_WRITE).and_then(|writable| {
-                let executable = map(file, size, libc::PROT_READ | libc::PROT_EXEC)
-                    // SAFETY: the first view, which nobody else has seen yet.
-                    .inspect_err(|_| unsafe {
-                        libc::munmap(writable.as_ptr().cast::<c_void>(), size);
-                    })?;
-                Ok(Self { writable, executable, size, used: 0 })
-            })
-        };
-        // SAFETY: `file` is open and is closed here only; the mappings keep the memory.
-        unsafe { libc::close(file) };
-        mapped
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping at an address that the kernel chooses; nothing existing is touched.
+        let writable = mapped(unsafe { libc::mmap(null_mut(), size, protection, flags, -1, 0) })?;
+        let executable = executable_view(writable, size)
+            // SAFETY: the first view, which nobody else has seen yet.
+            .inspect_err(|_| unsafe { unmap(writable, size) })?;
+        Ok(Self { writable, executable, size, used: 0 })
     }
 
     /// Appends code and returns where it can be executed, or `None` when the memory is full.
@@ -112,7 +123,7 @@ impl Drop for CodeMemory {
     fn drop(&mut self) {
         for view in [self.writable, self.executable] {
             // SAFETY: the two views are mappings of this size, owned by this value.
-            unsafe { libc::munmap(view.as_ptr().cast::<c_void>(), self.size) };
+            unsafe { unmap(view, self.size) };
         }
     }
 }

@@ -11,6 +11,7 @@ pub mod host_cpu;
 pub mod host_unit;
 pub mod interp_vcpu;
 pub mod peers;
+pub mod trace;
 pub mod translator;
 
 pub use engine::SoftwareEngine;

@@ -50,6 +50,7 @@ pub const HANGS: [&str; 9] = ["a", "b", "c", "d", "e", "f", "g", "h", "i"];
 /// Every guest that ends by itself.
 pub const ALL: &[Guest] = &[
     HELLO,
+    guest!("code32", input: ""),
     guest!("escape", input: ""),
     guest!("exceptions", input: ""),
     guest!("paging", input: ""),

@@ -26,6 +26,8 @@ use crate::host::alarm::{AlarmThread, HostAlarm};
 use crate::host::clock::{LinuxClock, host_cpuid};
 use crate::host::log::Log;
 use crate::host::memory;
+use crate::perf_map::PerfMap;
+use crate::trace::{TraceError, TraceFile};
 use crate::{engines, status};
 use gate::Gate;
 use vcpu::{SharedVcpu, Surroundings, ThreadWaker, VcpuEvent, VcpuThread, lock};
@@ -43,6 +45,8 @@ pub enum Event {
     Signal(i32),
     /// The debugger ends the machine.
     Killed,
+    /// The trace can't be written any more.
+    TraceLost(TraceError),
 }
 
 /// What every run of a machine has in common.
@@ -55,6 +59,10 @@ pub struct Parts {
     pub clock: Arc<LinuxClock>,
     /// Its first serial port's far end.
     pub console: Console,
+    /// The file for what the guest executes.
+    pub trace: Option<Arc<TraceFile>>,
+    /// The names of translated code for perf.
+    pub perf_map: Option<PerfMap>,
     /// Log of what devices refuse.
     pub log: Arc<Log>,
     /// The supervisor.
@@ -278,6 +286,9 @@ fn make_vcpus(machine: &Machine, engine: &dyn Engine, parts: &Parts) -> Result<V
     parts.log.line(format_args!("{} is entered by {}", path.display(), loaded.protocol.name()));
     let failed =
         |error: &dyn fmt::Display| Failure::new(status::ENGINE, format!("engine {}: {error}", engine.name()));
+    if let Some(trace) = &parts.trace {
+        trace.session(engine.name());
+    }
     let mut vcpus = Vec::new();
     for index in 0..parts.config.cpus {
         let setup = machine.vcpu_setup(index).ok_or_else(|| failed(&"the machine has no such CPU"))?;
@@ -286,6 +297,12 @@ fn make_vcpus(machine: &Machine, engine: &dyn Engine, parts: &Parts) -> Result<V
         vcpu.set_state(state).map_err(|error| failed(&error))?;
         if parts.config.stats {
             vcpu.count_all();
+        }
+        if let Some(trace) = &parts.trace {
+            vcpu.set_tracer(trace.tracer(index));
+        }
+        if let Some(map) = &parts.perf_map {
+            vcpu.set_code_map(map.code_map());
         }
         vcpus.push(Arc::new(Mutex::new(vcpu)));
     }

@@ -9,6 +9,7 @@ use iced_x86::{
 
 use super::code32;
 use super::key::{Key, SUPERVISOR, SUPERVISOR_AC, USER};
+use super::values::Values;
 
 /// The arithmetic flags, as iced-x86 numbers them.
 pub const ALL_FLAGS: u32 =
@@ -724,8 +725,7 @@ pub fn track_stack(block: &mut [Decoded]) -> Option<StackRange> {
 /// Finds windows: memory operands at fixed offsets from what registers hold at the block's start. A window begins with an
 /// access that is made whenever the block is, so that its page is one that the guest accesses anyway.
 pub fn track_windows(block: &mut [Decoded], factory: &mut InstructionInfoFactory) -> Vec<Window> {
-    // Each register's value: another's at the block's start, plus a constant.
-    let mut values: [Option<(u8, i32)>; 16] = std::array::from_fn(|number| Some((number as u8, 0)));
+    let mut values = Values::at_start();
     let mut windows: Vec<Window> = Vec::new();
     let mut certain = true;
     for decoded in block.iter_mut() {
@@ -748,7 +748,7 @@ pub fn track_windows(block: &mut [Decoded], factory: &mut InstructionInfoFactory
             }
         }
         certain &= decoded.class != Class::JumpIf;
-        follow_values(decoded, &mut values, factory);
+        values.follow(decoded, factory);
     }
     keep_best(block, windows)
 }
@@ -768,13 +768,12 @@ fn keep_best(block: &mut [Decoded], windows: Vec<Window>) -> Vec<Window> {
 }
 
 /// Root, offset and size of a memory operand with a base register only, whose value is known.
-fn near_operand(decoded: &Decoded, values: &[Option<(u8, i32)>; 16]) -> Option<(u8, i32, i32)> {
+fn near_operand(decoded: &Decoded, values: &Values) -> Option<(u8, i32, i32)> {
     let instruction = &decoded.instruction;
     if decoded.class != Class::Copy || instruction.mnemonic() == Mnemonic::Lea || !is_based(instruction) {
         return None;
     }
-    let base = instruction.memory_base() as usize - Register::RAX as usize;
-    let (root, delta) = values[base]?;
+    let (root, delta) = values.of(instruction.memory_base())?;
     let displacement = i32::try_from(instruction.memory_displacement64() as i64).ok()?;
     let offset = delta.checked_add(displacement)?;
     let size = instruction.memory_size().size() as i32;
@@ -789,65 +788,6 @@ pub fn is_based(instruction: &Instruction) -> bool {
         && base != Register::RSP
         && instruction.memory_index() == Register::None
         && !matches!(instruction.memory_segment(), Register::FS | Register::GS)
-}
-
-/// What the registers hold after the instruction.
-fn follow_values(
-    decoded: &Decoded,
-    values: &mut [Option<(u8, i32)>; 16],
-    factory: &mut InstructionInfoFactory,
-) {
-    let instruction = &decoded.instruction;
-    let next = match decoded.class {
-        Class::Copy => moved_value(instruction, values),
-        Class::Nothing | Class::JumpIf | Class::Jump => return,
-        Class::Push | Class::Pushf | Class::Pop => {
-            values[4] = None;
-            None
-        }
-        _ => {
-            values.fill(None);
-            return;
-        }
-    };
-    for used in factory.info(instruction).used_registers() {
-        if used.register().is_gpr() && !matches!(used.access(), OpAccess::Read | OpAccess::CondRead) {
-            values[used.register().full_register() as usize - Register::RAX as usize] = None;
-        }
-    }
-    if let Some((number, value)) = next {
-        values[number] = Some(value);
-    }
-}
-
-/// Where an instruction gives a register the value of another one plus a constant: the register, and the value.
-fn moved_value(instruction: &Instruction, values: &[Option<(u8, i32)>; 16]) -> Option<(usize, (u8, i32))> {
-    if instruction.op0_kind() != OpKind::Register || !instruction.op0_register().is_gpr64() {
-        return None;
-    }
-    let number = |register: Register| register as usize - Register::RAX as usize;
-    let target = number(instruction.op0_register());
-    let constant = matches!(instruction.op1_kind(), OpKind::Immediate8to64 | OpKind::Immediate32to64);
-    let (from, moved) = match instruction.mnemonic() {
-        Mnemonic::Add if constant => (target, instruction.immediate(1) as i64),
-        Mnemonic::Sub if constant => (target, (instruction.immediate(1) as i64).checked_neg()?),
-        Mnemonic::Inc => (target, 1),
-        Mnemonic::Dec => (target, -1),
-        Mnemonic::Mov
-            if instruction.op1_kind() == OpKind::Register && instruction.op1_register().is_gpr64() =>
-        {
-            (number(instruction.op1_register()), 0)
-        }
-        Mnemonic::Lea
-            if instruction.memory_base().is_gpr64() && instruction.memory_index() == Register::None =>
-        {
-            (number(instruction.memory_base()), instruction.memory_displacement64() as i64)
-        }
-        _ => return None,
-    };
-    let (root, delta) = values[from]?;
-    let delta = i32::try_from(i64::from(delta).checked_add(moved)?).ok()?;
-    (delta.abs() < 1 << 20).then_some((target, (root, delta)))
 }
 
 /// Offset from RSP, size and direction of an access to the stack at a fixed offset. PUSH of a memory operand and

@@ -69,6 +69,8 @@ pub struct Request<'a> {
     pub shared: SharedCode,
     /// The first free slot, if the code is hot.
     pub first_slot: Option<u32>,
+    /// Every flag is kept all the time, read or not: for a trace.
+    pub all_flags: bool,
     /// Whether the instruction at this offset of the page accesses too many pages for a slot.
     pub roams: &'a dyn Fn(usize) -> bool,
 }
@@ -184,6 +186,9 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
     let uses_x87 =
         block.iter().any(|d| d.class == Class::Copy && analysis::unit(&d.instruction) == Unit::X87);
     analysis::mark_live_flags(&mut block, live_out);
+    if request.all_flags {
+        block.iter_mut().for_each(|decoded| decoded.live_before = analysis::ALL_FLAGS);
+    }
     let stack = if request.key.no_stack() { None } else { analysis::track_stack(&mut block) };
     if stack.is_none() {
         block.iter_mut().for_each(|decoded| decoded.stack_delta = None);
@@ -315,7 +320,7 @@ fn live_out(request: &Request<'_>, last: &Decoded, looked_at: &mut u64) -> u32 {
 /// Flags live at an offset of the page; all of them where that isn't in this page.
 fn live_at(request: &Request<'_>, offset: usize, looked_at: &mut u64) -> u32 {
     let page = request.page.get(..PAGE).unwrap_or_default();
-    let Some(bytes) = page.get(offset..) else { return analysis::ALL_FLAGS };
+    let Some(bytes) = page.get(offset..).filter(|_| !request.all_flags) else { return analysis::ALL_FLAGS };
     let bits = code_bits(request.key);
     let mut decoder = Decoder::with_ip(bits, bytes, offset as u64, decoder_options(request.model));
     let ahead = std::iter::from_fn(|| decoder.can_decode().then(|| decoder.decode())).take(LOOK_AHEAD);

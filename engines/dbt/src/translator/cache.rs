@@ -104,6 +104,10 @@ impl Cache {
     pub fn range(&self) -> (u64, u64) {
         (self.code.address(self.first_block_at), self.code.address(CODE_SIZE))
     }
+    /// Address and size of the code that all blocks share.
+    pub fn shared_range(&self) -> (u64, u64) {
+        (self.code.address(0), self.first_block_at as u64)
+    }
     /// Where the next block's code will stand.
     pub fn next_start(&self) -> usize {
         self.code.next_offset()

@@ -130,3 +130,130 @@ pub fn stack_constant(instruction: &Instruction) -> Option<i64> {
     let is_stack = instruction.op0_kind() == OpKind::Register && instruction.op0_register() == Register::ESP;
     (constant && is_stack).then(|| i64::from(instruction.immediate(1) as i32))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bivisor_x86::cpuid::CpuModel;
+    use iced_x86::{Decoder, DecoderOptions, Encoder};
+
+    use super::super::analysis::{Class, classify};
+
+    fn decode(bytes: &[u8]) -> Instruction {
+        Decoder::with_ip(32, bytes, 0x100, DecoderOptions::NONE).decode()
+    }
+
+    fn wide(bytes: &[u8]) -> Option<Instruction> {
+        widen(&decode(bytes))
+    }
+
+    /// The classes of instructions in a plain 32-bit mode, without FS and GS.
+    fn class(bytes: &[u8]) -> Option<Class> {
+        Some(classify(&wide(bytes)?, &CpuModel::reference(1), Key::plain_code32()))
+    }
+
+    #[test]
+    fn jumps_keep_condition_and_target() {
+        for condition in 0..16 {
+            let wide = wide(&[0x70 | condition, 0xfe]).expect("a jump");
+            let long = Decoder::with_ip(64, &[0x70 | condition, 0xfe], 0x100, DecoderOptions::NONE).decode();
+            assert_eq!((wide.code(), wide.near_branch64()), (long.code(), 0x100));
+            let wide = self::wide(&[0x0f, 0x80 | condition, 0, 0, 0, 0x80]).expect("a jump");
+            assert!(wide.is_jcc_near() && wide.condition_code() == long.condition_code());
+            assert_eq!((wide.op0_kind(), wide.near_branch64() as i32), (OpKind::NearBranch64, -0x7fff_fefa));
+        }
+        assert_eq!(class(&[0xe8, 0, 0xff, 0xff, 0xff]), Some(Class::Call));
+        assert_eq!(class(&[0x66, 0xe8, 0, 0]), None);
+        // JECXZ, but JCXZ has no equivalent.
+        assert_eq!(class(&[0xe3, 0]), Some(Class::JumpIfRcxZero));
+        assert_eq!(class(&[0x67, 0xe3, 0]), Some(Class::InterpretLast));
+    }
+
+    #[test]
+    fn the_stack_takes_words_of_32_bits_only() {
+        assert_eq!(class(&[0x50]), Some(Class::Push));
+        assert_eq!(class(&[0x66, 0x50]), Some(Class::Interpret));
+        assert_eq!(class(&[0x6a, 0xff]), Some(Class::Push));
+        assert_eq!(class(&[0xff, 0x33]), Some(Class::Push));
+        assert_eq!(class(&[0x66, 0xff, 0x33]), Some(Class::Interpret));
+        assert_eq!(class(&[0x5c]), Some(Class::Pop));
+        assert_eq!(class(&[0x8f, 0x00]), Some(Class::Interpret));
+        assert_eq!(class(&[0x60]), Some(Class::Interpret));
+        assert_eq!(class(&[0x06]), Some(Class::Interpret));
+        assert_eq!(class(&[0x9c]), Some(Class::Pushf));
+        assert_eq!(class(&[0xc9]), Some(Class::Leave));
+        assert_eq!(class(&[0xc2, 8, 0]), Some(Class::Return));
+        assert_eq!(class(&[0x66, 0xc3]), Some(Class::InterpretLast));
+        let add = decode(&[0x81, 0xc4, 0, 0xff, 0xff, 0xff]);
+        assert_eq!(stack_constant(&add), Some(-0x100));
+        assert_eq!(stack_constant(&decode(&[0x66, 0x83, 0xc4, 8])), None);
+    }
+
+    #[test]
+    fn addresses_are_widened_with_their_sign() {
+        // mov eax, [esi*4 - 4000h]
+        let scaled = wide(&[0x8b, 0x04, 0xb5, 0x00, 0xc0, 0xff, 0xff]).expect("32-bit addresses");
+        assert_eq!(scaled.memory_index(), Register::RSI);
+        assert_eq!(scaled.memory_displacement64() as i64, -0x4000);
+        // mov eax, [0xffff0000]
+        let absolute = wide(&[0xa1, 0, 0, 0xff, 0xff]).expect("a 32-bit address");
+        assert_eq!((absolute.code(), absolute.memory_displacement64()), (Code::Mov_r32_rm32, 0xffff_0000));
+        // mov eax, [bx+si]; mov eax, [1234h]; mov eax, cs:[eax]; nopw cs:[eax+eax]
+        assert_eq!(wide(&[0x67, 0x8b, 0x00]), None);
+        assert_eq!(wide(&[0x67, 0xa1, 0x34, 0x12]), None);
+        assert_eq!(wide(&[0x2e, 0x8b, 0x00]), None);
+        assert_eq!(class(&[0x66, 0x2e, 0x0f, 0x1f, 0x84, 0, 0, 0, 0, 0]), Some(Class::Nothing));
+        assert_eq!(class(&[0xf3, 0xa5]), Some(Class::RepeatString));
+        assert_eq!(class(&[0x67, 0xf3, 0xa5]), Some(Class::Interpret));
+    }
+
+    #[test]
+    fn segments_without_all_addresses_are_left_to_the_interpreter() {
+        let read = decode(&[0x65, 0x8b, 0x00]);
+        assert!(matches!(widened(&read, Key::plain_code32()), Widened::Interpreted));
+        let call = decode(&[0x65, 0xff, 0x15, 0x10, 0, 0, 0]);
+        assert!(matches!(widened(&call, Key::plain_code32()), Widened::InterpretedLast));
+    }
+
+    /// Whatever is copied, of all opcodes with registers, is the same instruction when 64-bit code decodes it.
+    #[test]
+    fn what_is_copied_means_the_same_in_64_bit_code() {
+        let mut copied = 0;
+        for prefix in [None, Some(0x66), Some(0xf3), Some(0xf2)] {
+            for map in [&[][..], &[0x0f], &[0x0f, 0x38], &[0x0f, 0x3a]] {
+                for (opcode, modrm) in (0..=0xff).flat_map(|opcode| (0xc0..=0xff).map(move |m| (opcode, m))) {
+                    let mut bytes: Vec<u8> = prefix.into_iter().collect();
+                    bytes.extend(map);
+                    bytes.extend([opcode, modrm, 0x12, 0x34, 0x56, 0x78]);
+                    copied += u32::from(same_in_both(&bytes));
+                }
+            }
+        }
+        assert!(copied > 10_000, "{copied}");
+    }
+
+    /// Compares a copied instruction without an operand in memory; false if it isn't copied.
+    fn same_in_both(bytes: &[u8]) -> bool {
+        if class(bytes) != Some(Class::Copy) {
+            return false;
+        }
+        let (narrow, wide) = (decode(bytes), wide(bytes).expect("a class"));
+        if (0..wide.op_count()).any(|operand| wide.op_kind(operand) == OpKind::Memory) {
+            return false;
+        }
+        let mut encoder = Encoder::new(64);
+        if encoder.encode(&wide, 0).is_err() {
+            // Left to the interpreter when it can't be encoded: another opcode for what 80h does.
+            assert_eq!(narrow.op_code().op_code(), 0x82, "{bytes:x?}");
+            return false;
+        }
+        let code = encoder.take_buffer();
+        let again = Decoder::new(64, &code, DecoderOptions::NONE).decode();
+        assert_eq!(again.mnemonic(), narrow.mnemonic(), "{bytes:x?}");
+        for operand in 0..narrow.op_count() {
+            assert_eq!(again.op_kind(operand), narrow.op_kind(operand), "{bytes:x?}");
+            assert_eq!(again.op_register(operand), narrow.op_register(operand), "{bytes:x?}");
+        }
+        true
+    }
+}

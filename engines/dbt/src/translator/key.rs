@@ -158,3 +158,83 @@ fn reaches_all(segment: &Segment) -> bool {
     segment.limit == u32::MAX
         && segment.attributes & (Segment::UNUSABLE | Segment::S | 0b1110) == Segment::S | 0b0010
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    use bivisor_x86::cpuid::CpuModel;
+
+    impl Key {
+        /// 32-bit user code, all vector instructions allowed, FS and GS unusable.
+        pub fn plain_code32() -> Self {
+            Self(USER.into()).with(CODE32 | SSE | AVX | X87 | TSC)
+        }
+        fn with(self, bits: u16) -> Self {
+            Self(self.0 | bits)
+        }
+    }
+
+    /// A processor in protected mode with flat segments.
+    fn flat() -> Cpu {
+        let mut cpu = Cpu::new(Arc::new(CpuModel::reference(1)));
+        cpu.state.cr0 |= Cr0::PE.bits();
+        let data = Segment { base: 0, limit: u32::MAX, selector: 0x10, attributes: 0xc093 };
+        cpu.state.seg = [data; 6];
+        cpu.state.seg[SegReg::Cs as usize].attributes = 0xc09b;
+        cpu
+    }
+
+    /// Whether the code is translated after a change of one segment.
+    fn with(register: SegReg, change: impl FnOnce(&mut Segment)) -> Key {
+        let mut cpu = flat();
+        change(&mut cpu.state.seg[register as usize]);
+        Key::of(&cpu)
+    }
+
+    #[test]
+    fn code_in_flat_segments_is_known() {
+        let key = Key::of(&flat());
+        assert!(key.code32() && key.fs() && key.gs() && key.stack_step() == 4);
+        let mut real = flat();
+        real.state.cr0 &= !Cr0::PE.bits();
+        assert!(!Key::of(&real).code32());
+        let mut virtual8086 = flat();
+        virtual8086.state.rflags |= Rflags::VM.bits();
+        assert!(!Key::of(&virtual8086).code32());
+        let mut ring1 = flat();
+        ring1.state.cpl = 1;
+        assert!(!Key::of(&ring1).code32());
+    }
+
+    #[test]
+    fn other_segments_are_not_flat() {
+        for register in [SegReg::Cs, SegReg::Ss, SegReg::Ds, SegReg::Es] {
+            assert!(!with(register, |segment| segment.base = 0x1000).code32(), "{register:?}");
+            assert!(!with(register, |segment| segment.limit = 0xffff_efff).code32(), "{register:?}");
+            assert!(
+                !with(register, |segment| segment.attributes |= Segment::UNUSABLE).code32(),
+                "{register:?}"
+            );
+            // Read-only data, or code that can't be read.
+            assert!(!with(register, |segment| segment.attributes &= !2).code32(), "{register:?}");
+        }
+        // 16-bit code, 64-bit code, a 16-bit stack, data that expands down.
+        assert!(!with(SegReg::Cs, |segment| segment.attributes &= !Segment::DB).code32());
+        assert!(!with(SegReg::Cs, |segment| segment.attributes |= Segment::L).code32());
+        assert!(!with(SegReg::Ss, |segment| segment.attributes &= !Segment::DB).code32());
+        assert!(!with(SegReg::Ds, |segment| segment.attributes |= 4).code32());
+    }
+
+    #[test]
+    fn fs_and_gs_may_have_a_base_but_no_limit() {
+        let key = with(SegReg::Fs, |segment| segment.base = 0xffff_0000);
+        assert!(key.code32() && key.fs());
+        let key = with(SegReg::Gs, |segment| segment.limit = 0x17);
+        assert!(key.code32() && key.fs() && !key.gs());
+        let key =
+            with(SegReg::Fs, |segment| *segment = Segment { attributes: Segment::UNUSABLE, ..*segment });
+        assert!(key.code32() && !key.fs());
+    }
+}

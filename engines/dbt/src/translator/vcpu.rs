@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
-use bivisor_machine::engine::{DebugControl, EngineError, Exit, Vcpu};
+use bivisor_machine::engine::{CodeMap, DebugControl, EngineError, Exit, Tracer, Vcpu};
 use bivisor_machine::host::Waker;
 use bivisor_x86::cpu::{Access, Cpu};
 use bivisor_x86::env::Env;
@@ -25,6 +25,7 @@ use super::context::{
 use super::exits::Next;
 use super::fault::{self, FAULT_SITE, Running};
 use super::key::{Key, USER};
+use super::names::Names;
 use super::site::{Site, SiteKind};
 use super::spaces::{SharedTlbs, Spaces};
 use super::statistics::Statistics;
@@ -34,6 +35,7 @@ use crate::env::VcpuEnv;
 use crate::host_cpu;
 use crate::interp_vcpu::{self, ended};
 use crate::peers::Peer;
+use crate::trace::Trace;
 
 pub(super) const PAGE_MASK: u64 = !0xfff;
 /// Biases of the jump cache are counted in this.
@@ -119,6 +121,9 @@ pub struct DbtVcpu {
     /// Blocks, by offset in RAM, whose windows lie where the inline TLB can't be used: a device, or written code.
     windowless: FxHashSet<u64>,
     pub(super) statistics: Statistics,
+    /// While it is on, every block is entered by the dispatcher, which tells it.
+    trace: Trace,
+    names: Names,
     /// Supervisor code is taken to lie in global pages.
     global_kernel: bool,
     /// How often it didn't, or did where it is taken not to.
@@ -241,6 +246,8 @@ impl DbtVcpu {
             global_kernel: false,
             otherwise: 0,
             statistics: Statistics::default(),
+            trace: Trace::default(),
+            names: Names::default(),
             system_calls_for: None,
             cpuid_for: (0, 0),
         })
@@ -377,6 +384,7 @@ impl DbtVcpu {
     /// All translations go.
     fn clear_cache(&mut self) {
         self.statistics.cleared += 1;
+        self.names.cleared();
         // Other code will use the slots.
         self.spaces.shared().forget_windows();
         self.spaces.shared().use_slots(0);
@@ -482,6 +490,10 @@ impl DbtVcpu {
         self.statistics.translated += 1;
         self.statistics.guest_bytes += translation.length as u64;
         self.statistics.host_bytes += translation.code.len() as u64;
+        let address = self.cache.address(self.cache.next_start() as u32);
+        // The page is that of the instruction pointer, wherever in a block that stands.
+        let linear = self.cpu.state.rip & PAGE_MASK | offset & !PAGE_MASK;
+        self.names.made(address, translation.code.len() as u64, linear, key);
         let number = self.cache.insert(offset, key, second, translation, self.windows.context());
         self.spaces.shared().use_slots(self.cache.slots().len());
         number
@@ -504,6 +516,7 @@ impl DbtVcpu {
             block: self.cache.next_block(),
             first_link: self.cache.next_link(),
             shared: self.cache.shared(),
+            all_flags: self.trace.is_on(),
             first_slot: self.is_hot(offset, key).then(|| self.cache.slots().len() as u32),
             roams,
         }
@@ -747,6 +760,7 @@ impl DbtVcpu {
             return Ok(Some(exit));
         }
         self.statistics.dispatched += 1;
+        self.trace.note(&mut self.cpu, &mut self.env);
         let key = Key::of(&self.cpu);
         let translatable = key.code32() || self.cpu.state.mode() == Mode::Long64;
         let block = if translatable && self.cpu.runs_plainly() { self.block(key) } else { None };
@@ -754,12 +768,13 @@ impl DbtVcpu {
             let statistics = &mut self.statistics;
             *(if translatable { &mut statistics.not_translated } else { &mut statistics.other_modes }) += 1;
             self.windows.context().forget_cpuid();
-            return Ok(self.interpret(if translatable { 1 } else { INTERPRETED }, true));
+            let budget = if translatable || self.trace.is_on() { 1 } else { INTERPRETED };
+            return Ok(self.interpret(budget, true));
         };
         let (entry, lookup_entry, crosses) = (block.entry, block.lookup_entry, block.second.is_some());
         let rip = self.cpu.state.rip;
         let host = self.cache.address(lookup_entry);
-        let remember = self.may_remember(rip, key);
+        let remember = !self.trace.is_on() && self.may_remember(rip, key);
         self.update_biases(key);
         self.note_code(rip);
         if crosses {
@@ -820,7 +835,8 @@ impl DbtVcpu {
 
     /// A jump that isn't linked: linked to its target, unless something else must happen there first.
     pub(super) fn link_jump(&mut self, number: u32, site: &Site) {
-        if self.context().event.load(Ordering::SeqCst) != 0 || !self.cpu.runs_plainly() {
+        let has_event = self.context().event.load(Ordering::SeqCst) != 0;
+        if has_event || self.trace.is_on() || !self.cpu.runs_plainly() {
             return;
         }
         let key = Key::of(&self.cpu);
@@ -867,7 +883,7 @@ impl Vcpu for DbtVcpu {
     fn run(&mut self) -> Result<Exit, EngineError> {
         if self.single_step || !self.cpu.breakpoints.is_empty() {
             self.sync_vectors();
-            let exit = interp_vcpu::run(&mut self.cpu, &mut self.env, self.single_step);
+            let exit = interp_vcpu::run(&mut self.cpu, &mut self.env, self.single_step, &mut self.trace);
             self.follow_changes();
             return Ok(exit);
         }
@@ -895,6 +911,16 @@ impl Vcpu for DbtVcpu {
 
     fn statistics(&self) -> Vec<(String, u64)> {
         self.statistics.list()
+    }
+
+    fn set_tracer(&mut self, tracer: Box<dyn Tracer>) {
+        self.trace.set(tracer);
+        // What was translated so far is linked.
+        self.clear_cache();
+    }
+
+    fn set_code_map(&mut self, map: Box<dyn CodeMap>) {
+        self.names.set(map, self.cache.shared_range());
     }
 
     fn translate(&mut self, linear: u64) -> Option<u64> {

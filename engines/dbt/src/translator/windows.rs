@@ -46,19 +46,19 @@ impl Mapping {
     /// The slots of the context.
     pub fn slots(&self) -> &[Slot; SLOTS] {
         // SAFETY: in the context, mapped as long as this value lives; atomics, of which any contents are valid.
-        unsafe { &*(&raw const (*self.context(0)).slots) }
+        unsafe { &(*self.context(0)).slots }
     }
 
     /// The page of the context's stack window.
     pub fn stack_page(&self) -> &AtomicU64 {
         // SAFETY: in the context, mapped as long as this value lives; an atomic.
-        unsafe { &*(&raw const (*self.context(0)).stack_page) }
+        unsafe { &(*self.context(0)).stack_page }
     }
 
     /// The addend of the context's stack window.
     pub fn stack_addend(&self) -> &AtomicU64 {
         // SAFETY: as above.
-        unsafe { &*(&raw const (*self.context(0)).stack_addend) }
+        unsafe { &(*self.context(0)).stack_addend }
     }
 
     /// The context, as translated code in an address space sees it.

@@ -85,6 +85,9 @@ impl Native {
 }
 
 /// The child: maps the address space, and lets the handler do the rest.
+///
+/// # Safety
+/// The process must be a child of this one with no other thread, and `shared` its mapping.
 unsafe fn run_child(shared: *mut Shared) -> ! {
     // SAFETY: this process has one thread and belongs to this function; what is mapped is new.
     unsafe {
@@ -146,6 +149,9 @@ unsafe extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: 
 }
 
 /// Writes an input into the frame and the pages.
+///
+/// # Safety
+/// The pages of the trial must be mapped, writable, and referred to by nobody else.
 unsafe fn load_input(child: &mut ChildState, frame: &mut Frame<'_>, input: &Input, shared: &Shared) {
     frame.load(&input.xsave, &input.gpr, input.rflags, input.rip);
     let image = &shared.images[input.image as usize % IMAGES];
@@ -162,6 +168,9 @@ unsafe fn load_input(child: &mut ChildState, frame: &mut Frame<'_>, input: &Inpu
 }
 
 /// Reads the outcome from the frame and the pages.
+///
+/// # Safety
+/// The pages of the trial must be mapped.
 unsafe fn save_outcome(child: &ChildState, frame: &Frame<'_>, outcome: &mut Outcome) {
     frame.save(&mut outcome.state);
     // SAFETY: the pages are mapped, with these sizes, and nothing refers to them.
