@@ -1,6 +1,7 @@
 //! The oracle: random instructions of user mode are executed natively, in a child process, and by the interpreter,
 //! and every register, flag, exception and byte of memory is compared.
 
+pub mod asm_tests;
 pub mod blocks;
 mod child;
 pub mod compare;

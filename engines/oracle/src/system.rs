@@ -110,7 +110,7 @@ impl<'a> PageTables<'a> {
 }
 
 /// Bytes 0 to 7 of a segment descriptor of 4 GiB with these access rights, and L or D/B set.
-fn descriptor(access: u64, long: bool) -> u64 {
+pub fn descriptor(access: u64, long: bool) -> u64 {
     0x000f_0000_0000_ffff | access << 40 | if long { 0xa0 << 48 } else { 0xc0 << 48 }
 }
 
@@ -127,6 +127,8 @@ pub fn write_tables(memory: &GuestMemory, place: u64, handlers: u64, stack_end: 
     }
     memory.store64(place + GDT + KERNEL_CS, descriptor(0x9b, true));
     memory.store64(place + GDT + KERNEL_CS + 8, descriptor(0x93, false));
+    // 32-bit code of user mode.
+    memory.store64(place + GDT + 0x20, descriptor(0xfb, false));
     memory.store64(place + GDT + u64::from(USER_SS & !3), descriptor(0xf3, false));
     memory.store64(place + GDT + u64::from(USER_CS & !3), descriptor(0xfb, true));
     memory.store64(place + TSS + 4, stack_end);
