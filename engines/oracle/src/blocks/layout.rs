@@ -23,8 +23,9 @@ pub const TARGETS: u64 = CONTROL + 0x40;
 /// Where the control page is free for all.
 pub const CONTROL_FREE: u64 = 0x100;
 
-/// Linear address of a page that stores make the engine look for events by, see [`INTERRUPT_NUDGE`]. It is not compared.
-pub const NUDGE: u64 = CONTROL + 0x8000;
+/// Linear address of a page that stores make the engine look for events by, see [`INTERRUPT_NUDGE`]. It is not compared, and
+/// far from all else: other accesses must not hit it.
+pub const NUDGE: u64 = DATA + 0x3000_0000;
 /// Bit of what is stored there: an interrupt comes. It does nothing that sequences could see.
 pub const INTERRUPT_NUDGE: u64 = 1;
 

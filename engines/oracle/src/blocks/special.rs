@@ -249,6 +249,7 @@ impl Builder<'_> {
             0 => Instruction::with1(Code::Fldcw_m2byte, word),
             1 => Instruction::with1(Code::Stmxcsr_m32, place),
             2 => Instruction::with1(Code::Fnstcw_m2byte, place),
+            3 if self.model.offers(CpuidFeature::AVX) => Instruction::with1(Code::VEX_Vldmxcsr_m32, mxcsr),
             _ => Instruction::with1(Code::Ldmxcsr_m32, mxcsr),
         };
         self.assemble(made(instruction));
