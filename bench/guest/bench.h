@@ -54,6 +54,13 @@ int cpu_count(void);
 // Waits for a child that must end with status 0.
 void wait_for(int pid);
 
+// Takes a page's write permission away and gives it back, so many times.
+void protect(unsigned long times);
+
+// Two threads wake each other by futex, so many times; the second one on this CPU, by index, unless it is negative.
+void futex_rounds(unsigned long times);
+extern int futex_partner;
+
 // The same computation for every caller: a recursive function, so many times.
 void call_recursively(unsigned long times);
 // Calls made by one of these times.

@@ -143,7 +143,7 @@ static void map_and_unmap(unsigned long times) {
 }
 static double measure_map(void) { return rate(map_and_unmap) * 1e-3; }
 
-static void protect(unsigned long times) {
+void protect(unsigned long times) {
     volatile char *memory = pages(4096);
     while (times--) {
         memory[0] = (char)times;

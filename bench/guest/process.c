@@ -88,6 +88,7 @@ static void pipe_stream(unsigned long times) {
 }
 static double measure_pipe_stream(void) { return rate(pipe_stream) * 65536 * 1e-9; }
 
+int futex_partner = -1;
 static _Atomic uint32_t turn;
 static unsigned long rounds;
 
@@ -100,10 +101,11 @@ static void pass_turn(uint32_t to) {
     syscall(SYS_futex, &turn, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
 }
 static void *other_side(void *argument) {
+    if (futex_partner >= 0) bind_to_cpu(futex_partner);
     for (unsigned long step = 0; step < rounds; step++) wait_for_turn(1), pass_turn(0);
     return argument;
 }
-static void futex_rounds(unsigned long times) {
+void futex_rounds(unsigned long times) {
     pthread_t thread;
     rounds = times;
     check(pthread_create(&thread, NULL, other_side, NULL) == 0);

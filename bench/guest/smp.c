@@ -1,7 +1,6 @@
 // What several CPUs do together. Each row uses two of them.
 #include "bench.h"
 
-#include <linux/futex.h>
 #include <linux/membarrier.h>
 #include <pthread.h>
 #include <sched.h>
@@ -93,29 +92,10 @@ static double measure_execs(void) { return measure_both(execs); }
 static _Atomic uint32_t turn;
 static unsigned long rounds;
 
-static void wait_for_turn(uint32_t own) {
-    uint32_t seen;
-    while ((seen = atomic_load(&turn)) != own) syscall(SYS_futex, &turn, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
-}
-static void pass_turn(uint32_t to) {
-    atomic_store(&turn, to);
-    syscall(SYS_futex, &turn, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
-}
-static void *sleeping_side(void *argument) {
-    bind_to_cpu(1);
-    for (unsigned long step = 0; step < rounds; step++) wait_for_turn(1), pass_turn(0);
-    return argument;
-}
-static void futex_rounds(unsigned long times) {
-    pthread_t thread;
-    rounds = times;
-    check(pthread_create(&thread, NULL, sleeping_side, NULL) == 0);
-    while (times--) pass_turn(1), wait_for_turn(0);
-    check(pthread_join(thread, NULL) == 0);
-}
 static double measure_futex_rounds(void) {
     need_two();
     bind_to_cpu(0);
+    futex_partner = 1;
     return rate(futex_rounds) * 1e-3;
 }
 
@@ -167,16 +147,7 @@ static double measure_with_busy_cpu(void (*work)(unsigned long)) {
 }
 
 // Taking a page's permission away must reach the other CPU's TLB.
-static void shoot_down(unsigned long times) {
-    volatile char *memory = pages(4096);
-    while (times--) {
-        memory[0] = (char)times;
-        check(mprotect((void *)memory, 4096, PROT_READ) == 0 && memory[0] == (char)times);
-        check(mprotect((void *)memory, 4096, PROT_READ | PROT_WRITE) == 0);
-    }
-    munmap((void *)memory, 4096);
-}
-static double measure_shoot_down(void) { return measure_with_busy_cpu(shoot_down) * 1e-3; }
+static double measure_shoot_down(void) { return measure_with_busy_cpu(protect) * 1e-3; }
 
 static void barriers(unsigned long times) {
     while (times--) check(syscall(SYS_membarrier, MEMBARRIER_CMD_PRIVATE_EXPEDITED, 0, 0) == 0);

@@ -92,6 +92,45 @@ pub trait CodeMap: Send {
     fn cleared(&mut self);
 }
 
+/// A machine without anything in it: for measuring and testing engines by themselves.
+pub struct EmptyBus;
+
+impl VcpuBus for EmptyBus {
+    fn mmio_read(&self, _gpa: u64, _size: usize) -> u64 {
+        u64::MAX
+    }
+    fn mmio_write(&self, _gpa: u64, _size: usize, _value: u64) {}
+    fn port_in(&self, _port: u16, _size: usize) -> u32 {
+        u32::MAX
+    }
+    fn port_out(&self, _port: u16, _size: usize, _value: u32) {}
+    fn has_event(&self) -> bool {
+        false
+    }
+    fn set_observer(&self, _observer: Arc<dyn crate::host::Waker>) {}
+    fn take_event(&self, _interrupts: bool, _nmis: bool) -> Option<Event> {
+        None
+    }
+    fn cr8(&self) -> u8 {
+        0
+    }
+    fn set_cr8(&self, _value: u8) {}
+    fn read_msr(&self, _msr: u32) -> Option<u64> {
+        None
+    }
+    fn write_msr(&self, _msr: u32, _value: u64) -> bool {
+        false
+    }
+    fn on_init(&self) {}
+    fn tsc_offset(&self) -> u64 {
+        0
+    }
+    fn set_tsc(&self, _value: u64) {}
+    fn hypercall(&self, _state: &CpuState) -> Option<u64> {
+        None
+    }
+}
+
 /// One virtual processor of an engine.
 pub trait Vcpu: Send {
     /// The architectural state, while not running.

@@ -6,6 +6,7 @@
 extern crate alloc;
 
 pub mod acpi;
+pub mod block;
 pub mod boot;
 pub mod bus;
 pub mod device;
@@ -19,6 +20,7 @@ pub mod lifecycle;
 pub mod machine;
 pub mod map;
 pub mod memory;
+pub mod packet;
 pub mod pc;
 pub mod sync;
 pub mod timer;

@@ -7,14 +7,12 @@ use std::time::Instant;
 
 use bivisor_dbt::code_tracker::CodeTracker;
 use bivisor_dbt::env::VcpuEnv;
-use bivisor_machine::engine::VcpuBus;
-use bivisor_machine::host::Waker;
+use bivisor_machine::engine::EmptyBus;
 use bivisor_machine::memory::GuestMemory;
 use bivisor_x86::cpu::{Cpu, RunExit};
 use bivisor_x86::cpuid::CpuModel;
-use bivisor_x86::env::Event;
 use bivisor_x86::registers::{Cr0, Cr4, Efer, gpr};
-use bivisor_x86::state::{CpuState, SegReg, Segment};
+use bivisor_x86::state::{SegReg, Segment};
 
 /// The program: RCX rounds of about 16,000 instructions each, then HLT.
 #[rustfmt::skip]
@@ -37,45 +35,6 @@ const STACK_AT: u64 = 0x50_0000;
 const TABLES_AT: u64 = 0x10_0000;
 const ROUNDS: u64 = 10_000;
 
-/// A machine without devices.
-struct NoBus;
-
-impl VcpuBus for NoBus {
-    fn mmio_read(&self, _gpa: u64, _size: usize) -> u64 {
-        u64::MAX
-    }
-    fn mmio_write(&self, _gpa: u64, _size: usize, _value: u64) {}
-    fn port_in(&self, _port: u16, _size: usize) -> u32 {
-        u32::MAX
-    }
-    fn port_out(&self, _port: u16, _size: usize, _value: u32) {}
-    fn has_event(&self) -> bool {
-        false
-    }
-    fn set_observer(&self, _observer: Arc<dyn Waker>) {}
-    fn take_event(&self, _interrupts: bool, _nmis: bool) -> Option<Event> {
-        None
-    }
-    fn cr8(&self) -> u8 {
-        0
-    }
-    fn set_cr8(&self, _value: u8) {}
-    fn read_msr(&self, _msr: u32) -> Option<u64> {
-        None
-    }
-    fn write_msr(&self, _msr: u32, _value: u64) -> bool {
-        false
-    }
-    fn on_init(&self) {}
-    fn tsc_offset(&self) -> u64 {
-        0
-    }
-    fn set_tsc(&self, _value: u64) {}
-    fn hypercall(&self, _state: &CpuState) -> Option<u64> {
-        None
-    }
-}
-
 /// Page tables that map the first 16 MiB to themselves, 4 KiB each.
 fn write_page_tables(memory: &GuestMemory) {
     const PRESENT_WRITABLE: u64 = 3;
@@ -95,7 +54,7 @@ fn main() -> std::io::Result<()> {
     memory.store_bytes(PROGRAM_AT, &PROGRAM);
     write_page_tables(&memory);
     let tracker = Arc::new(CodeTracker::new(memory.size()));
-    let mut env = VcpuEnv::new(memory, Arc::new(NoBus), tracker, Arc::default(), 0)?;
+    let mut env = VcpuEnv::new(memory, Arc::new(EmptyBus), tracker, Arc::default(), 0)?;
     let mut cpu = Cpu::new(Arc::new(CpuModel::reference(1)));
     let state = &mut cpu.state;
     state.cr0 = (Cr0::PE | Cr0::PG | Cr0::ET).bits();

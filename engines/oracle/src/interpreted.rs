@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use bivisor_dbt::code_tracker::CodeTracker;
 use bivisor_dbt::env::VcpuEnv;
+use bivisor_machine::engine::EmptyBus;
 use bivisor_machine::memory::GuestMemory;
 use bivisor_x86::cpu::Cpu;
 use bivisor_x86::cpuid::CpuModel;
@@ -18,9 +19,7 @@ use bivisor_x86::registers::{Rflags, gpr};
 use bivisor_x86::state::CpuState;
 
 use crate::layout::{CODE, CODE_SIZE, Case, DATA, DATA_SIZE, IMAGE_SIZE, IMAGES, Image, Outcome, PAGE};
-use crate::system::{
-    self, EmptyBus, NO_EXECUTE, PageTables, SYSTEM_PAGE, USER, WITH_ERROR_CODE, WRITABLE, pages,
-};
+use crate::system::{self, NO_EXECUTE, PageTables, SYSTEM_PAGE, USER, WITH_ERROR_CODE, WRITABLE, pages};
 
 const TABLES: u64 = 0x1000;
 const SYSTEM: u64 = 0x8000;

@@ -85,6 +85,9 @@ impl Native {
 }
 
 /// The child: maps the address space, and lets the handler do the rest.
+///
+/// # Safety
+/// The process must be a child of this one with no other thread, and `shared` its mapping.
 unsafe fn run_child(shared: *mut Shared) -> ! {
     // SAFETY: this process has one thread and belongs to this function; what is mapped is new.
     unsafe {
@@ -125,6 +128,9 @@ unsafe extern "C" fn handler(_signal: i32, _info: *mut libc::siginfo_t, context:
 }
 
 /// Writes a case into the frame, the code page and the data pages.
+///
+/// # Safety
+/// The code and data pages must be mapped, writable, and referred to by nobody else.
 unsafe fn load_case(child: &mut ChildState, frame: &mut Frame<'_>, case: &Case, image: &Image) {
     frame.load(&case.xsave, &case.gpr, case.rflags | TF, case.rip);
     let at = (case.rip - CODE) as usize;
@@ -140,6 +146,9 @@ unsafe fn load_case(child: &mut ChildState, frame: &mut Frame<'_>, case: &Case, 
 }
 
 /// Reads the outcome from the frame and the data pages, and puts the image back.
+///
+/// # Safety
+/// The data pages must be mapped.
 unsafe fn save_outcome(child: &ChildState, frame: &Frame<'_>, outcome: &mut Outcome) {
     frame.save(&mut outcome.state);
     // SAFETY: image and data pages are mapped, of the same size, and only this function and `load_case` access the

@@ -1,12 +1,7 @@
 //! What a guest of the oracle needs beside code and data: page tables, descriptor tables, and the state in which Linux
 //! runs a program.
 
-use std::sync::Arc;
-
-use bivisor_machine::engine::VcpuBus;
-use bivisor_machine::host::Waker;
 use bivisor_machine::memory::GuestMemory;
-use bivisor_x86::env::Event;
 use bivisor_x86::registers::{Cr0, Cr4, Efer};
 use bivisor_x86::state::{CpuState, SegReg, Segment};
 
@@ -34,45 +29,6 @@ pub const USER: u64 = 4;
 pub const USED: u64 = 0x60;
 /// May not be executed.
 pub const NO_EXECUTE: u64 = 1 << 63;
-
-/// A bus without anything on it.
-pub struct EmptyBus;
-
-impl VcpuBus for EmptyBus {
-    fn mmio_read(&self, _gpa: u64, _size: usize) -> u64 {
-        u64::MAX
-    }
-    fn mmio_write(&self, _gpa: u64, _size: usize, _value: u64) {}
-    fn port_in(&self, _port: u16, _size: usize) -> u32 {
-        u32::MAX
-    }
-    fn port_out(&self, _port: u16, _size: usize, _value: u32) {}
-    fn has_event(&self) -> bool {
-        false
-    }
-    fn set_observer(&self, _observer: Arc<dyn Waker>) {}
-    fn take_event(&self, _interrupts: bool, _nmis: bool) -> Option<Event> {
-        None
-    }
-    fn cr8(&self) -> u8 {
-        0
-    }
-    fn set_cr8(&self, _value: u8) {}
-    fn read_msr(&self, _msr: u32) -> Option<u64> {
-        None
-    }
-    fn write_msr(&self, _msr: u32, _value: u64) -> bool {
-        false
-    }
-    fn on_init(&self) {}
-    fn tsc_offset(&self) -> u64 {
-        0
-    }
-    fn set_tsc(&self, _value: u64) {}
-    fn hypercall(&self, _state: &CpuState) -> Option<u64> {
-        None
-    }
-}
 
 /// Offsets of the pages of so many bytes.
 pub fn pages(size: usize) -> impl Iterator<Item = u64> {

@@ -8,6 +8,8 @@ use bivisor_x86::cpuid::CpuModel;
 use bivisor_x86::interp::decode::{decoder_options, is_peculiar};
 use iced_x86::{Decoder, Encoder, Instruction, InstructionInfoFactory};
 
+use rustc_hash::FxHashSet;
+
 use super::analysis::{self, Class, Decoded, StackRange, Unit, Window};
 use super::code32::{self, Widened};
 use super::context::{
@@ -71,8 +73,10 @@ pub struct Request<'a> {
     pub first_slot: Option<u32>,
     /// Every flag is kept all the time, read or not: for a trace.
     pub all_flags: bool,
-    /// Whether the instruction at this offset of the page accesses too many pages for a slot.
-    pub roams: &'a dyn Fn(usize) -> bool,
+    /// Offset in RAM of the page.
+    pub page_offset: u64,
+    /// Instructions, by offset in RAM, that access too many pages for a slot.
+    pub roaming: &'a FxHashSet<u64>,
 }
 
 /// A translated block.

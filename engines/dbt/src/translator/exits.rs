@@ -22,15 +22,15 @@ use super::vcpu::{DbtVcpu, Load, PAGE_MASK};
 pub(super) enum Next {
     /// Look for a block at the processor's instruction pointer.
     Dispatch,
-    /// Enter translated code at this offset in the code memory, in this block, with this loaded.
-    Resume(u32, u32, Load),
+    /// Enter translated code at this offset in the code memory, with this loaded.
+    Resume(u32, Load),
     /// Return to the caller.
     Leave(Result<Exit, EngineError>),
 }
 
 impl DbtVcpu {
-    /// Where translated code left. `entered`: the block where it was entered.
-    pub(super) fn left(&mut self, site: Option<Site>, entered: u32) -> Next {
+    /// Where translated code left.
+    pub(super) fn left(&mut self, site: Option<Site>) -> Next {
         let Some(site) = site else {
             self.statistics.host_fault += 1;
             return self.host_fault();
@@ -45,7 +45,7 @@ impl DbtVcpu {
             SiteKind::Access { write, size, retry, next, next_host } => {
                 let linear = self.context().address;
                 if self.fill(linear, size, write) {
-                    return Next::Resume(retry, site.block, self.loaded_within(site.block));
+                    return self.resume(retry, &site);
                 }
                 self.statistics.access_slow += 1;
                 self.step(base.wrapping_add(next.into()), next_host, &site)
@@ -55,7 +55,7 @@ impl DbtVcpu {
                 let first = self.wrapped(first);
                 let last = first.wrapping_add(u64::from(size)).wrapping_sub(1);
                 if first & PAGE_MASK == last & PAGE_MASK && self.fill(first, 1, write) {
-                    return Next::Resume(retry, site.block, self.loaded_within(site.block));
+                    return self.resume(retry, &site);
                 }
                 let crosses = first & PAGE_MASK != last & PAGE_MASK;
                 let then = self.enter_variant(&site, crosses);
@@ -66,7 +66,7 @@ impl DbtVcpu {
             }
             SiteKind::String { is_move, next, retry, next_host } => {
                 if self.fill_for_string(is_move) {
-                    return Next::Resume(retry, site.block, self.loaded_within(site.block));
+                    return self.resume(retry, &site);
                 }
                 self.step(base.wrapping_add(next.into()), next_host, &site)
             }
@@ -102,25 +102,24 @@ impl DbtVcpu {
                 }
                 self.cpu.state.rip = target;
                 if self.context().event.load(Ordering::SeqCst) != 0 {
-                    let key = Key::of(&self.cpu);
-                    self.found_hot(key);
+                    self.found_hot();
                 }
                 Next::Dispatch
             }
             SiteKind::Event { target } => {
                 self.cpu.state.rip = self.wrapped(base.wrapping_add(target as i64 as u64));
-                let key = Key::of(&self.cpu);
-                self.found_hot(key);
+                self.found_hot();
                 Next::Dispatch
             }
             SiteKind::LoadVectors => {
-                let _ = entered;
-                match self.cache.block(site.block) {
-                    Some(block) => Next::Resume(block.entry, site.block, self.loaded_within(site.block)),
-                    None => Next::Dispatch,
-                }
+                self.cache.block(site.block).map_or(Next::Dispatch, |block| self.resume(block.entry, &site))
             }
         }
+    }
+
+    /// To go on within the site's block, with what it needs loaded.
+    fn resume(&self, host: u32, site: &Site) -> Next {
+        Next::Resume(host, self.loaded_within(site.block))
     }
 
     /// Takes back what a jump to an address that isn't canonical has done.
@@ -184,11 +183,7 @@ impl DbtVcpu {
             && Key::of(&self.cpu) == key
             && self.cpu.runs_plainly()
             && !self.env.has_event();
-        if same {
-            Next::Resume(next_host, site.block, self.loaded_within(site.block))
-        } else {
-            Next::Dispatch
-        }
+        if same { self.resume(next_host, site) } else { Next::Dispatch }
     }
 
     /// What stands at the instruction pointer, as far as it lies in one page.
@@ -247,7 +242,7 @@ impl DbtVcpu {
             let context = self.context();
             context.stack_page.store(first & PAGE_MASK, Ordering::SeqCst);
             context.stack_addend.store(addend, Ordering::SeqCst);
-            return Next::Resume(retry, site.block, self.loaded_within(site.block));
+            return self.resume(retry, site);
         }
         self.enter_variant(site, first & PAGE_MASK != last & PAGE_MASK)
     }
@@ -270,7 +265,7 @@ impl DbtVcpu {
                     let own = self.context().site;
                     self.cache.link(own, number, self.windows.context());
                 }
-                Next::Resume(entry, number, Load::Mode)
+                Next::Resume(entry, Load::Mode)
             }
             None => match self.interpret(1, true) {
                 Some(exit) => Next::Leave(Ok(exit)),

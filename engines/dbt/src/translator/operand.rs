@@ -108,7 +108,8 @@ impl Builder<'_> {
 
     /// Whether the current instruction's page is kept in a slot of its own.
     fn takes_slot(&self) -> bool {
-        self.request.first_slot.is_some() && !(self.request.roams)(self.guest)
+        let place = self.request.page_offset + self.guest as u64;
+        self.request.first_slot.is_some() && !self.request.roaming.contains(&place)
     }
 
     /// With the first byte's address in TEMPORARY, and in ADDRESS unless it is at `place`: checks that all bytes lie in the

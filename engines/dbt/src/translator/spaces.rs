@@ -50,9 +50,9 @@ impl SharedTlbs {
         self.resets.load(Ordering::SeqCst)
     }
 
-    /// Counts an emptying of stack windows and slots.
-    pub fn count_reset(&self) {
-        self.resets.fetch_add(1, Ordering::SeqCst);
+    /// The mapping of what translated code works on.
+    pub fn mapping(&self) -> &Mapping {
+        &self.mapping
     }
 
     /// So many slots are in use.
@@ -67,7 +67,7 @@ impl SharedTlbs {
 
     /// Empties stack window and slots. May be called from any thread.
     pub fn forget_windows(&self) {
-        self.count_reset();
+        self.resets.fetch_add(1, Ordering::SeqCst);
         self.mapping.stack_page().store(NO_STACK_PAGE, Ordering::SeqCst);
         self.slots().iter().for_each(|slot| slot.page.store(NO_STACK_PAGE, Ordering::SeqCst));
     }
@@ -151,6 +151,7 @@ impl Spaces {
 
     /// Makes the TLBs of an address space the current ones. What is global is taken along into new ones.
     pub fn select(&mut self, number: u16) {
+        self.shared.forget_windows();
         if self.numbers[self.current] == number {
             return;
         }
@@ -196,6 +197,7 @@ impl Spaces {
 
     /// Empties everything.
     pub fn flush_all(&mut self, number: u16) {
+        self.shared.forget_windows();
         for space in 0..SPACES {
             if self.numbers[space] != 0 {
                 (0..CLASSES).for_each(|class| self.shared.clear(space, class));
@@ -208,6 +210,7 @@ impl Spaces {
 
     /// Forgets the page of a linear address in every address space.
     pub fn flush_page(&mut self, linear: u64) {
+        self.shared.forget_windows();
         let page = linear >> 12;
         for space in 0..SPACES {
             for tlb in &self.shared.mapping.tlbs(space).class {

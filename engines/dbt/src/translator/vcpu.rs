@@ -5,7 +5,7 @@
 use std::mem::transmute;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bivisor_machine::engine::{CodeMap, DebugControl, EngineError, Exit, Tracer, Vcpu};
 use bivisor_machine::host::Waker;
@@ -139,27 +139,16 @@ unsafe impl Send for DbtVcpu {}
 
 /// Tells a running processor of an event, or takes quick stores from it, from another thread.
 struct Observer {
-    bias: *const AtomicU64,
-    event: *const AtomicU8,
-    passages: *const AtomicU64,
     /// Host address of RAM.
     ram: u64,
-    // Keeps the memory alive that the others lead to.
     tlbs: Arc<SharedTlbs>,
 }
 
-// SAFETY: the pointers lead to atomics that the kept memory holds.
-unsafe impl Send for Observer {}
-// SAFETY: as above.
-unsafe impl Sync for Observer {}
-
 impl Waker for Observer {
     fn wake(&self) {
-        // SAFETY: `tlbs` keeps the memory alive; both are atomics, which everybody may access.
-        unsafe {
-            (*self.event).store(1, Ordering::SeqCst);
-            (*self.bias).fetch_or(EVENT_BIT, Ordering::SeqCst);
-        }
+        let mapping = self.tlbs.mapping();
+        mapping.event().store(1, Ordering::SeqCst);
+        mapping.jump_bias().fetch_or(EVENT_BIT, Ordering::SeqCst);
     }
 }
 
@@ -171,8 +160,7 @@ impl Peer for Observer {
         self.tlbs.forget_windows();
     }
     fn passages(&self) -> &AtomicU64 {
-        // SAFETY: `tlbs` keeps the memory alive; an atomic, which everybody may access.
-        unsafe { &*self.passages }
+        self.tlbs.mapping().passages()
     }
     fn waker(&self) -> &dyn Waker {
         self
@@ -204,16 +192,8 @@ impl DbtVcpu {
         let mut cpu = Box::new(cpu);
         let mut windows = Windows::new().map_err(no_memory)?;
         windows.context().reset(&raw mut cpu.state);
-        let mapping = Arc::clone(windows.mapping());
-        let spaces = Spaces::new(mapping, cpu.address_space());
-        let place = windows.context();
-        let observer = Arc::new(Observer {
-            bias: &raw const place.jump_bias,
-            event: &raw const place.event,
-            passages: &raw const place.passages,
-            ram: ram.as_ptr() as u64,
-            tlbs: Arc::clone(spaces.shared()),
-        });
+        let spaces = Spaces::new(Arc::clone(windows.mapping()), cpu.address_space());
+        let observer = Arc::new(Observer { ram: ram.as_ptr() as u64, tlbs: Arc::clone(spaces.shared()) });
         env.set_observer(observer.clone());
         env.add_peer(observer);
         Ok(Self {
@@ -307,13 +287,11 @@ impl DbtVcpu {
             self.flushes += 1;
             self.statistics.tlb_flushes += 1;
             self.spaces.flush_all(self.cpu.address_space());
-            self.spaces.shared().forget_windows();
             self.forget_jumps();
         } else {
             if let Some(linear) = changes.page {
                 self.statistics.page_flushes += 1;
                 self.spaces.flush_page(linear);
-                self.spaces.shared().forget_windows();
                 if self.may_hold_code(linear) {
                     self.forget_jumps();
                 }
@@ -322,7 +300,6 @@ impl DbtVcpu {
                 self.flushes += 1;
                 self.statistics.switches += 1;
                 self.spaces.select(self.cpu.address_space());
-                self.spaces.shared().forget_windows();
                 self.unlink(false);
             }
         }
@@ -354,9 +331,13 @@ impl DbtVcpu {
         self.code_filter[word] & bit != 0
     }
 
-    pub(super) fn note_code(&mut self, linear: u64) {
-        let (word, bit) = Self::filter_place(linear);
-        self.code_filter[word] |= bit;
+    /// Notes that jumps to this instruction pointer may be taken without a look at the page tables. `crosses`: the
+    /// instruction there reaches into the next page.
+    fn note_code(&mut self, rip: u64, crosses: bool) {
+        for linear in [rip].into_iter().chain(crosses.then(|| following_page(rip))) {
+            let (word, bit) = Self::filter_place(linear);
+            self.code_filter[word] |= bit;
+        }
     }
 
     /// No jump leads anywhere any more without a look at the page tables.
@@ -436,7 +417,7 @@ impl DbtVcpu {
 
     /// Offset in RAM of the page behind that of an instruction pointer, if it may be executed.
     fn second_page(&mut self, rip: u64) -> Option<u64> {
-        let next = (rip & PAGE_MASK).wrapping_add(PAGE as u64);
+        let next = following_page(rip);
         if next > u64::from(u32::MAX) && self.cpu.state.mode() != Mode::Long64 {
             return None;
         }
@@ -463,8 +444,7 @@ impl DbtVcpu {
         self.follow_changes();
         let mut bytes = [0; PAGE + OVERHANG];
         self.env.load_bytes(page, &mut bytes[..PAGE]);
-        let roams = |place: usize| self.roaming.contains(&(page + place as u64));
-        if let Some(translation) = block::translate(&self.request(&bytes[..PAGE], offset, key, &roams)) {
+        if let Some(translation) = block::translate(&self.request(&bytes[..PAGE], offset, key)) {
             return self.insert(offset, key, None, translation);
         }
         // The first instruction may cross into the next page.
@@ -475,8 +455,7 @@ impl DbtVcpu {
         self.env.mark_code(second);
         self.follow_changes();
         self.env.load_bytes(second, &mut bytes[PAGE..]);
-        let roams = |place: usize| self.roaming.contains(&(page + place as u64));
-        let translation = block::translate(&self.request(&bytes, offset, key, &roams))?;
+        let translation = block::translate(&self.request(&bytes, offset, key))?;
         self.insert(offset, key, Some(second), translation)
     }
 
@@ -499,13 +478,7 @@ impl DbtVcpu {
         number
     }
 
-    fn request<'a>(
-        &'a self,
-        page: &'a [u8],
-        offset: u64,
-        key: Key,
-        roams: &'a dyn Fn(usize) -> bool,
-    ) -> Request<'a> {
+    fn request<'a>(&'a self, page: &'a [u8], offset: u64, key: Key) -> Request<'a> {
         Request {
             page,
             offset: (offset & !PAGE_MASK) as usize,
@@ -518,7 +491,8 @@ impl DbtVcpu {
             shared: self.cache.shared(),
             all_flags: self.trace.is_on(),
             first_slot: self.is_hot(offset, key).then(|| self.cache.slots().len() as u32),
-            roams,
+            page_offset: offset & PAGE_MASK,
+            roaming: &self.roaming,
         }
     }
 
@@ -532,7 +506,7 @@ impl DbtVcpu {
     }
 
     /// The guest was found executing here: the code around is translated anew, when it is next executed, with slots.
-    pub(super) fn found_hot(&mut self, key: Key) {
+    pub(super) fn found_hot(&mut self) {
         let now = host_cpu::tsc();
         if now.wrapping_sub(self.sampled) < SAMPLING_PERIOD {
             return;
@@ -541,7 +515,7 @@ impl DbtVcpu {
         let rip = self.cpu.state.rip;
         let Ok(Place::Ram(offset)) = self.cpu.probe(&mut self.env, rip, Access::Execute) else { return };
         self.look_for_roaming();
-        if key.class() != USER {
+        if Key::of(&self.cpu).class() != USER {
             return;
         }
         let seen = self.seen.entry(offset >> SEEN_SHIFT).or_default();
@@ -764,7 +738,7 @@ impl DbtVcpu {
         let key = Key::of(&self.cpu);
         let translatable = key.code32() || self.cpu.state.mode() == Mode::Long64;
         let block = if translatable && self.cpu.runs_plainly() { self.block(key) } else { None };
-        let Some((number, block)) = block.and_then(|number| Some((number, self.cache.block(number)?))) else {
+        let Some(block) = block.and_then(|number| self.cache.block(number)) else {
             let statistics = &mut self.statistics;
             *(if translatable { &mut statistics.not_translated } else { &mut statistics.other_modes }) += 1;
             self.windows.context().forget_cpuid();
@@ -776,10 +750,7 @@ impl DbtVcpu {
         let host = self.cache.address(lookup_entry);
         let remember = !self.trace.is_on() && self.may_remember(rip, key);
         self.update_biases(key);
-        self.note_code(rip);
-        if crosses {
-            self.note_code((rip & PAGE_MASK).wrapping_add(PAGE as u64));
-        }
+        self.note_code(rip, crosses);
         let context = self.windows.context();
         let bias = context.class_bias[usize::from(key.class())];
         context.page_base = rip & PAGE_MASK;
@@ -791,15 +762,14 @@ impl DbtVcpu {
         self.resets = self.spaces.shared().resets();
         let mut place = if crosses { lookup_entry } else { entry };
         let mut load = Load::Mode;
-        let mut number = number;
         loop {
             let site = self.enter(place, load);
-            match self.left(site, number) {
+            match self.left(site) {
                 Next::Dispatch => return Ok(None),
                 Next::Leave(exit) => return exit.map(Some),
                 // What the block has checked at its start must still hold.
                 Next::Resume(..) if self.spaces.shared().resets() != self.resets => return Ok(None),
-                Next::Resume(host, block, what) => (place, number, load) = (host, block, what),
+                Next::Resume(host, what) => (place, load) = (host, what),
             }
         }
     }
@@ -849,14 +819,20 @@ impl DbtVcpu {
         self.cache.link(number, block, self.windows.context());
         if matches!(site.kind, SiteKind::Link { .. }) {
             let rip = self.cpu.state.rip;
-            self.note_code(rip);
-            if self.cpu.is_global(rip) {
+            let crosses = self.cache.block(block).is_some_and(|block| block.second.is_some());
+            self.note_code(rip, crosses);
+            if self.cpu.is_global(rip) && (!crosses || self.cpu.is_global(following_page(rip))) {
                 self.linked_globally.push(number);
             } else {
                 self.linked.push(number);
             }
         }
     }
+}
+
+/// Linear address of the page behind that of an instruction pointer.
+const fn following_page(rip: u64) -> u64 {
+    (rip & PAGE_MASK).wrapping_add(PAGE as u64)
 }
 
 /// The arithmetic flags in the form of LAHF and SETO AL.

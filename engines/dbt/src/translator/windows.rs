@@ -5,7 +5,7 @@
 use std::io::{Error, Result};
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU8, AtomicU64};
 
 use super::context::{Context, SLOTS, Slot, Tlbs};
 
@@ -30,6 +30,19 @@ unsafe impl Send for Mapping {}
 // SAFETY: what it gives out by shared reference are atomics.
 unsafe impl Sync for Mapping {}
 
+/// Fields of the context that other threads may see.
+macro_rules! atomics {
+    ($($field:ident: $type:ty),*) => {
+        $(
+            #[doc = concat!("[`Context::", stringify!($field), "`].")]
+            pub fn $field(&self) -> &$type {
+                // SAFETY: in the context, mapped as long as this value lives; atomics, of which any contents are valid.
+                unsafe { &(*self.context(0)).$field }
+            }
+        )*
+    };
+}
+
 impl Mapping {
     fn window(&self, space: usize) -> NonNull<u8> {
         // SAFETY: within the mapping: there are as many windows.
@@ -43,23 +56,8 @@ impl Mapping {
         unsafe { self.window(space).add(CONTEXT).cast::<Tlbs>().as_ref() }
     }
 
-    /// The slots of the context.
-    pub fn slots(&self) -> &[Slot; SLOTS] {
-        // SAFETY: in the context, mapped as long as this value lives; atomics, of which any contents are valid.
-        unsafe { &(*self.context(0)).slots }
-    }
-
-    /// The page of the context's stack window.
-    pub fn stack_page(&self) -> &AtomicU64 {
-        // SAFETY: in the context, mapped as long as this value lives; an atomic.
-        unsafe { &(*self.context(0)).stack_page }
-    }
-
-    /// The addend of the context's stack window.
-    pub fn stack_addend(&self) -> &AtomicU64 {
-        // SAFETY: as above.
-        unsafe { &(*self.context(0)).stack_addend }
-    }
+    atomics!(slots: [Slot; SLOTS], stack_page: AtomicU64, stack_addend: AtomicU64);
+    atomics!(jump_bias: AtomicU64, event: AtomicU8, passages: AtomicU64);
 
     /// The context, as translated code in an address space sees it.
     pub fn context(&self, space: usize) -> *mut Context {
