@@ -181,7 +181,7 @@ fn guest(config: &Config, code: &[u8]) -> Result<(Arc<GuestMemory>, CpuState), S
         .iter()
         .flat_map(|(address, size)| {
             let first = address & !(PAGE - 1);
-            (first..address + size).step_by(PAGE as usize)
+            (first..address.saturating_add(*size)).step_by(PAGE as usize)
         })
         .collect();
     let memory = Arc::new(GuestMemory::on_heap((FIRST_PAGE + linear.len() as u64 * PAGE) as usize));

@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use bivisor_dbt::SoftwareEngine;
 use bivisor_x86::cpuid::CpuModel;
 use bivisor_x86::state::CpuState;
 
@@ -101,13 +100,7 @@ impl Runner {
             Ok(code) => code,
             Err(why) => return Ok(Verdict::Skipped(format!("nasm: {why}"))),
         };
-        // An engine serves one machine.
-        let engine = match self.engine {
-            EngineKind::Dbt => SoftwareEngine::translator(),
-            EngineKind::DbtHot => SoftwareEngine::translator().with_hot_code(),
-            EngineKind::Interp | EngineKind::Counter => SoftwareEngine::interpreter(),
-        };
-        Ok(match machine::execute(&engine, &self.model, &config, &code) {
+        Ok(match machine::execute(&self.engine.engine(), &self.model, &config, &code) {
             Ok(state) => compare(&config, &state),
             Err(verdict) => verdict,
         })

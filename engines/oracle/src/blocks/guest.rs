@@ -56,7 +56,8 @@ pub enum EngineKind {
 }
 
 impl EngineKind {
-    fn engine(self) -> SoftwareEngine {
+    /// A new engine: each serves one machine.
+    pub fn engine(self) -> SoftwareEngine {
         match self {
             Self::Dbt => SoftwareEngine::translator(),
             Self::DbtHot => SoftwareEngine::translator().with_hot_code(),
