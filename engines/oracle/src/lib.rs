@@ -9,6 +9,7 @@ pub mod exclude;
 pub mod generate;
 pub mod interpreted;
 pub mod layout;
+pub mod mode;
 pub mod native;
 pub mod random;
 pub mod system;

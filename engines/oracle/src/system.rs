@@ -75,8 +75,8 @@ pub fn descriptor(access: u64, long: bool) -> u64 {
 pub fn write_tables(memory: &GuestMemory, place: u64, handlers: u64, stack_end: u64, always: bool) {
     for vector in 0..=u64::from(INTERRUPT) {
         let handler = handlers + 16 * vector;
-        // An interrupt gate, which user mode may call for INT3.
-        let access = if vector == 3 { 0xee00 } else { 0x8e00 } | u64::from(always);
+        // An interrupt gate, which user mode may call for INT3 and INTO.
+        let access = if matches!(vector, 3 | 4) { 0xee00 } else { 0x8e00 } | u64::from(always);
         let low = handler & 0xffff | KERNEL_CS << 16 | access << 32 | (handler >> 16 & 0xffff) << 48;
         memory.store64(place + IDT + 16 * vector, low);
         memory.store64(place + IDT + 16 * vector + 8, handler >> 32);

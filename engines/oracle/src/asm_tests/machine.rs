@@ -18,7 +18,7 @@ use bivisor_x86::state::{CpuState, SegReg, Segment};
 
 use super::Verdict;
 use super::config::Config;
-use crate::layout::{PAGE, USER_SS};
+use crate::layout::{PAGE, USER_CS_32BIT, USER_SS};
 use crate::system::{self, KERNEL_CS, PageTables, SYSTEM_PAGE, USER, WITH_ERROR_CODE, WRITABLE, pages};
 
 /// Linear address of the code.
@@ -34,8 +34,6 @@ const TABLES: u64 = 0x1000;
 const SYSTEM: u64 = 0x10_0000;
 const KERNEL_STACK_END: u64 = SYSTEM + 3 * PAGE;
 const FIRST_PAGE: u64 = 0x20_0000;
-/// Selector of 32-bit code of user mode.
-const USER_CS_32BIT: u16 = 0x23;
 /// Linear addresses.
 const HANDLERS: u64 = SYSTEM_PAGE + PAGE;
 const STACK_END: u64 = SYSTEM_PAGE + 3 * PAGE;

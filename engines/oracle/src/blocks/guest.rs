@@ -21,7 +21,7 @@ use super::layout::{
     SKIPPED, TIMEOUT,
 };
 use super::monitor;
-use crate::layout::{CODE, CODE_SIZE, DATA, DATA_SIZE, IMAGE_SIZE, PAGE, State, USER_CS, USER_SS};
+use crate::layout::{CODE, CODE_SIZE, DATA, DATA_SIZE, IMAGE_SIZE, PAGE, State, USER_SS};
 use crate::system::{
     self, INTERRUPT, KERNEL_CS, NO_EXECUTE, PRESENT, PageTables, SYSTEM_PAGE, USED, USER, WRITABLE, pages,
 };
@@ -177,7 +177,7 @@ impl Session {
             }
         }
         memory.store32(MAILBOX + monitor::PRIVILEGED, input.privileged);
-        let (cs, ss) = if input.supervisor != 0 { (KERNEL_CS, 0) } else { (USER_CS.into(), USER_SS.into()) };
+        let (cs, ss) = if input.supervisor != 0 { (KERNEL_CS, 0) } else { (input.cs.into(), USER_SS.into()) };
         let frame = [input.rip, cs, input.rflags, input.gpr[gpr::RSP], ss];
         for (i, word) in frame.into_iter().enumerate() {
             memory.store64(MAILBOX + monitor::FRAME + 8 * i as u64, word);
@@ -434,6 +434,10 @@ fn initial_state() -> CpuState {
     state.seg[SegReg::Cs as usize] =
         Segment { base: 0, limit: u32::MAX, selector: KERNEL_CS as u16, attributes: 0xa09b };
     state.seg[SegReg::Ss as usize] = Segment { attributes: Segment::UNUSABLE, ..Segment::default() };
+    // What 32-bit code needs.
+    let data = Segment { base: 0, limit: u32::MAX, selector: USER_SS, attributes: 0xc0f3 };
+    state.seg[SegReg::Ds as usize] = data;
+    state.seg[SegReg::Es as usize] = data;
     state
 }
 

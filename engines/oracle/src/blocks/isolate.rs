@@ -14,7 +14,7 @@ use super::check::Checker;
 use super::layout::{Image, images};
 use super::report::{listing, title};
 use super::shrink::shrink;
-use super::trial::{Trial, decoder_options, trial};
+use super::trial::{Trial, trial};
 use super::{Against, Blocks, Difference, Listener, Options, Totals};
 use crate::host_model;
 
@@ -176,7 +176,6 @@ fn crashes(
 fn explain(options: Options, trials: Range<u64>, signal: i32) -> Difference {
     let model = Arc::new(host_model());
     let images: Arc<[Image]> = images().into();
-    let decoder = decoder_options(&model);
     let crashes = |trial: &Trial| crashes(options, &model, &images, trial, signal);
     let found =
         trials.clone().find(|&number| crashes(&trial(options.seed, number, &model, options.is_privileged())));
@@ -189,10 +188,10 @@ fn explain(options: Options, trials: Range<u64>, signal: i32) -> Difference {
     let small = shrink(&whole, &mut |trial| crashes(trial).then(|| last(trial)));
     let (assembled, inputs) = small.assemble(0);
     let lines = [format!("{}: crashed by signal {signal}", options.names()[1])];
-    let title = title(&small, decoder, &lines);
+    let title = title(&small, &lines);
     let report = match inputs.get(last(&small)) {
-        Some(input) => super::report::report(&small, &assembled, decoder, last(&small), input, &lines),
-        None => listing(&small, &assembled, decoder),
+        Some(input) => super::report::report(&small, &assembled, last(&small), input, &lines),
+        None => listing(&small, &assembled),
     };
     Difference { trial: number, title, report }
 }

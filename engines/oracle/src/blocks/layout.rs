@@ -90,6 +90,8 @@ pub struct Input {
     pub supervisor: u32,
     /// CR0, CR4 and LSTAR.
     pub system: [u64; 3],
+    /// Selector of the code segment, in user mode.
+    pub cs: u32,
     /// Number of the code pages in the batch. As long as it stays the same, stores to the code pages stay, too.
     pub code: u32,
 }

@@ -10,6 +10,7 @@ pub mod guest;
 pub mod isolate;
 pub mod layout;
 pub mod monitor;
+pub mod narrow;
 pub mod native;
 pub mod ordinary;
 pub mod privileged;
@@ -29,8 +30,9 @@ use self::code::Assembled;
 use self::guest::{EngineKind, Guest};
 use self::layout::{Batch, Image, Outcome, PANIC, SKIPPED, TIMEOUT, images};
 use self::native::{CODES, RUNS};
-use self::trial::{Trial, decoder_options, trial};
+use self::trial::{Trial, trial};
 use crate::host_model;
+use crate::mode::Mode;
 
 /// What the engine is compared with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,11 +164,17 @@ impl Blocks {
         })
     }
 
-    /// Runs a sequence of these bytes at an offset in the code pages, with these general registers. Returns a report
-    /// if there is a difference.
-    pub fn reproduce(&mut self, code: &[u8], origin: usize, registers: &[(usize, u64)]) -> Option<String> {
-        let options = decoder_options(&self.model);
-        self.checker.reproduce(&Trial::of_code(code, origin, registers, options))
+    /// Runs a sequence of these bytes at an offset in the code pages, with these general registers, as 64-bit code or
+    /// as 32-bit code. Returns a report if there is a difference.
+    pub fn reproduce(
+        &mut self,
+        code: &[u8],
+        is_32bit: bool,
+        origin: usize,
+        registers: &[(usize, u64)],
+    ) -> Option<String> {
+        let mode = Mode::new(&self.model, is_32bit);
+        self.checker.reproduce(&Trial::of_code(code, mode, origin, registers))
     }
 
     fn prepare(&mut self) -> Prepared {

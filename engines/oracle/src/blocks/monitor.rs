@@ -6,7 +6,7 @@ use std::ptr::addr_of;
 
 use bivisor_x86::state::PAT_RESET;
 
-use crate::layout::{FS_BASE, GS_BASE, PAGE};
+use crate::layout::{FS_BASE, GS_BASE, PAGE, USER_SS};
 use crate::system::{SYSTEM_PAGE, WITH_ERROR_CODE};
 
 /// Linear address of the supervisor's code; handlers of exceptions come first, 16 bytes each.
@@ -123,10 +123,10 @@ std::arch::global_asm!(
     "mov eax, \\value",
     "mov \\register, rax",
     ".endm",
-    ".macro store_segment register, place",
+    ".macro store_segment register, place, value",
     "mov eax, \\register",
     "mov [rbx + {system_after} + \\place], rax",
-    "xor eax, eax",
+    "mov eax, \\value",
     "mov \\register, eax",
     ".endm",
     ".macro store_debug register, place",
@@ -261,10 +261,10 @@ std::arch::global_asm!(
     "store_msr 0xc0000081, 56, {star}",
     "store_msr 0xc0000082, 64, 0",
     "store_msr 0xc0000084, 72, {sfmask}",
-    "store_segment ds, 120",
-    "store_segment es, 128",
-    "store_segment fs, 136",
-    "store_segment gs, 144",
+    "store_segment ds, 120, {data}",
+    "store_segment es, 128, {data}",
+    "store_segment fs, 136, 0",
+    "store_segment gs, 144, 0",
     "store_msr 0xc0000100, 80, {fs_base}",
     "store_msr 0xc0000101, 88, {gs_base}",
     "store_msr 0xc0000102, 96, 0",
@@ -312,6 +312,7 @@ std::arch::global_asm!(
     fs_base = const FS_BASE,
     gs_base = const GS_BASE,
     pat = const PAT_RESET,
+    data = const USER_SS,
 );
 
 unsafe extern "C" {
