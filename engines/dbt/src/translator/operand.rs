@@ -344,6 +344,8 @@ impl Builder<'_> {
                 match base {
                     Some((base, displacement)) => {
                         self.check_window(window, at(base, displacement + window.low), decoded.live_before);
+                        // Where the check fails, ADDRESS is used.
+                        self.held = None;
                     }
                     None => {
                         let mut first = *instruction;
