@@ -9,6 +9,8 @@ use super::windows::{Mapping, SPACES};
 const CLASSES: usize = 3;
 const WORDS: usize = TLB_ENTRIES / 64;
 const PAGE_MASK: u64 = !0xfff;
+/// A bit for each entry, by address space and privilege class.
+type Bits = [[[AtomicU64; WORDS]; CLASSES]; SPACES];
 
 /// The inline TLBs, as other threads may see them, with a record of which entries were ever filled.
 pub struct SharedTlbs {
@@ -17,13 +19,20 @@ pub struct SharedTlbs {
     slots: AtomicUsize,
     /// How often stack windows and slots were emptied.
     resets: AtomicU64,
-    touched: Box<[[[AtomicU64; WORDS]; CLASSES]; SPACES]>,
+    touched: Box<Bits>,
+    /// Those of them that may hold pages that are not global.
+    local: Box<Bits>,
 }
 
 impl SharedTlbs {
     fn new(mapping: Arc<Mapping>) -> Self {
-        let tlbs =
-            Self { mapping, slots: AtomicUsize::new(0), resets: AtomicU64::new(0), touched: Box::default() };
+        let tlbs = Self {
+            mapping,
+            slots: AtomicUsize::new(0),
+            resets: AtomicU64::new(0),
+            touched: Box::default(),
+            local: Box::default(),
+        };
         for space in 0..SPACES {
             for tlb in &tlbs.mapping.tlbs(space).class {
                 tlb.entries.iter().for_each(TlbEntry::clear);
@@ -34,8 +43,18 @@ impl SharedTlbs {
 
     /// Every entry that may be in use, of one class in one address space.
     fn used(&self, space: usize, class: usize) -> impl Iterator<Item = (usize, &TlbEntry)> {
+        self.marked(&self.touched, space, class)
+    }
+
+    /// Every entry whose bit is set.
+    fn marked<'a>(
+        &'a self,
+        bits: &'a Bits,
+        space: usize,
+        class: usize,
+    ) -> impl Iterator<Item = (usize, &'a TlbEntry)> {
         let entries = &self.mapping.tlbs(space).class[class].entries;
-        self.touched[space][class].iter().enumerate().flat_map(move |(word, bits)| {
+        bits[space][class].iter().enumerate().flat_map(move |(word, bits)| {
             let mut bits = bits.load(Ordering::SeqCst);
             std::iter::from_fn(move || {
                 let index = word * 64 + bits.trailing_zeros() as usize;
@@ -98,6 +117,14 @@ impl SharedTlbs {
     fn clear(&self, space: usize, class: usize) {
         self.used(space, class).for_each(|(_, entry)| entry.clear());
         self.touched[space][class].iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        self.local[space][class].iter().for_each(|word| word.store(0, Ordering::Relaxed));
+    }
+
+    /// Empties what is not global.
+    fn clear_local(&self, space: usize, class: usize) {
+        let local = self.marked(&self.local, space, class).map(|(_, entry)| entry);
+        local.filter(|entry| entry.global.load(Ordering::Relaxed) == 0).for_each(TlbEntry::clear);
+        self.local[space][class].iter().for_each(|word| word.store(0, Ordering::Relaxed));
     }
 }
 
@@ -120,6 +147,8 @@ pub struct Spaces {
     shared: Arc<SharedTlbs>,
     /// Number of the address space, as the processor gives it; 0 for none.
     numbers: [u16; SPACES],
+    /// Their process-context identifiers.
+    pcids: [u16; SPACES],
     last_used: [u64; SPACES],
     clock: u64,
     current: usize,
@@ -133,6 +162,7 @@ impl Spaces {
         Self {
             shared: Arc::new(SharedTlbs::new(mapping)),
             numbers,
+            pcids: [0; SPACES],
             last_used: [0; SPACES],
             clock: 0,
             current: 0,
@@ -149,8 +179,9 @@ impl Spaces {
         self.current
     }
 
-    /// Makes the TLBs of an address space the current ones. What is global is taken along into new ones.
-    pub fn select(&mut self, number: u16) {
+    /// Makes the TLBs of an address space the current ones. The first ones of a PCID get what is global of those before;
+    /// later ones are its last ones, emptied but for what is global.
+    pub fn select(&mut self, number: u16, pcid: u16) {
         self.shared.forget_windows();
         if self.numbers[self.current] == number {
             return;
@@ -158,6 +189,12 @@ impl Spaces {
         self.clock += 1;
         self.last_used[self.current] = self.clock;
         if let Some(place) = self.numbers.iter().position(|&n| n == number) {
+            self.current = place;
+            return;
+        }
+        if let Some(place) = (0..SPACES).find(|&place| self.numbers[place] != 0 && self.pcids[place] == pcid) {
+            (0..CLASSES).for_each(|class| self.shared.clear_local(place, class));
+            self.numbers[place] = number;
             self.current = place;
             return;
         }
@@ -172,6 +209,7 @@ impl Spaces {
             self.take_global(before, place, class);
         }
         self.numbers[place] = number;
+        self.pcids[place] = pcid;
         self.current = place;
     }
 
@@ -196,7 +234,7 @@ impl Spaces {
     }
 
     /// Empties everything.
-    pub fn flush_all(&mut self, number: u16) {
+    pub fn flush_all(&mut self, number: u16, pcid: u16) {
         self.shared.forget_windows();
         for space in 0..SPACES {
             if self.numbers[space] != 0 {
@@ -206,6 +244,7 @@ impl Spaces {
         }
         self.current = 0;
         self.numbers[0] = number;
+        self.pcids[0] = pcid;
     }
 
     /// Forgets the page of a linear address in every address space.
@@ -228,6 +267,9 @@ impl Spaces {
         let number = page.linear >> 12;
         let index = number as usize % TLB_ENTRIES;
         self.shared.touched[self.current][class][index / 64].fetch_or(1 << (index % 64), Ordering::SeqCst);
+        if !page.global {
+            self.shared.local[self.current][class][index / 64].fetch_or(1 << (index % 64), Ordering::Relaxed);
+        }
         let entry = &self.shared.mapping.tlbs(self.current).class[class].entries[index];
         if entry.addend.load(Ordering::Relaxed) != page.addend || entry.read.load(Ordering::Relaxed) != number
         {

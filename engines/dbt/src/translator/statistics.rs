@@ -38,6 +38,7 @@ counters! {
     events: "events looked for",
     access: "exits: inline TLB misses",
     access_slow: "of those: accesses that the interpreter made",
+    page_faults: "page faults of translated code",
     stack: "exits: stack window misses",
     window: "exits: window misses",
     hot: "lines of code found hot",

@@ -106,8 +106,9 @@ pub struct DbtVcpu {
     pub(super) flushes: u64,
     /// [`SharedTlbs::resets`] when translated code was last entered at a block's start.
     resets: u64,
-    /// Instruction pointer and count of the last string instruction whose pages were entered into the inline TLB.
-    pub(super) last_string: (u64, u64),
+    /// Instruction pointer, count and destination of the last string instruction whose pages were entered into the inline
+    /// TLB.
+    pub(super) last_string: (u64, u64, u64),
     /// Host time stamp when the guest was last looked at for hot code.
     sampled: u64,
     /// How often the guest was found executing in these regions of RAM lately.
@@ -216,7 +217,7 @@ impl DbtVcpu {
             fault_address: Box::new(0),
             flushes: 0,
             resets: 0,
-            last_string: (0, 0),
+            last_string: (0, 0, 0),
             sampled: 0,
             seen: FxHashMap::default(),
             hot: FxHashMap::default(),
@@ -286,7 +287,7 @@ impl DbtVcpu {
         if changes.flushed {
             self.flushes += 1;
             self.statistics.tlb_flushes += 1;
-            self.spaces.flush_all(self.cpu.address_space());
+            self.spaces.flush_all(self.cpu.address_space(), self.cpu.pcid());
             self.forget_jumps();
         } else {
             if let Some(linear) = changes.page {
@@ -299,7 +300,7 @@ impl DbtVcpu {
             if changes.switched {
                 self.flushes += 1;
                 self.statistics.switches += 1;
-                self.spaces.select(self.cpu.address_space());
+                self.spaces.select(self.cpu.address_space(), self.cpu.pcid());
                 self.unlink(false);
             }
         }
@@ -735,6 +736,7 @@ impl DbtVcpu {
         }
         self.statistics.dispatched += 1;
         self.trace.note(&mut self.cpu, &mut self.env);
+        self.cpu.drop_idle_resume_flag();
         let key = Key::of(&self.cpu);
         let translatable = key.code32() || self.cpu.state.mode() == Mode::Long64;
         let block = if translatable && self.cpu.runs_plainly() { self.block(key) } else { None };
