@@ -80,6 +80,9 @@ impl DbtVcpu {
             SiteKind::Interpret { next, next_host } => {
                 self.step(base.wrapping_add(next.into()), next_host, &site)
             }
+            SiteKind::Invlpg { next, next_host } => {
+                self.invalidate(base.wrapping_add(next.into()), next_host, &site)
+            }
             SiteKind::Cpuid { next, next_host } => {
                 let next = base.wrapping_add(next.into());
                 let asked = (self.cpu.state.gpr[0] as u32, self.cpu.state.gpr[1] as u32);
@@ -90,6 +93,7 @@ impl DbtVcpu {
                 then
             }
             SiteKind::InterpretLast => self.step(rip, None, &site),
+            SiteKind::InterruptReturn => self.return_from_interrupt(rip, &site),
             SiteKind::Jump { target, .. } => {
                 self.cpu.state.rip = base.wrapping_add(target.into());
                 self.link_jump(number, &site);
@@ -165,7 +169,7 @@ impl DbtVcpu {
     }
 
     /// Interprets one instruction for translated code, and goes on behind it if nothing has changed that matters.
-    fn step(&mut self, next: u64, next_host: Option<u32>, site: &Site) -> Next {
+    pub(super) fn step(&mut self, next: u64, next_host: Option<u32>, site: &Site) -> Next {
         let key = Key::of(&self.cpu);
         let space = self.cpu.address_space();
         let (epoch, flushes) = (self.epoch, self.flushes);
@@ -190,6 +194,24 @@ impl DbtVcpu {
             && self.cpu.runs_plainly()
             && !self.env.has_event();
         if same { self.resume(next_host, site) } else { Next::Dispatch }
+    }
+
+    /// INVLPG of the address that translated code has left behind.
+    fn invalidate(&mut self, next: u64, next_host: Option<u32>, site: &Site) -> Next {
+        if self.cpu.state.cpl != 0 {
+            return self.step(next, next_host, site);
+        }
+        let linear = self.context().address;
+        let (flushes, code) = (self.flushes, self.may_hold_code(linear));
+        self.cpu.flush_tlb_page(linear);
+        self.cpu.state.rip = next;
+        self.cpu.state.interrupt_shadow = false;
+        self.follow_changes();
+        let same = self.flushes == flushes && !code && !self.env.has_event();
+        match next_host.filter(|_| same) {
+            Some(host) => self.resume(host, site),
+            None => Next::Dispatch,
+        }
     }
 
     /// What stands at the instruction pointer, as far as it lies in one page.
@@ -310,7 +332,7 @@ impl DbtVcpu {
     }
 
     /// [`DbtVcpu::fill_or_fault`] where the interpreter raises what the access raises.
-    fn fill(&mut self, linear: u64, size: u8, write: bool) -> bool {
+    pub(super) fn fill(&mut self, linear: u64, size: u8, write: bool) -> bool {
         self.fill_or_fault(linear, size, write).unwrap_or(false)
     }
 

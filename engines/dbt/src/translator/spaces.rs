@@ -91,6 +91,15 @@ impl SharedTlbs {
         self.slots().iter().for_each(|slot| slot.page.store(NO_STACK_PAGE, Ordering::SeqCst));
     }
 
+    /// Empties stack window and slots if one of them holds the page of a linear address.
+    fn forget_windows_to(&self, linear: u64) {
+        let page = linear & PAGE_MASK;
+        let stack = self.mapping.stack_page().load(Ordering::SeqCst);
+        if stack == page || self.slots().iter().any(|slot| slot.page.load(Ordering::SeqCst) == page) {
+            self.forget_windows();
+        }
+    }
+
     /// Whether stores to the page of RAM at this host address may go by the stack window or a slot.
     fn has_window(&self, host: u64) -> bool {
         let stack = self.mapping.stack_page().load(Ordering::SeqCst);
@@ -192,7 +201,8 @@ impl Spaces {
             self.current = place;
             return;
         }
-        if let Some(place) = (0..SPACES).find(|&place| self.numbers[place] != 0 && self.pcids[place] == pcid) {
+        if let Some(place) = (0..SPACES).find(|&place| self.numbers[place] != 0 && self.pcids[place] == pcid)
+        {
             (0..CLASSES).for_each(|class| self.shared.clear_local(place, class));
             self.numbers[place] = number;
             self.current = place;
@@ -249,7 +259,7 @@ impl Spaces {
 
     /// Forgets the page of a linear address in every address space.
     pub fn flush_page(&mut self, linear: u64) {
-        self.shared.forget_windows();
+        self.shared.forget_windows_to(linear);
         let page = linear >> 12;
         for space in 0..SPACES {
             for tlb in &self.shared.mapping.tlbs(space).class {

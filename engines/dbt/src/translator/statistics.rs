@@ -64,9 +64,11 @@ impl Statistics {
             SiteKind::Stack { .. } => &mut self.stack,
             SiteKind::Window { .. } => &mut self.window,
             SiteKind::String { .. } => &mut self.string,
-            SiteKind::Interpret { .. } | SiteKind::Cpuid { .. } | SiteKind::InterpretLast => {
-                &mut self.interpret
-            }
+            SiteKind::Interpret { .. }
+            | SiteKind::Cpuid { .. }
+            | SiteKind::Invlpg { .. }
+            | SiteKind::InterpretLast
+            | SiteKind::InterruptReturn => &mut self.interpret,
             SiteKind::Jump { .. } => &mut self.jump,
             SiteKind::Link { .. } => &mut self.link,
             SiteKind::Lookup(_) => &mut self.lookup,

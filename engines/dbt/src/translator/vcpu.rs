@@ -13,7 +13,7 @@ use bivisor_x86::cpu::{Access, Cpu};
 use bivisor_x86::env::Env;
 use bivisor_x86::paging::Place;
 use bivisor_x86::registers::{Cr4, Rflags};
-use bivisor_x86::state::{CpuState, Mode};
+use bivisor_x86::state::{CpuState, Mode, TableRegister};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::analysis;
@@ -131,6 +131,8 @@ pub struct DbtVcpu {
     otherwise: u32,
     /// STAR, EFER and CR0 that the context's system calls are for.
     system_calls_for: Option<(u64, u64, u64)>,
+    /// GDTR that the remembered IRETQs are for.
+    pub(super) returns_for: TableRegister,
     /// CR4 and XCR0 that the remembered results of CPUID are for.
     cpuid_for: (u64, u64),
 }
@@ -230,6 +232,7 @@ impl DbtVcpu {
             trace: Trace::default(),
             names: Names::default(),
             system_calls_for: None,
+            returns_for: TableRegister::default(),
             cpuid_for: (0, 0),
         })
     }
@@ -327,7 +330,7 @@ impl DbtVcpu {
         (page / 64 % FILTER_WORDS, 1 << (page % 64))
     }
 
-    fn may_hold_code(&self, linear: u64) -> bool {
+    pub(super) fn may_hold_code(&self, linear: u64) -> bool {
         let (word, bit) = Self::filter_place(linear);
         self.code_filter[word] & bit != 0
     }
@@ -641,6 +644,7 @@ impl DbtVcpu {
         let pending = self.env.has_event();
         let tsc_offset = self.env.tsc_offset();
         self.update_system_calls();
+        self.update_returns();
         let bases = self.cpu.state.cr4_has(Cr4::FSGSBASE);
         let (fs, gs) = (self.cpu.state.seg[4].base, self.cpu.state.seg[5].base);
         let context = self.windows.context();
