@@ -9,6 +9,7 @@ use iced_x86::{
 
 use super::checks::Check;
 use super::code32;
+use super::interrupt_return::FRAME;
 use super::key::{Key, SUPERVISOR, SUPERVISOR_AC, USER};
 
 /// The arithmetic flags, as iced-x86 numbers them.
@@ -50,6 +51,10 @@ pub enum Class {
     Syscall,
     /// SYSRET to 64-bit code.
     Sysret,
+    /// IRETQ in 64-bit code of supervisor mode.
+    InterruptReturn,
+    /// INVLPG in supervisor mode.
+    Invlpg,
     /// SWAPGS.
     Swapgs,
     /// CLI.
@@ -111,6 +116,7 @@ impl Class {
                 | Self::JumpIfRcxZero
                 | Self::Syscall
                 | Self::Sysret
+                | Self::InterruptReturn
                 | Self::SwitchAc
                 | Self::InterpretLast
         )
@@ -205,6 +211,8 @@ fn sensitive(instruction: &Instruction, model: &CpuModel, key: Key) -> Option<Cl
         Mnemonic::Cpuid => Class::Cpuid,
         Mnemonic::Syscall if !supervisor && !key.code32() => Class::Syscall,
         Mnemonic::Sysretq if supervisor => Class::Sysret,
+        Mnemonic::Iretq if supervisor && !key.code32() => Class::InterruptReturn,
+        Mnemonic::Invlpg if supervisor && !key.code32() => Class::Invlpg,
         Mnemonic::Swapgs if supervisor => Class::Swapgs,
         Mnemonic::Cli if supervisor => Class::Cli,
         Mnemonic::Sti if supervisor => Class::Sti,
@@ -634,6 +642,8 @@ pub fn mark_live_flags(block: &mut [Decoded], live_out: u32) {
             | Class::Rdtscp
             | Class::Sti
             | Class::SwitchAc
+            | Class::Invlpg
+            | Class::InterruptReturn
             | Class::Syscall => (ALL_FLAGS, 0),
             Class::Sysret => (0, ALL_FLAGS),
             Class::Nothing
@@ -722,6 +732,7 @@ pub fn stack_access(decoded: &Decoded) -> Option<(i32, i32, bool)> {
     match decoded.class {
         Class::Push | Class::Pushf | Class::Call | Class::CallIndirect => Some((-step, step, true)),
         Class::Pop | Class::Return => Some((0, step, false)),
+        Class::InterruptReturn => Some((0, FRAME, false)),
         Class::Copy => {
             let (offset, size) = rsp_operand(&decoded.instruction)?;
             Some((offset, size, writes_memory(decoded)))

@@ -531,6 +531,7 @@ impl Builder<'_> {
         for site in &mut self.sites[sites..] {
             if let SiteKind::Access { next_host: place, .. }
             | SiteKind::Cpuid { next_host: place, .. }
+            | SiteKind::Invlpg { next_host: place, .. }
             | SiteKind::String { next_host: place, .. }
             | SiteKind::Interpret { next_host: place, .. } = &mut site.kind
             {
@@ -572,6 +573,8 @@ impl Builder<'_> {
             Class::RepeatString => self.repeat_string(decoded),
             Class::Syscall => self.syscall(),
             Class::Sysret => self.sysret(),
+            Class::InterruptReturn => self.interrupt_return(decoded),
+            Class::Invlpg => self.invlpg(decoded)?,
             Class::Swapgs => self.swapgs(),
             Class::Cli => self.change_flag(9, false),
             Class::Cld => self.change_flag(10, false),

@@ -158,6 +158,27 @@ pub struct Selectors {
     pub ss: Segment,
 }
 
+/// What an IRETQ to 64-bit code loads into CS and SS, if it pops these selectors and their descriptors are these.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct InterruptReturn {
+    /// Selector of CS; [`NO_RETURN`] in an empty entry.
+    pub cs: u64,
+    /// Selector of SS.
+    pub ss: u64,
+    /// Descriptor of CS.
+    pub cs_descriptor: u64,
+    /// Descriptor of SS.
+    pub ss_descriptor: u64,
+    /// What is loaded.
+    pub selectors: Selectors,
+}
+
+/// Entries of [`Context::returns`]: as many as two bits can index.
+pub const RETURNS: usize = 4;
+/// No selector.
+pub const NO_RETURN: u64 = u64::MAX;
+
 /// The context. Its first 128 bytes, reached by short displacements, are the hottest.
 #[repr(C, align(4096))]
 pub struct Context {
@@ -189,7 +210,9 @@ pub struct Context {
     pub fast_system_calls: u8,
     /// Nonzero: RDFSBASE and its like are enabled.
     pub base_instructions: u8,
-    padding: [u8; 2],
+    /// Nonzero: a return to an outer privilege level changes data segments.
+    pub inner_segments: u8,
+    padding: u8,
     /// Base of FS.
     pub fs_base: u64,
     /// Base of GS.
@@ -228,6 +251,10 @@ pub struct Context {
     pub syscall: Selectors,
     /// What SYSRET loads.
     pub sysret: Selectors,
+    /// What IRETQ loads, by the lowest bits of the index of SS.
+    pub returns: [InterruptReturn; RETURNS],
+    /// The frame that IRETQ has popped.
+    pub frame: [u64; 5],
     /// Host MXCSR for our own code.
     pub host_mxcsr: u32,
     /// Guest MXCSR where `vectors` is [`VECTORS_IN_CONTEXT`].
@@ -258,12 +285,20 @@ macro_rules! field {
     };
 }
 field!(page_base stack_page stack_addend jump_bias saved state block_flags vectors x87_in_memory event pending);
-field!(fast_system_calls base_instructions fs_base gs_base site host_mxcsr flags address temporary host_rsp target call_target overwritten tsc_offset);
+field!(fast_system_calls inner_segments base_instructions fs_base gs_base site host_mxcsr flags address temporary host_rsp target call_target overwritten tsc_offset);
 field!(arithmetic_mask pushed_mask bit_mask syscall sysret mxcsr);
 
 /// Guest register 12 to 15 in [`Context::spilled`].
 pub const fn spilled(number: u8) -> Mem {
     at(CONTEXT, offset_of!(Context, spilled) as i32 + (number as i32 - 12) * 8)
+}
+/// A word of the frame that IRETQ has popped.
+pub const fn frame(word: usize) -> Mem {
+    at(CONTEXT, (offset_of!(Context, frame) + word * 8) as i32)
+}
+/// A field of the remembered IRETQ whose offset in the table `index` holds.
+pub const fn interrupt_return(index: Reg, field: usize) -> Mem {
+    indexed(CONTEXT, index, 0, (offset_of!(Context, returns) + field) as i32)
 }
 /// Bias of the jump cache of a privilege class.
 pub const fn class_bias(class: u8) -> Mem {
@@ -349,6 +384,7 @@ impl Context {
             *slot.page.get_mut() = NO_STACK_PAGE;
         }
         self.forget_cpuid();
+        self.forget_returns();
         self.flush_jumps();
     }
 
@@ -357,6 +393,11 @@ impl Context {
         // With a complement of zero only bias + rip = 0 would hit; biases are at least 1 << 48, and no canonical
         // address, which others are not looked up for, complements one below 1 << 63.
         self.jumps.fill(JumpEntry { complement: 0, host: 0 });
+    }
+
+    /// Empties what IRETQ loads.
+    pub fn forget_returns(&mut self) {
+        self.returns.iter_mut().for_each(|entry| entry.cs = NO_RETURN);
     }
 
     /// Empties the results of CPUID.

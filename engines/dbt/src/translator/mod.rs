@@ -15,6 +15,7 @@ pub mod emit;
 mod exits;
 pub mod fault;
 mod flow;
+mod interrupt_return;
 pub mod key;
 mod names;
 mod operand;

@@ -75,6 +75,13 @@ pub enum SiteKind {
         /// Its code, if the block goes on there.
         next_host: Option<u32>,
     },
+    /// INVLPG, and the block goes on.
+    Invlpg {
+        /// Offset in the page of the next instruction.
+        next: u16,
+        /// Its code.
+        next_host: Option<u32>,
+    },
     /// CPUID whose result isn't remembered yet.
     Cpuid {
         /// Offset in the page of the next instruction.
@@ -84,6 +91,8 @@ pub enum SiteKind {
     },
     /// The interpreter executes the instruction.
     InterpretLast,
+    /// The interpreter executes the IRETQ.
+    InterruptReturn,
     /// A jump within the page whose target was not translated yet.
     Jump {
         /// Offset in the page of the target.

@@ -38,6 +38,7 @@ counters! {
     events: "events looked for",
     access: "exits: inline TLB misses",
     access_slow: "of those: accesses that the interpreter made",
+    page_faults: "page faults of translated code",
     stack: "exits: stack window misses",
     window: "exits: window misses",
     hot: "lines of code found hot",
@@ -63,9 +64,11 @@ impl Statistics {
             SiteKind::Stack { .. } => &mut self.stack,
             SiteKind::Window { .. } => &mut self.window,
             SiteKind::String { .. } => &mut self.string,
-            SiteKind::Interpret { .. } | SiteKind::Cpuid { .. } | SiteKind::InterpretLast => {
-                &mut self.interpret
-            }
+            SiteKind::Interpret { .. }
+            | SiteKind::Cpuid { .. }
+            | SiteKind::Invlpg { .. }
+            | SiteKind::InterpretLast
+            | SiteKind::InterruptReturn => &mut self.interpret,
             SiteKind::Jump { .. } => &mut self.jump,
             SiteKind::Link { .. } => &mut self.link,
             SiteKind::Lookup(_) => &mut self.lookup,

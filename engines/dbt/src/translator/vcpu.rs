@@ -13,7 +13,7 @@ use bivisor_x86::cpu::{Access, Cpu};
 use bivisor_x86::env::Env;
 use bivisor_x86::paging::Place;
 use bivisor_x86::registers::{Cr4, Rflags};
-use bivisor_x86::state::{CpuState, Mode};
+use bivisor_x86::state::{CpuState, Mode, TableRegister};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::analysis;
@@ -108,8 +108,9 @@ pub struct DbtVcpu {
     pub(super) flushes: u64,
     /// [`SharedTlbs::resets`] when translated code was last entered at a block's start.
     resets: u64,
-    /// Instruction pointer and count of the last string instruction whose pages were entered into the inline TLB.
-    pub(super) last_string: (u64, u64),
+    /// Instruction pointer, count and destination of the last string instruction whose pages were entered into the inline
+    /// TLB.
+    pub(super) last_string: (u64, u64, u64),
     /// Host time stamp when the guest was last looked at for hot code.
     sampled: u64,
     /// How often the guest was found executing in these regions of RAM lately.
@@ -134,6 +135,8 @@ pub struct DbtVcpu {
     otherwise: u32,
     /// STAR, EFER and CR0 that the context's system calls are for.
     system_calls_for: Option<(u64, u64, u64)>,
+    /// GDTR that the remembered IRETQs are for.
+    pub(super) returns_for: TableRegister,
     /// CR4 and XCR0 that the remembered results of CPUID are for.
     cpuid_for: (u64, u64),
 }
@@ -220,7 +223,7 @@ impl DbtVcpu {
             fault_address: Box::new(0),
             flushes: 0,
             resets: 0,
-            last_string: (0, 0),
+            last_string: (0, 0, 0),
             sampled: 0,
             seen: FxHashMap::default(),
             hot: FxHashMap::default(),
@@ -234,6 +237,7 @@ impl DbtVcpu {
             trace: Trace::default(),
             names: Names::default(),
             system_calls_for: None,
+            returns_for: TableRegister::default(),
             cpuid_for: (0, 0),
         })
     }
@@ -291,7 +295,7 @@ impl DbtVcpu {
         if changes.flushed {
             self.flushes += 1;
             self.statistics.tlb_flushes += 1;
-            self.spaces.flush_all(self.cpu.address_space());
+            self.spaces.flush_all(self.cpu.address_space(), self.cpu.pcid());
             self.forget_jumps();
         } else {
             if let Some(linear) = changes.page {
@@ -304,7 +308,7 @@ impl DbtVcpu {
             if changes.switched {
                 self.flushes += 1;
                 self.statistics.switches += 1;
-                self.spaces.select(self.cpu.address_space());
+                self.spaces.select(self.cpu.address_space(), self.cpu.pcid());
                 self.unlink(false);
             }
         }
@@ -331,7 +335,7 @@ impl DbtVcpu {
         (page / 64 % FILTER_WORDS, 1 << (page % 64))
     }
 
-    fn may_hold_code(&self, linear: u64) -> bool {
+    pub(super) fn may_hold_code(&self, linear: u64) -> bool {
         let (word, bit) = Self::filter_place(linear);
         self.code_filter[word] & bit != 0
     }
@@ -652,6 +656,7 @@ impl DbtVcpu {
         let pending = self.env.has_event();
         let tsc_offset = self.env.tsc_offset();
         self.update_system_calls();
+        self.update_returns();
         let bases = self.cpu.state.cr4_has(Cr4::FSGSBASE);
         let (fs, gs) = (self.cpu.state.seg[4].base, self.cpu.state.seg[5].base);
         let context = self.windows.context();
@@ -747,6 +752,7 @@ impl DbtVcpu {
         }
         self.statistics.dispatched += 1;
         self.trace.note(&mut self.cpu, &mut self.env);
+        self.cpu.drop_idle_resume_flag();
         let key = Key::of(&self.cpu);
         let translatable = key.code32() || self.cpu.state.mode() == Mode::Long64;
         let block = if translatable && self.cpu.runs_plainly() { self.block(key) } else { None };
