@@ -79,16 +79,24 @@ pub struct Request<'a> {
     pub roaming: &'a FxHashSet<u64>,
 }
 
+/// Offsets in a block's code of its entries.
+pub struct Entries {
+    /// For jumps by the jump cache: [`ADDRESS`] holds the linear address, the guest's flags are aside.
+    pub lookup: usize,
+    /// For jumps from other pages by a link: [`ADDRESS`] holds the linear address.
+    pub link: usize,
+    /// For jumps backwards in the page: events are looked for.
+    pub backwards: usize,
+    /// For jumps forwards in the page.
+    pub forwards: usize,
+}
+
 /// A translated block.
 pub struct Translation {
     /// Host code.
     pub code: Vec<u8>,
-    /// Offset in `code` of the entry for jumps that know the linear address only ([`ADDRESS`] holds it).
-    pub lookup_entry: usize,
-    /// Offset in `code` of the entry for direct jumps backwards.
-    pub loop_entry: usize,
-    /// Offset in `code` of the entry for direct jumps forwards.
-    pub entry: usize,
+    /// Where it is entered.
+    pub entries: Entries,
     /// The places where the code may leave.
     pub sites: Vec<Site>,
     /// Where host faults may happen.
@@ -221,7 +229,7 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
         links: 0,
     };
     let crosses = request.offset + length > PAGE;
-    let (loop_entry, entry) = builder.prologue(&block, uses_vectors, uses_x87, crosses);
+    let entries = builder.prologue(&block, uses_vectors, uses_x87, crosses);
     for decoded in &block {
         builder.instruction(decoded);
     }
@@ -231,9 +239,7 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
     builder.finish();
     Some(Translation {
         code: builder.e.code,
-        lookup_entry: 0,
-        loop_entry,
-        entry,
+        entries,
         sites: builder.sites,
         fault_points: builder.fault_points,
         length,
@@ -335,11 +341,15 @@ fn live_at(request: &Request<'_>, offset: usize, looked_at: &mut u64) -> u32 {
 
 impl Builder<'_> {
     /// Code before the first instruction: what a lookup has to set, the vector registers, the check of the stack.
-    /// Returns the entries for direct jumps backwards, where events are looked for, and forwards.
-    fn prologue(&mut self, block: &[Decoded], vectors: bool, x87: bool, crosses: bool) -> (usize, usize) {
+    fn prologue(&mut self, block: &[Decoded], vectors: bool, x87: bool, crosses: bool) -> Entries {
+        let live = block.first().map_or(analysis::ALL_FLAGS, |first| first.live_before);
+        if live != 0 {
+            self.flags_aside = true;
+            self.bring_flags_back();
+        }
+        let link_entry = self.e.position();
         self.e.lea(Width::W64, TEMPORARY, at(ADDRESS, -(self.request.offset as i32)));
         self.e.store(Width::W64, page_base(), TEMPORARY);
-        let live = block.first().map_or(analysis::ALL_FLAGS, |first| first.live_before);
         let mut loop_entry = self.e.position();
         let entry;
         if crosses {
@@ -349,6 +359,7 @@ impl Builder<'_> {
             self.e.load(Width::W64, ADDRESS, page_base());
             self.e.lea(Width::W64, ADDRESS, at(ADDRESS, self.request.offset as i32));
             self.look_up(Undo::Never);
+            self.flags_aside = false;
             self.e.bind(over);
         } else {
             self.check_event(self.request.offset as i32, live);
@@ -368,7 +379,7 @@ impl Builder<'_> {
         for number in 0..self.windows.len() {
             self.check_window(self.windows[number], live);
         }
-        (loop_entry, entry)
+        Entries { lookup: 0, link: link_entry, backwards: loop_entry, forwards: entry }
     }
 
     /// A jump taken if the byte is not zero; flags are left alone.
@@ -466,6 +477,12 @@ impl Builder<'_> {
             kind,
         });
         number
+    }
+
+    /// Makes two jumps lead to the same code behind the block, which leaves by a new site.
+    pub fn leave_from_both(&mut self, from: [Fixup; 2], kind: SiteKind) {
+        let site = self.new_site(kind);
+        self.stubs.extend(from.map(|from| Stub { from, site, address: None, retry: None }));
     }
 
     /// Makes a jump lead to code behind the block that leaves by a new site.

@@ -26,6 +26,8 @@ pub struct Block {
     pub entry: u32,
     /// Where lookups enter.
     pub lookup_entry: u32,
+    /// Where links enter.
+    link_entry: u32,
     /// Vector registers are used.
     pub vectors: bool,
     /// x87 registers are used.
@@ -162,9 +164,10 @@ impl Cache {
         self.blocks.push(Block {
             offset,
             key,
-            loop_entry: start + translation.loop_entry as u32,
-            entry: start + translation.entry as u32,
-            lookup_entry: start + translation.lookup_entry as u32,
+            loop_entry: start + translation.entries.backwards as u32,
+            entry: start + translation.entries.forwards as u32,
+            lookup_entry: start + translation.entries.lookup as u32,
+            link_entry: start + translation.entries.link as u32,
             vectors: translation.vectors,
             x87: translation.x87,
             second,
@@ -203,7 +206,7 @@ impl Cache {
                 self.patch(patch, entry);
             }
             SiteKind::Link { link, .. } => {
-                context.links[link as usize % LINKS] = self.code.address(block.lookup_entry as usize);
+                context.links[link as usize % LINKS] = self.code.address(block.link_entry as usize);
             }
             _ => {}
         }
@@ -261,7 +264,7 @@ impl Cache {
         let host = self.code.address(block.lookup_entry as usize);
         for place in (block.offset as usize & 0xfff..JUMP_ENTRIES).step_by(0x1000) {
             if context.jumps[place].host == host {
-                context.jumps[place] = JumpEntry { complement: 0, host: 0 };
+                context.jumps[place] = JumpEntry::EMPTY;
             }
         }
         for site in std::mem::take(&mut block.incoming) {

@@ -38,10 +38,6 @@ use crate::peers::Peer;
 use crate::trace::Trace;
 
 pub(super) const PAGE_MASK: u64 = !0xfff;
-/// Biases of the jump cache are counted in this.
-const BIAS_UNIT: u64 = 1 << 48;
-/// The largest bias: bit 63 is [`EVENT_BIT`].
-const LAST_BIAS: u64 = 0x7fff * BIAS_UNIT;
 /// Instructions that are interpreted at a time where nothing can be translated.
 const INTERPRETED: u64 = 64;
 /// A page whose code was written this often is interpreted for a while.
@@ -578,13 +574,8 @@ impl DbtVcpu {
         if let Some(&bias) = self.biases.get(&space) {
             return bias;
         }
-        if self.last_bias >= LAST_BIAS {
-            self.biases.clear();
-            self.forgotten += 1;
-            self.context().flush_jumps();
-            self.last_bias = 0;
-        }
-        self.last_bias += BIAS_UNIT;
+        // Bit 63, which is [`EVENT_BIT`], is not reached.
+        self.last_bias += 1;
         self.biases.insert(space, self.last_bias);
         self.last_bias
     }
@@ -756,8 +747,7 @@ impl DbtVcpu {
         context.page_base = rip & PAGE_MASK;
         context.address = rip;
         if remember {
-            let complement = rip.wrapping_add(bias).wrapping_neg();
-            context.jumps[jump_index(rip)] = JumpEntry { complement, host };
+            context.jumps[jump_index(rip)] = JumpEntry { rip, bias, host, padding: 0 };
         }
         self.resets = self.spaces.shared().resets();
         let mut place = if crosses { lookup_entry } else { entry };
