@@ -15,7 +15,7 @@ use super::code32::{self, Widened};
 use super::context::{
     self, ADDEND, ADDRESS, GUEST_RSP, TEMPORARY, block_flags, page_base, saved, stack_page,
 };
-use super::emit::{Emitter, Fixup, Mem, Width, at, condition, reg};
+use super::emit::{Emitter, Fixup, Mem, Reg, Width, at, condition, reg};
 use super::key::{Key, USER};
 use super::operand::host_register;
 use super::site::{FaultPoint, Site, SiteKind, Undo};
@@ -77,6 +77,8 @@ pub struct Request<'a> {
     pub page_offset: u64,
     /// Instructions, by offset in RAM, that access too many pages for a slot.
     pub roaming: &'a FxHashSet<u64>,
+    /// A jump backwards leads here.
+    pub loop_head: bool,
 }
 
 /// Offsets in a block's code of its entries.
@@ -229,12 +231,16 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
         links: 0,
     };
     let crosses = request.offset + length > PAGE;
-    let entries = builder.prologue(&block, uses_vectors, uses_x87, crosses);
+    let mut entries = builder.prologue(&block, uses_vectors, uses_x87, crosses);
     for decoded in &block {
         builder.instruction(decoded);
     }
     if !block.last().is_some_and(|last| last.class.is_last()) {
         builder.jump_to(builder.next_guest as i64, live_out);
+    }
+    if !crosses && !request.loop_head {
+        let live = block.first().map_or(analysis::ALL_FLAGS, |first| first.live_before);
+        entries.backwards = builder.loop_entry(entries.forwards, live);
     }
     builder.finish();
     Some(Translation {
@@ -362,7 +368,9 @@ impl Builder<'_> {
             self.flags_aside = false;
             self.e.bind(over);
         } else {
-            self.check_event(self.request.offset as i32, live);
+            if self.request.loop_head {
+                self.check_event(self.request.offset as i32, live);
+            }
             entry = self.e.position();
         }
         if x87 {
@@ -382,15 +390,25 @@ impl Builder<'_> {
         Entries { lookup: 0, link: link_entry, backwards: loop_entry, forwards: entry }
     }
 
-    /// A jump taken if the byte is not zero; flags are left alone.
+    /// An entry for jumps backwards, of a block where none were expected.
+    fn loop_entry(&mut self, forwards: usize, live: u32) -> usize {
+        let start = self.e.position();
+        (self.guest, self.flags_aside, self.vector) = (self.request.offset, false, false);
+        self.check_event(self.request.offset as i32, live);
+        let jump = self.e.jump();
+        self.e.bind_to(jump, forwards);
+        start
+    }
+
+    /// A jump taken if the byte is not zero; flags are left alone. Changes TEMPORARY.
     pub fn unless_zero(&mut self, byte: Mem) -> Fixup {
-        self.e.store(Width::W64, saved(), reg::RCX);
+        self.e.copy(Width::W64, TEMPORARY, reg::RCX);
         self.e.load_zx8(reg::RCX, byte);
         let zero = self.e.jump_if_rcx_zero(false);
-        self.e.load(Width::W64, reg::RCX, saved());
+        self.e.copy(Width::W64, reg::RCX, TEMPORARY);
         let fixup = self.e.jump();
         self.e.bind(zero);
-        self.e.load(Width::W64, reg::RCX, saved());
+        self.e.copy(Width::W64, reg::RCX, TEMPORARY);
         fixup
     }
 
@@ -503,26 +521,39 @@ impl Builder<'_> {
         self.stubs.push(Stub { from, site, address, retry });
     }
 
+    /// The guest's flags to `block_flags`. Changes TEMPORARY.
     pub fn put_flags_aside(&mut self) {
         if self.flags_aside {
             return;
         }
         self.flags_aside = true;
-        self.e.store(Width::W64, saved(), reg::RAX);
+        self.e.copy(Width::W64, TEMPORARY, reg::RAX);
         self.e.flags_to_ax();
         self.e.store16(block_flags(), reg::RAX);
-        self.e.load(Width::W64, reg::RAX, saved());
+        self.e.copy(Width::W64, reg::RAX, TEMPORARY);
     }
 
+    /// The guest's flags from `block_flags`. Changes TEMPORARY.
     pub fn bring_flags_back(&mut self) {
+        self.bring_flags_back_by(Some(TEMPORARY));
+    }
+
+    /// The same with another scratch register, or none.
+    pub fn bring_flags_back_by(&mut self, scratch: Option<Reg>) {
         if !self.flags_aside {
             return;
         }
         self.flags_aside = false;
-        self.e.store(Width::W64, saved(), reg::RAX);
+        match scratch {
+            Some(scratch) => self.e.copy(Width::W64, scratch, reg::RAX),
+            None => self.e.store(Width::W64, saved(), reg::RAX),
+        }
         self.e.load_zx16(reg::RAX, block_flags());
         self.e.flags_from_ax();
-        self.e.load(Width::W64, reg::RAX, saved());
+        match scratch {
+            Some(scratch) => self.e.copy(Width::W64, reg::RAX, scratch),
+            None => self.e.load(Width::W64, reg::RAX, saved()),
+        }
     }
 
     fn instruction(&mut self, decoded: &Decoded) {

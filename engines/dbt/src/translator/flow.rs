@@ -8,7 +8,7 @@ use super::context::{
     self, ADDEND, ADDRESS, GUEST_RSP, JUMP_ENTRIES, JumpEntry, TEMPORARY, jump_bias_of, jump_host, jump_rip,
     page_base,
 };
-use super::emit::{Emitter, Fixup, Width, at, condition, indexed, reg};
+use super::emit::{Emitter, Fixup, Width, at, condition, indexed};
 use super::operand::{host_register, number};
 use super::site::{SiteKind, Undo};
 
@@ -59,14 +59,7 @@ impl Builder<'_> {
 
     /// Goes on at the linear address in ADDRESS, by the jump cache, with the guest's flags aside.
     pub fn look_up(&mut self, undo: Undo) {
-        if !self.flags_aside {
-            // The scratch register is free: quicker than memory.
-            self.e.copy(Width::W64, TEMPORARY, reg::RAX);
-            self.e.flags_to_ax();
-            self.e.store16(context::block_flags(), reg::RAX);
-            self.e.copy(Width::W64, reg::RAX, TEMPORARY);
-            self.flags_aside = true;
-        }
+        self.put_flags_aside();
         self.e.copy(Width::W32, TEMPORARY, ADDRESS);
         self.e.and_imm(Width::W32, TEMPORARY, JUMP_ENTRIES as i32 - 1);
         self.e.shl(Width::W32, TEMPORARY, size_of::<JumpEntry>().trailing_zeros() as u8);

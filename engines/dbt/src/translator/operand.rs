@@ -237,7 +237,8 @@ impl Builder<'_> {
         let changed = self.rename_registers(decoded, &mut renamed, &mut free)?;
         let flags_needed = reads_or_keeps_flags(decoded);
         if flags_needed {
-            self.bring_flags_back();
+            let scratch = [TEMPORARY, ADDRESS].into_iter().find(|host| free.contains(host));
+            self.bring_flags_back_by(scratch);
         }
         let host = self.e.position() as u32;
         // First: if it can't be encoded, another instruction will stand there.

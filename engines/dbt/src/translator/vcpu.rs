@@ -395,19 +395,19 @@ impl DbtVcpu {
     // ---- translated code ----
 
     /// The block for the processor's instruction pointer, translated now if need be; `None` where it must be
-    /// interpreted.
-    pub(super) fn block(&mut self, key: Key) -> Option<u32> {
+    /// interpreted. `loop_head`: a jump backwards leads there.
+    pub(super) fn block(&mut self, key: Key, loop_head: bool) -> Option<u32> {
         let rip = self.cpu.state.rip;
         let Ok(Place::Ram(offset)) = self.cpu.probe(&mut self.env, rip, Access::Execute) else { return None };
         match self.cache.find(offset, key) {
             Some(number) => {
                 let expected = self.cache.block(number)?.second;
                 if expected.is_some() && self.second_page(rip) != expected {
-                    return self.translate(offset, key);
+                    return self.translate(offset, key, loop_head);
                 }
                 Some(number)
             }
-            None => self.translate(offset, key),
+            None => self.translate(offset, key, loop_head),
         }
     }
 
@@ -423,7 +423,7 @@ impl DbtVcpu {
         }
     }
 
-    pub(super) fn translate(&mut self, offset: u64, key: Key) -> Option<u32> {
+    pub(super) fn translate(&mut self, offset: u64, key: Key, loop_head: bool) -> Option<u32> {
         let page = offset & PAGE_MASK;
         if let Some(volatility) = self.volatile.get_mut(&page)
             && volatility.entries_left > 0
@@ -440,7 +440,7 @@ impl DbtVcpu {
         self.follow_changes();
         let mut bytes = [0; PAGE + OVERHANG];
         self.env.load_bytes(page, &mut bytes[..PAGE]);
-        if let Some(translation) = block::translate(&self.request(&bytes[..PAGE], offset, key)) {
+        if let Some(translation) = block::translate(&self.request(&bytes[..PAGE], offset, key, loop_head)) {
             return self.insert(offset, key, None, translation);
         }
         // The first instruction may cross into the next page.
@@ -451,7 +451,7 @@ impl DbtVcpu {
         self.env.mark_code(second);
         self.follow_changes();
         self.env.load_bytes(second, &mut bytes[PAGE..]);
-        let translation = block::translate(&self.request(&bytes, offset, key))?;
+        let translation = block::translate(&self.request(&bytes, offset, key, loop_head))?;
         self.insert(offset, key, Some(second), translation)
     }
 
@@ -474,7 +474,7 @@ impl DbtVcpu {
         number
     }
 
-    fn request<'a>(&'a self, page: &'a [u8], offset: u64, key: Key) -> Request<'a> {
+    fn request<'a>(&'a self, page: &'a [u8], offset: u64, key: Key, loop_head: bool) -> Request<'a> {
         Request {
             page,
             offset: (offset & !PAGE_MASK) as usize,
@@ -489,6 +489,7 @@ impl DbtVcpu {
             first_slot: self.is_hot(offset, key).then(|| self.cache.slots().len() as u32),
             page_offset: offset & PAGE_MASK,
             roaming: &self.roaming,
+            loop_head,
         }
     }
 
@@ -728,7 +729,7 @@ impl DbtVcpu {
         self.trace.note(&mut self.cpu, &mut self.env);
         let key = Key::of(&self.cpu);
         let translatable = key.code32() || self.cpu.state.mode() == Mode::Long64;
-        let block = if translatable && self.cpu.runs_plainly() { self.block(key) } else { None };
+        let block = if translatable && self.cpu.runs_plainly() { self.block(key, false) } else { None };
         let Some(block) = block.and_then(|number| self.cache.block(number)) else {
             let statistics = &mut self.statistics;
             *(if translatable { &mut statistics.not_translated } else { &mut statistics.other_modes }) += 1;
@@ -801,7 +802,8 @@ impl DbtVcpu {
         }
         let key = Key::of(&self.cpu);
         let generation = self.cache.next_site();
-        let Some(block) = self.block(key) else { return };
+        let loop_head = matches!(site.kind, SiteKind::Jump { backwards: true, .. });
+        let Some(block) = self.block(key, loop_head) else { return };
         // Not if all blocks were dropped to make room for this one.
         if self.cache.next_site() < generation || self.cache.block(site.block).is_none() {
             return;
