@@ -164,6 +164,8 @@ pub(super) struct Builder<'a> {
     windows: Vec<Window>,
     /// Offsets in the page of the instructions that slots were taken for.
     pub slots: Vec<u16>,
+    /// What guest RSP is to be moved by before anything sees it.
+    pub stack_moved: i32,
     /// The last instruction was STI.
     pub in_shadow: bool,
     stack: Option<StackRange>,
@@ -222,6 +224,7 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
         addend: Addend::Anything,
         windows,
         slots: Vec::new(),
+        stack_moved: 0,
         in_shadow: false,
         stack,
         instruction_start: 0,
@@ -235,6 +238,7 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
     for decoded in &block {
         builder.instruction(decoded);
     }
+    builder.move_stack();
     if !block.last().is_some_and(|last| last.class.is_last()) {
         builder.jump_to(builder.next_guest as i64, live_out);
     }
@@ -418,7 +422,10 @@ impl Builder<'_> {
             self.put_flags_aside();
         }
         let size = range.high - range.low;
-        self.e.lea(Width::W64, ADDRESS, at(GUEST_RSP, range.low));
+        match range.low {
+            0 => self.e.copy(Width::W64, ADDRESS, GUEST_RSP),
+            low => self.e.lea(Width::W64, ADDRESS, at(GUEST_RSP, low)),
+        }
         self.e.sub_mem(Width::W64, ADDRESS, stack_page());
         self.e.compare_imm(Width::W64, ADDRESS, PAGE as i32 - size);
         let fixup = self.e.jump_if(condition::A);
@@ -556,10 +563,21 @@ impl Builder<'_> {
         }
     }
 
+    /// Gives guest RSP its value.
+    pub fn move_stack(&mut self) {
+        let moved = std::mem::take(&mut self.stack_moved);
+        if moved != 0 {
+            self.e.lea(self.width(), GUEST_RSP, at(GUEST_RSP, moved));
+        }
+    }
+
     fn instruction(&mut self, decoded: &Decoded) {
         let instruction = &decoded.instruction;
         self.guest = instruction.ip() as usize;
         self.next_guest = instruction.next_ip() as usize;
+        if !analysis::may_wait_for_stack(decoded) {
+            self.move_stack();
+        }
         self.instruction_start = self.e.position();
         self.vector = is_vector(decoded) || analysis::is_state_image(instruction.mnemonic());
         let slots = self.slots.len();
@@ -583,12 +601,17 @@ impl Builder<'_> {
             self.stubs.truncate(stubs);
             self.tails.truncate(tails);
             self.flags_aside = flags_aside;
+            self.move_stack();
             self.interpret(decoded.class.is_last());
         }
         if shadowed && self.in_shadow && !interpreted && decoded.class != Class::Sti {
             self.leave_shadow();
         }
         self.in_shadow &= decoded.class == Class::Sti;
+        // Who comes back behind the instruction has made its move of RSP.
+        if self.sites.len() > sites {
+            self.move_stack();
+        }
         // The block has no code behind its last instruction, even if that goes to the next one.
         let goes_on = !decoded.class.is_last();
         let next_host = goes_on.then_some((self.request.start + self.e.position()) as u32);

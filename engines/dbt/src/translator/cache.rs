@@ -3,7 +3,7 @@
 use rustc_hash::FxHashMap;
 
 use super::block::{SharedCode, Translation};
-use super::context::{Context, JUMP_ENTRIES, JumpEntry, LINKS};
+use super::context::{Context, JUMP_PAGES, JumpEntry, LINKS, jump_index};
 use super::key::Key;
 use super::shared_code::{self, Parts};
 use super::site::{FaultPoint, Site, SiteKind};
@@ -262,7 +262,8 @@ impl Cache {
         let key = index_key(block.offset, block.key);
         // The jump cache is indexed by more bits of the linear address than lie within a page.
         let host = self.code.address(block.lookup_entry as usize);
-        for place in (block.offset as usize & 0xfff..JUMP_ENTRIES).step_by(0x1000) {
+        let in_page = block.offset & 0xfff;
+        for place in (0..JUMP_PAGES).map(|page| jump_index(in_page | page << 12)) {
             if context.jumps[place].host == host {
                 context.jumps[place] = JumpEntry::EMPTY;
             }

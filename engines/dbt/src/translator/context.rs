@@ -42,7 +42,14 @@ pub const TLB_INDEX_MASK: i32 = (TLB_ENTRIES as i32 - 1) << TLB_ENTRY_SHIFT;
 /// A tag that no page number equals.
 pub const TLB_EMPTY: u64 = u64::MAX;
 /// Entries of the jump cache; a power of two.
-pub const JUMP_ENTRIES: usize = 1 << 15;
+pub const JUMP_ENTRIES: usize = 1 << 14;
+/// Bytes of code that share an entry of the jump cache.
+const JUMP_GRANULE: usize = 4;
+/// Mask that makes an instruction pointer what [`jump_rip`] and its like are indexed by.
+pub const JUMP_MASK: i32 = ((JUMP_ENTRIES - 1) * JUMP_GRANULE) as i32;
+/// Pages of code whose instruction pointers have different entries.
+pub const JUMP_PAGES: u64 = (JUMP_ENTRIES * JUMP_GRANULE >> 12) as u64;
+const _: () = assert!(JUMP_GRANULE * 8 == size_of::<JumpEntry>());
 /// Links between pages at most.
 pub const LINKS: usize = 1 << 18;
 /// Bit of [`Context::jump_bias`] that is set when an event waits: no lookup hits any more.
@@ -321,22 +328,22 @@ pub const fn tlb_tag(class: u8, write: bool, index: Reg) -> Mem {
 pub const fn tlb_addend(class: u8, index: Reg) -> Mem {
     indexed(CONTEXT, index, 0, (tlb_offset(class) + offset_of!(TlbEntry, addend)) as i32)
 }
-/// The jump cache's instruction pointer; `index` holds the entry's offset.
+/// The jump cache's instruction pointer; `index` holds an eighth of the entry's offset.
 pub const fn jump_rip(index: Reg) -> Mem {
-    indexed(CONTEXT, index, 0, (offset_of!(Context, jumps) + offset_of!(JumpEntry, rip)) as i32)
+    indexed(CONTEXT, index, 3, (offset_of!(Context, jumps) + offset_of!(JumpEntry, rip)) as i32)
 }
 /// The jump cache's bias.
 pub const fn jump_bias_of(index: Reg) -> Mem {
-    indexed(CONTEXT, index, 0, (offset_of!(Context, jumps) + offset_of!(JumpEntry, bias)) as i32)
+    indexed(CONTEXT, index, 3, (offset_of!(Context, jumps) + offset_of!(JumpEntry, bias)) as i32)
 }
 /// The jump cache's host address.
 pub const fn jump_host(index: Reg) -> Mem {
-    indexed(CONTEXT, index, 0, (offset_of!(Context, jumps) + offset_of!(JumpEntry, host)) as i32)
+    indexed(CONTEXT, index, 3, (offset_of!(Context, jumps) + offset_of!(JumpEntry, host)) as i32)
 }
 
 /// Entry of the jump cache for an instruction pointer: its low bits, since code is dense.
 pub const fn jump_index(rip: u64) -> usize {
-    rip as usize % JUMP_ENTRIES
+    rip as usize / JUMP_GRANULE % JUMP_ENTRIES
 }
 
 impl Context {

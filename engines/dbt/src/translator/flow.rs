@@ -5,8 +5,7 @@ use iced_x86::OpKind;
 use super::analysis::{self, Decoded};
 use super::block::{Builder, NotRenamed, PAGE, Tail};
 use super::context::{
-    self, ADDEND, ADDRESS, GUEST_RSP, JUMP_ENTRIES, JumpEntry, TEMPORARY, jump_bias_of, jump_host, jump_rip,
-    page_base,
+    self, ADDEND, ADDRESS, JUMP_MASK, TEMPORARY, jump_bias_of, jump_host, jump_rip, page_base,
 };
 use super::emit::{Emitter, Fixup, Width, at, condition, indexed};
 use super::operand::{host_register, number};
@@ -53,7 +52,8 @@ impl Builder<'_> {
         let extra =
             if decoded.instruction.op_count() > 0 { decoded.instruction.immediate16().into() } else { 0 };
         let popped = self.stack_step() + extra;
-        self.e.lea(self.width(), GUEST_RSP, at(GUEST_RSP, popped));
+        self.stack_moved += popped;
+        self.move_stack();
         self.look_up(Undo::Return(popped as u32));
     }
 
@@ -61,8 +61,7 @@ impl Builder<'_> {
     pub fn look_up(&mut self, undo: Undo) {
         self.put_flags_aside();
         self.e.copy(Width::W32, TEMPORARY, ADDRESS);
-        self.e.and_imm(Width::W32, TEMPORARY, JUMP_ENTRIES as i32 - 1);
-        self.e.shl(Width::W32, TEMPORARY, size_of::<JumpEntry>().trailing_zeros() as u8);
+        self.e.and_imm(Width::W32, TEMPORARY, JUMP_MASK);
         self.e.compare(Width::W64, ADDRESS, jump_rip(TEMPORARY));
         let other = self.e.jump_if(condition::NE);
         self.e.load(Width::W64, ADDEND, context::jump_bias());
