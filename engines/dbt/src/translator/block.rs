@@ -16,7 +16,7 @@ use super::code32::{self, Widened};
 use super::context::{
     self, ADDEND, ADDRESS, GUEST_RSP, TEMPORARY, block_flags, page_base, saved, stack_page,
 };
-use super::emit::{Emitter, Fixup, Mem, Width, at, condition, reg};
+use super::emit::{Emitter, Fixup, Mem, Reg, Width, at, condition, reg};
 use super::key::{Key, USER};
 use super::site::{FaultPoint, Site, SiteKind, Undo};
 use crate::code_tracker;
@@ -79,18 +79,28 @@ pub struct Request<'a> {
     pub roaming: &'a FxHashSet<u64>,
     /// Instructions, by offset in RAM, that share no check with those behind them.
     pub alone: &'a FxHashSet<u64>,
+    /// A jump backwards leads here.
+    pub loop_head: bool,
+}
+
+/// Offsets in a block's code of its entries.
+pub struct Entries {
+    /// For jumps by the jump cache: [`ADDRESS`] holds the linear address, the guest's flags are aside.
+    pub lookup: usize,
+    /// For jumps from other pages by a link: [`ADDRESS`] holds the linear address.
+    pub link: usize,
+    /// For jumps backwards in the page: events are looked for.
+    pub backwards: usize,
+    /// For jumps forwards in the page.
+    pub forwards: usize,
 }
 
 /// A translated block.
 pub struct Translation {
     /// Host code.
     pub code: Vec<u8>,
-    /// Offset in `code` of the entry for jumps that know the linear address only ([`ADDRESS`] holds it).
-    pub lookup_entry: usize,
-    /// Offset in `code` of the entry for direct jumps backwards.
-    pub loop_entry: usize,
-    /// Offset in `code` of the entry for direct jumps forwards.
-    pub entry: usize,
+    /// Where it is entered.
+    pub entries: Entries,
     /// The places where the code may leave.
     pub sites: Vec<Site>,
     /// Where host faults may happen.
@@ -161,6 +171,8 @@ pub(super) struct Builder<'a> {
     pub windows: [Option<Kept>; MAX_WINDOWS],
     /// Offsets in the page of the instructions that slots were taken for.
     pub slots: Vec<u16>,
+    /// What guest RSP is to be moved by before anything sees it.
+    pub stack_moved: i32,
     /// The last instruction was STI.
     pub in_shadow: bool,
     stack: Option<StackRange>,
@@ -230,6 +242,7 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
         held: None,
         windows: [None; MAX_WINDOWS],
         slots: Vec::new(),
+        stack_moved: 0,
         in_shadow: false,
         stack,
         instruction_start: 0,
@@ -239,19 +252,22 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
         links: 0,
     };
     let crosses = request.offset + length > PAGE;
-    let (loop_entry, entry) = builder.prologue(&block, uses_vectors, uses_x87, crosses);
+    let mut entries = builder.prologue(&block, uses_vectors, uses_x87, crosses);
     for decoded in &block {
         builder.instruction(decoded);
     }
+    builder.move_stack();
     if !block.last().is_some_and(|last| last.class.is_last()) {
         builder.jump_to(builder.next_guest as i64, live_out);
+    }
+    if !crosses && !request.loop_head {
+        let live = block.first().map_or(analysis::ALL_FLAGS, |first| first.live_before);
+        entries.backwards = builder.loop_entry(entries.forwards, live);
     }
     builder.finish();
     Some(Translation {
         code: builder.e.code,
-        lookup_entry: 0,
-        loop_entry,
-        entry,
+        entries,
         sites: builder.sites,
         fault_points: builder.fault_points,
         length,
@@ -354,11 +370,15 @@ fn live_at(request: &Request<'_>, offset: usize, looked_at: &mut u64) -> u32 {
 
 impl Builder<'_> {
     /// Code before the first instruction: what a lookup has to set, the vector registers, the check of the stack.
-    /// Returns the entries for direct jumps backwards, where events are looked for, and forwards.
-    fn prologue(&mut self, block: &[Decoded], vectors: bool, x87: bool, crosses: bool) -> (usize, usize) {
+    fn prologue(&mut self, block: &[Decoded], vectors: bool, x87: bool, crosses: bool) -> Entries {
+        let live = block.first().map_or(analysis::ALL_FLAGS, |first| first.live_before);
+        if live != 0 {
+            self.flags_aside = true;
+            self.bring_flags_back();
+        }
+        let link_entry = self.e.position();
         self.e.lea(Width::W64, TEMPORARY, at(ADDRESS, -(self.request.offset as i32)));
         self.e.store(Width::W64, page_base(), TEMPORARY);
-        let live = block.first().map_or(analysis::ALL_FLAGS, |first| first.live_before);
         let mut loop_entry = self.e.position();
         let entry;
         if crosses {
@@ -368,9 +388,12 @@ impl Builder<'_> {
             self.e.load(Width::W64, ADDRESS, page_base());
             self.e.lea(Width::W64, ADDRESS, at(ADDRESS, self.request.offset as i32));
             self.look_up(Undo::Never);
+            self.flags_aside = false;
             self.e.bind(over);
         } else {
-            self.check_event(self.request.offset as i32, live);
+            if self.request.loop_head {
+                self.check_event(self.request.offset as i32, live);
+            }
             entry = self.e.position();
         }
         if x87 {
@@ -384,18 +407,28 @@ impl Builder<'_> {
         if let Some(range) = self.stack {
             self.check_stack(range, live);
         }
-        (loop_entry, entry)
+        Entries { lookup: 0, link: link_entry, backwards: loop_entry, forwards: entry }
     }
 
-    /// A jump taken if the byte is not zero; flags are left alone.
+    /// An entry for jumps backwards, of a block where none were expected.
+    fn loop_entry(&mut self, forwards: usize, live: u32) -> usize {
+        let start = self.e.position();
+        (self.guest, self.flags_aside, self.vector) = (self.request.offset, false, false);
+        self.check_event(self.request.offset as i32, live);
+        let jump = self.e.jump();
+        self.e.bind_to(jump, forwards);
+        start
+    }
+
+    /// A jump taken if the byte is not zero; flags are left alone. Changes TEMPORARY.
     pub fn unless_zero(&mut self, byte: Mem) -> Fixup {
-        self.e.store(Width::W64, saved(), reg::RCX);
+        self.e.copy(Width::W64, TEMPORARY, reg::RCX);
         self.e.load_zx8(reg::RCX, byte);
         let zero = self.e.jump_if_rcx_zero(false);
-        self.e.load(Width::W64, reg::RCX, saved());
+        self.e.copy(Width::W64, reg::RCX, TEMPORARY);
         let fixup = self.e.jump();
         self.e.bind(zero);
-        self.e.load(Width::W64, reg::RCX, saved());
+        self.e.copy(Width::W64, reg::RCX, TEMPORARY);
         fixup
     }
 
@@ -405,7 +438,10 @@ impl Builder<'_> {
             self.put_flags_aside();
         }
         let size = range.high - range.low;
-        self.e.lea(Width::W64, ADDRESS, at(GUEST_RSP, range.low));
+        match range.low {
+            0 => self.e.copy(Width::W64, ADDRESS, GUEST_RSP),
+            low => self.e.lea(Width::W64, ADDRESS, at(GUEST_RSP, low)),
+        }
         self.e.sub_mem(Width::W64, ADDRESS, stack_page());
         self.e.compare_imm(Width::W64, ADDRESS, PAGE as i32 - size);
         let fixup = self.e.jump_if(condition::A);
@@ -447,6 +483,12 @@ impl Builder<'_> {
         number
     }
 
+    /// Makes two jumps lead to the same code behind the block, which leaves by a new site.
+    pub fn leave_from_both(&mut self, from: [Fixup; 2], kind: SiteKind) {
+        let site = self.new_site(kind);
+        self.stubs.extend(from.map(|from| Stub { from, site, address: None, retry: None }));
+    }
+
     /// Makes a jump lead to code behind the block that leaves by a new site.
     pub fn leave_from(&mut self, from: Fixup, kind: SiteKind) {
         let site = self.new_site(kind);
@@ -465,32 +507,56 @@ impl Builder<'_> {
         self.stubs.push(Stub { from, site, address, retry });
     }
 
+    /// The guest's flags to `block_flags`. Changes TEMPORARY.
     pub fn put_flags_aside(&mut self) {
         if self.flags_aside {
             return;
         }
         self.flags_aside = true;
-        self.e.store(Width::W64, saved(), reg::RAX);
+        self.e.copy(Width::W64, TEMPORARY, reg::RAX);
         self.e.flags_to_ax();
         self.e.store16(block_flags(), reg::RAX);
-        self.e.load(Width::W64, reg::RAX, saved());
+        self.e.copy(Width::W64, reg::RAX, TEMPORARY);
     }
 
+    /// The guest's flags from `block_flags`. Changes TEMPORARY.
     pub fn bring_flags_back(&mut self) {
+        self.bring_flags_back_by(Some(TEMPORARY));
+    }
+
+    /// The same with another scratch register, or none.
+    pub fn bring_flags_back_by(&mut self, scratch: Option<Reg>) {
         if !self.flags_aside {
             return;
         }
         self.flags_aside = false;
-        self.e.store(Width::W64, saved(), reg::RAX);
+        match scratch {
+            Some(scratch) => self.e.copy(Width::W64, scratch, reg::RAX),
+            None => self.e.store(Width::W64, saved(), reg::RAX),
+        }
         self.e.load_zx16(reg::RAX, block_flags());
         self.e.flags_from_ax();
-        self.e.load(Width::W64, reg::RAX, saved());
+        match scratch {
+            Some(scratch) => self.e.copy(Width::W64, reg::RAX, scratch),
+            None => self.e.load(Width::W64, reg::RAX, saved()),
+        }
+    }
+
+    /// Gives guest RSP its value.
+    pub fn move_stack(&mut self) {
+        let moved = std::mem::take(&mut self.stack_moved);
+        if moved != 0 {
+            self.e.lea(self.width(), GUEST_RSP, at(GUEST_RSP, moved));
+        }
     }
 
     fn instruction(&mut self, decoded: &Decoded) {
         let instruction = &decoded.instruction;
         self.guest = instruction.ip() as usize;
         self.next_guest = instruction.next_ip() as usize;
+        if !analysis::may_wait_for_stack(decoded) {
+            self.move_stack();
+        }
         self.instruction_start = self.e.position();
         self.vector = is_vector(decoded) || analysis::is_state_image(instruction.mnemonic());
         let slots = self.slots.len();
@@ -518,12 +584,17 @@ impl Builder<'_> {
             self.stubs.truncate(stubs);
             self.tails.truncate(tails);
             self.flags_aside = flags_aside;
+            self.move_stack();
             self.interpret(decoded.class.is_last());
         }
         if shadowed && self.in_shadow && !interpreted && decoded.class != Class::Sti {
             self.leave_shadow();
         }
         self.in_shadow &= decoded.class == Class::Sti;
+        // Who comes back behind the instruction has made its move of RSP.
+        if self.sites.len() > sites {
+            self.move_stack();
+        }
         // The block has no code behind its last instruction, even if that goes to the next one.
         let goes_on = !decoded.class.is_last();
         let next_host = goes_on.then_some((self.request.start + self.e.position()) as u32);

@@ -42,8 +42,15 @@ pub const TLB_INDEX_SHIFT: u8 = (12 - TLB_ENTRY_SHIFT) as u8;
 pub const TLB_INDEX_MASK: i32 = (TLB_ENTRIES as i32 - 1) << TLB_ENTRY_SHIFT;
 /// A tag that no page number equals.
 pub const TLB_EMPTY: u64 = u64::MAX;
-/// Entries of the jump cache: as many as 15 bits can index.
-pub const JUMP_ENTRIES: usize = 1 << 15;
+/// Entries of the jump cache; a power of two.
+pub const JUMP_ENTRIES: usize = 1 << 14;
+/// Bytes of code that share an entry of the jump cache.
+const JUMP_GRANULE: usize = 4;
+/// Mask that makes an instruction pointer what [`jump_rip`] and its like are indexed by.
+pub const JUMP_MASK: i32 = ((JUMP_ENTRIES - 1) * JUMP_GRANULE) as i32;
+/// Pages of code whose instruction pointers have different entries.
+pub const JUMP_PAGES: u64 = (JUMP_ENTRIES * JUMP_GRANULE >> 12) as u64;
+const _: () = assert!(JUMP_GRANULE * 8 == size_of::<JumpEntry>());
 /// Links between pages at most.
 pub const LINKS: usize = 1 << 18;
 /// Bit of [`Context::jump_bias`] that is set when an event waits: no lookup hits any more.
@@ -109,10 +116,19 @@ pub struct Tlbs {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct JumpEntry {
-    /// What, added to the instruction pointer and [`Context::jump_bias`], gives zero.
-    pub complement: u64,
+    /// The instruction pointer.
+    pub rip: u64,
+    /// [`Context::jump_bias`] where it holds; 0 in an empty entry.
+    pub bias: u64,
     /// Host address of the block.
     pub host: u64,
+    /// Fills up to a power of two.
+    pub padding: u64,
+}
+
+impl JumpEntry {
+    /// Matches nothing.
+    pub const EMPTY: Self = Self { rip: 0, bias: 0, host: 0, padding: 0 };
 }
 
 /// A result of CPUID.
@@ -190,7 +206,7 @@ pub struct Context {
     pub stack_page: AtomicU64,
     /// Addend of that page.
     pub stack_addend: AtomicU64,
-    /// Tells address spaces, modes and times apart in the jump cache: bits 48 to 62. Bit 63: [`EVENT_BIT`].
+    /// Tells address spaces, modes and times apart in the jump cache. Bit 63: [`EVENT_BIT`].
     pub jump_bias: AtomicU64,
     /// Holds RCX or RAX during a few instructions.
     pub saved: u64,
@@ -354,9 +370,13 @@ pub const fn tlb_tag(class: u8, write: bool, index: Reg) -> Mem {
 pub const fn tlb_addend(class: u8, index: Reg) -> Mem {
     indexed(CONTEXT, index, 0, (tlb_offset(class) + offset_of!(TlbEntry, addend)) as i32)
 }
-/// The jump cache's complement; `index` holds twice the entry's number.
-pub const fn jump_complement(index: Reg) -> Mem {
-    indexed(CONTEXT, index, 3, (offset_of!(Context, jumps) + offset_of!(JumpEntry, complement)) as i32)
+/// The jump cache's instruction pointer; `index` holds an eighth of the entry's offset.
+pub const fn jump_rip(index: Reg) -> Mem {
+    indexed(CONTEXT, index, 3, (offset_of!(Context, jumps) + offset_of!(JumpEntry, rip)) as i32)
+}
+/// The jump cache's bias.
+pub const fn jump_bias_of(index: Reg) -> Mem {
+    indexed(CONTEXT, index, 3, (offset_of!(Context, jumps) + offset_of!(JumpEntry, bias)) as i32)
 }
 /// The jump cache's host address.
 pub const fn jump_host(index: Reg) -> Mem {
@@ -365,7 +385,7 @@ pub const fn jump_host(index: Reg) -> Mem {
 
 /// Entry of the jump cache for an instruction pointer: its low bits, since code is dense.
 pub const fn jump_index(rip: u64) -> usize {
-    rip as usize % JUMP_ENTRIES
+    rip as usize / JUMP_GRANULE % JUMP_ENTRIES
 }
 
 impl Context {
@@ -390,9 +410,7 @@ impl Context {
 
     /// Empties the jump cache.
     pub fn flush_jumps(&mut self) {
-        // With a complement of zero only bias + rip = 0 would hit; biases are at least 1 << 48, and no canonical
-        // address, which others are not looked up for, complements one below 1 << 63.
-        self.jumps.fill(JumpEntry { complement: 0, host: 0 });
+        self.jumps.fill(JumpEntry::EMPTY);
     }
 
     /// Empties what IRETQ loads.

@@ -284,7 +284,7 @@ impl DbtVcpu {
             // the one that led here.
             _ if block.second.is_some() => None,
             Some(variant) => Some(variant),
-            None => self.translate(offset, key),
+            None => self.translate(offset, key, false),
         };
         match variant.and_then(|number| Some((number, self.cache.block(number)?.entry))) {
             Some((number, entry)) => {

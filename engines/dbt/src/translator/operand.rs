@@ -277,7 +277,8 @@ impl Builder<'_> {
         let changed = self.rename_registers(decoded, &mut renamed, &mut free)?;
         let flags_needed = reads_or_keeps_flags(decoded);
         if flags_needed {
-            self.bring_flags_back();
+            let scratch = [TEMPORARY, ADDRESS].into_iter().find(|host| free.contains(host));
+            self.bring_flags_back_by(scratch);
         }
         let host = self.e.position() as u32;
         // First: if it can't be encoded, another instruction will stand there.
@@ -494,11 +495,42 @@ impl Builder<'_> {
         encoded.map(|_| ()).map_err(|_| NotRenamed)
     }
 
+    /// LEA of registers that all live in host registers: whether it was emitted, as itself.
+    fn short_lea(&mut self, instruction: &Instruction) -> bool {
+        let destination = instruction.op0_register();
+        let (base, index) = (instruction.memory_base(), instruction.memory_index());
+        let in_host = |register: Register| register.is_gpr() && !is_spilled(register);
+        // What lies above the result's 32 bits does not matter; addresses of 32 bits are not as wide as 64.
+        let width = match (destination.size(), base.size(), index.size()) {
+            (4, ..) => Width::W32,
+            (8, 0 | 8, 0 | 8) => Width::W64,
+            _ => return false,
+        };
+        let usable = |register: Register| register == Register::None || in_host(register);
+        if !in_host(destination) || !usable(base) || !usable(index) {
+            return false;
+        }
+        let host = |register: Register| number(register).map(host_register);
+        let Some(target) = host(destination) else { return false };
+        let displacement = instruction.memory_displacement64() as i32;
+        let scale = instruction.memory_index_scale().trailing_zeros() as u8;
+        match (host(base), host(index)) {
+            (Some(base), None) => self.e.lea(width, target, at(base, displacement)),
+            (Some(base), Some(index)) => self.e.lea(width, target, indexed(base, index, scale, displacement)),
+            (None, Some(index)) => self.e.lea_index(width, target, index, scale, displacement),
+            (None, None) => return false,
+        }
+        true
+    }
+
     fn lea(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
         let instruction = &decoded.instruction;
         let destination = instruction.op0_register();
-        self.offset(instruction)?;
         let guest = number(destination).ok_or(NotRenamed)?;
+        if self.short_lea(instruction) {
+            return Ok(());
+        }
+        self.offset(instruction)?;
         if is_spilled(destination) {
             match destination.size() {
                 8 => self.e.store(Width::W64, context::spilled(guest), ADDRESS),
@@ -525,7 +557,7 @@ impl Builder<'_> {
     pub fn stack_operand(&mut self, decoded: &Decoded, offset: i32, write: bool) -> Mem {
         if decoded.stack_delta.is_some() {
             self.load_stack_addend();
-            return indexed(GUEST_RSP, ADDEND, 0, offset);
+            return indexed(GUEST_RSP, ADDEND, 0, offset + self.stack_moved);
         }
         self.e.lea(self.width(), ADDRESS, at(GUEST_RSP, offset));
         self.check(self.stack_step(), write, decoded.live_before);
@@ -566,20 +598,21 @@ impl Builder<'_> {
                 }
             }
         }
-        self.e.lea(width, GUEST_RSP, at(GUEST_RSP, -step));
+        self.stack_moved -= step;
         Ok(())
     }
 
     pub fn pop(&mut self, decoded: &Decoded) {
         let place = self.stack_operand(decoded, 0, false);
         let guest = number(decoded.instruction.op0_register()).unwrap_or_default();
-        self.e.load(self.width(), TEMPORARY, place);
-        self.e.lea(self.width(), GUEST_RSP, at(GUEST_RSP, self.stack_step()));
+        let target = if guest >= 12 { TEMPORARY } else { host_register(guest) };
+        self.e.load(self.width(), target, place);
         if guest >= 12 {
             self.e.store(Width::W64, context::spilled(guest), TEMPORARY);
-        } else {
-            // POP RSP gets the popped value, not the incremented one.
-            self.e.copy(Width::W64, host_register(guest), TEMPORARY);
+        }
+        // POP RSP gets the popped value, not the incremented one.
+        if target != GUEST_RSP {
+            self.stack_moved += self.stack_step();
         }
     }
 
@@ -602,7 +635,8 @@ impl Builder<'_> {
         self.e.load(Width::W64, TEMPORARY, page_base());
         self.e.lea(Width::W64, TEMPORARY, at(TEMPORARY, self.next_guest as i32));
         self.e.store(width, place, TEMPORARY);
-        self.e.lea(width, GUEST_RSP, at(GUEST_RSP, -step));
+        self.stack_moved -= step;
+        self.move_stack();
     }
 }
 

@@ -38,10 +38,6 @@ use crate::peers::Peer;
 use crate::trace::Trace;
 
 pub(super) const PAGE_MASK: u64 = !0xfff;
-/// Biases of the jump cache are counted in this.
-const BIAS_UNIT: u64 = 1 << 48;
-/// The largest bias: bit 63 is [`EVENT_BIT`].
-const LAST_BIAS: u64 = 0x7fff * BIAS_UNIT;
 /// Instructions that are interpreted at a time where nothing can be translated.
 const INTERPRETED: u64 = 64;
 /// A page whose code was written this often is interpreted for a while.
@@ -408,19 +404,19 @@ impl DbtVcpu {
     // ---- translated code ----
 
     /// The block for the processor's instruction pointer, translated now if need be; `None` where it must be
-    /// interpreted.
-    pub(super) fn block(&mut self, key: Key) -> Option<u32> {
+    /// interpreted. `loop_head`: a jump backwards leads there.
+    pub(super) fn block(&mut self, key: Key, loop_head: bool) -> Option<u32> {
         let rip = self.cpu.state.rip;
         let Ok(Place::Ram(offset)) = self.cpu.probe(&mut self.env, rip, Access::Execute) else { return None };
         match self.cache.find(offset, key) {
             Some(number) => {
                 let expected = self.cache.block(number)?.second;
                 if expected.is_some() && self.second_page(rip) != expected {
-                    return self.translate(offset, key);
+                    return self.translate(offset, key, loop_head);
                 }
                 Some(number)
             }
-            None => self.translate(offset, key),
+            None => self.translate(offset, key, loop_head),
         }
     }
 
@@ -436,7 +432,7 @@ impl DbtVcpu {
         }
     }
 
-    pub(super) fn translate(&mut self, offset: u64, key: Key) -> Option<u32> {
+    pub(super) fn translate(&mut self, offset: u64, key: Key, loop_head: bool) -> Option<u32> {
         let page = offset & PAGE_MASK;
         if let Some(volatility) = self.volatile.get_mut(&page)
             && volatility.entries_left > 0
@@ -453,7 +449,7 @@ impl DbtVcpu {
         self.follow_changes();
         let mut bytes = [0; PAGE + OVERHANG];
         self.env.load_bytes(page, &mut bytes[..PAGE]);
-        if let Some(translation) = block::translate(&self.request(&bytes[..PAGE], offset, key)) {
+        if let Some(translation) = block::translate(&self.request(&bytes[..PAGE], offset, key, loop_head)) {
             return self.insert(offset, key, None, translation);
         }
         // The first instruction may cross into the next page.
@@ -464,7 +460,7 @@ impl DbtVcpu {
         self.env.mark_code(second);
         self.follow_changes();
         self.env.load_bytes(second, &mut bytes[PAGE..]);
-        let translation = block::translate(&self.request(&bytes, offset, key))?;
+        let translation = block::translate(&self.request(&bytes, offset, key, loop_head))?;
         self.insert(offset, key, Some(second), translation)
     }
 
@@ -487,7 +483,7 @@ impl DbtVcpu {
         number
     }
 
-    fn request<'a>(&'a self, page: &'a [u8], offset: u64, key: Key) -> Request<'a> {
+    fn request<'a>(&'a self, page: &'a [u8], offset: u64, key: Key, loop_head: bool) -> Request<'a> {
         Request {
             page,
             offset: (offset & !PAGE_MASK) as usize,
@@ -503,6 +499,7 @@ impl DbtVcpu {
             page_offset: offset & PAGE_MASK,
             roaming: &self.roaming,
             alone: &self.alone,
+            loop_head,
         }
     }
 
@@ -594,13 +591,8 @@ impl DbtVcpu {
         if let Some(&bias) = self.biases.get(&space) {
             return bias;
         }
-        if self.last_bias >= LAST_BIAS {
-            self.biases.clear();
-            self.forgotten += 1;
-            self.context().flush_jumps();
-            self.last_bias = 0;
-        }
-        self.last_bias += BIAS_UNIT;
+        // Bit 63, which is [`EVENT_BIT`], is not reached.
+        self.last_bias += 1;
         self.biases.insert(space, self.last_bias);
         self.last_bias
     }
@@ -755,7 +747,7 @@ impl DbtVcpu {
         self.cpu.drop_idle_resume_flag();
         let key = Key::of(&self.cpu);
         let translatable = key.code32() || self.cpu.state.mode() == Mode::Long64;
-        let block = if translatable && self.cpu.runs_plainly() { self.block(key) } else { None };
+        let block = if translatable && self.cpu.runs_plainly() { self.block(key, false) } else { None };
         let Some(block) = block.and_then(|number| self.cache.block(number)) else {
             let statistics = &mut self.statistics;
             *(if translatable { &mut statistics.not_translated } else { &mut statistics.other_modes }) += 1;
@@ -774,8 +766,7 @@ impl DbtVcpu {
         context.page_base = rip & PAGE_MASK;
         context.address = rip;
         if remember {
-            let complement = rip.wrapping_add(bias).wrapping_neg();
-            context.jumps[jump_index(rip)] = JumpEntry { complement, host };
+            context.jumps[jump_index(rip)] = JumpEntry { rip, bias, host, padding: 0 };
         }
         self.resets = self.spaces.shared().resets();
         self.spaces.shared().enter_block();
@@ -830,7 +821,8 @@ impl DbtVcpu {
         }
         let key = Key::of(&self.cpu);
         let generation = self.cache.next_site();
-        let Some(block) = self.block(key) else { return };
+        let loop_head = matches!(site.kind, SiteKind::Jump { backwards: true, .. });
+        let Some(block) = self.block(key, loop_head) else { return };
         // Not if all blocks were dropped to make room for this one.
         if self.cache.next_site() < generation || self.cache.block(site.block).is_none() {
             return;
