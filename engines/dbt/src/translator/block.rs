@@ -486,6 +486,11 @@ impl Builder<'_> {
         self.stubs.push(Stub { from, site, address, retry });
     }
 
+    /// What ADDEND holds is not known here any more.
+    pub fn forget_addend(&mut self) {
+        self.addend = Addend::Anything;
+    }
+
     pub fn put_flags_aside(&mut self) {
         if self.flags_aside {
             return;
@@ -565,6 +570,7 @@ impl Builder<'_> {
         match decoded.class {
             Class::Copy => self.copy(decoded)?,
             Class::Nothing => {}
+            Class::Pause => self.pause(decoded),
             Class::Push => self.push(decoded)?,
             Class::Pop => self.pop(decoded),
             Class::Leave => self.leave(decoded),

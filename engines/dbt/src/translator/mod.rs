@@ -17,6 +17,7 @@ mod flow;
 pub mod key;
 mod names;
 mod operand;
+mod pause;
 mod routines;
 mod sensitive;
 pub mod shared_code;

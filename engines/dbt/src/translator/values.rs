@@ -31,7 +31,7 @@ impl Values {
         let instruction = &decoded.instruction;
         let next = match decoded.class {
             Class::Copy => self.moved(instruction, decoded.stack_step as usize),
-            Class::Nothing | Class::JumpIf | Class::Jump => return,
+            Class::Nothing | Class::Pause | Class::JumpIf | Class::Jump => return,
             Class::Push | Class::Pushf | Class::Pop => {
                 self.0[number(Register::RSP)] = None;
                 None
