@@ -23,6 +23,8 @@ pub enum Class {
     Copy,
     /// Does nothing that the guest could see.
     Nothing,
+    /// PAUSE.
+    Pause,
     /// PUSH of a register, immediate or memory operand of 64 bits.
     Push,
     /// POP of a 64-bit register.
@@ -178,6 +180,7 @@ pub fn classify(instruction: &Instruction, model: &CpuModel, key: Key) -> Class 
             return Class::Pop;
         }
         Mnemonic::Leave if instruction.code() == Code::Leaveq => return Class::Leave,
+        Mnemonic::Pause => return Class::Pause,
         Mnemonic::Nop
         | Mnemonic::Endbr64
         | Mnemonic::Endbr32
@@ -647,6 +650,7 @@ pub fn mark_live_flags(block: &mut [Decoded], live_out: u32) {
             | Class::Syscall => (ALL_FLAGS, 0),
             Class::Sysret => (0, ALL_FLAGS),
             Class::Nothing
+            | Class::Pause
             | Class::Cli
             | Class::Cld
             | Class::Std
@@ -778,6 +782,7 @@ fn after(decoded: &Decoded, delta: i32) -> Option<i32> {
         Class::Pop if instruction.op0_register() == Register::RSP => return None,
         Class::Pop => decoded.stack_step.into(),
         Class::Nothing
+        | Class::Pause
         | Class::JumpIf
         | Class::BitString
         | Class::RepeatString

@@ -507,6 +507,11 @@ impl Builder<'_> {
         self.stubs.push(Stub { from, site, address, retry });
     }
 
+    /// What ADDEND holds is not known here any more.
+    pub fn forget_addend(&mut self) {
+        self.addend = Addend::Anything;
+    }
+
     /// The guest's flags to `block_flags`. Changes TEMPORARY.
     pub fn put_flags_aside(&mut self) {
         if self.flags_aside {
@@ -621,6 +626,7 @@ impl Builder<'_> {
         match decoded.class {
             Class::Copy => self.copy(decoded)?,
             Class::Nothing => self.address = self.held,
+            Class::Pause => self.pause(decoded),
             Class::Push => self.push(decoded)?,
             Class::Pop => self.pop(decoded),
             Class::Leave => self.leave(decoded),

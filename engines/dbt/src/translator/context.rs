@@ -20,6 +20,7 @@ use bivisor_x86::state::{CpuState, Segment};
 
 use super::checks::MAX_WINDOWS;
 use super::emit::{Mem, Reg, at, indexed, reg};
+use super::pause::PAUSES;
 
 /// Scratch: the linear address of an access, or the target of a jump.
 pub const ADDRESS: Reg = reg::R14;
@@ -239,6 +240,8 @@ pub struct Context {
     // ---- from here on, long displacements ----
     /// Entries into translated code and exits from it: odd while the processor's thread is inside.
     pub passages: AtomicU64,
+    /// So many more PAUSE are executed before the next leaves translated code.
+    pub pauses: u64,
     /// Arithmetic flags on entry and exit, in the form of `block_flags`.
     pub flags: u64,
     /// [`ADDRESS`] on exit.
@@ -301,7 +304,7 @@ macro_rules! field {
     };
 }
 field!(page_base stack_page stack_addend jump_bias saved state block_flags vectors x87_in_memory event pending);
-field!(fast_system_calls inner_segments base_instructions fs_base gs_base site host_mxcsr flags address temporary host_rsp target call_target overwritten tsc_offset);
+field!(fast_system_calls inner_segments base_instructions fs_base gs_base site host_mxcsr flags address temporary host_rsp target call_target overwritten tsc_offset pauses);
 field!(arithmetic_mask pushed_mask bit_mask syscall sysret mxcsr);
 
 /// Guest register 12 to 15 in [`Context::spilled`].
@@ -394,6 +397,7 @@ impl Context {
         self.state = state;
         self.vectors = VECTORS_IN_STATE;
         self.x87_in_memory = 1;
+        self.pauses = PAUSES;
         self.host_mxcsr = bivisor_x86::state::MXCSR_RESET;
         self.arithmetic_mask = ARITHMETIC;
         // Without VM and RF (SDM Vol. 2B, PUSHF), bits 22 up.

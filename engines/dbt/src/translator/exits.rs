@@ -120,6 +120,11 @@ impl DbtVcpu {
                 self.found_hot();
                 Next::Dispatch
             }
+            SiteKind::Pause { resume } => {
+                self.spun();
+                // The event comes before the PAUSE, which is executed again then.
+                if self.env.has_event() { Next::Dispatch } else { self.resume(resume, &site) }
+            }
             SiteKind::LoadVectors => {
                 self.cache.block(site.block).map_or(Next::Dispatch, |block| self.resume(block.entry, &site))
             }

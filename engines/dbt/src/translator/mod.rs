@@ -19,6 +19,7 @@ mod interrupt_return;
 pub mod key;
 mod names;
 mod operand;
+mod pause;
 mod routines;
 mod sensitive;
 pub mod shared_code;

@@ -120,6 +120,11 @@ pub enum SiteKind {
         /// Offset in the page.
         target: i32,
     },
+    /// So many PAUSE were executed that the host may have something better to do.
+    Pause {
+        /// Code behind the PAUSE.
+        resume: u32,
+    },
     /// The block needs the vector or x87 registers loaded.
     LoadVectors,
 }

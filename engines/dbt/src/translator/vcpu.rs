@@ -26,6 +26,7 @@ use super::exits::Next;
 use super::fault::{self, FAULT_SITE, Running};
 use super::key::{Key, USER};
 use super::names::Names;
+use super::pause::Spinning;
 use super::site::{Site, SiteKind};
 use super::spaces::{SharedTlbs, Spaces};
 use super::statistics::Statistics;
@@ -33,6 +34,7 @@ use super::windows::Windows;
 use crate::code_tracker::{self, CodeWrite};
 use crate::env::VcpuEnv;
 use crate::host_cpu;
+use crate::host_thread::HostThread;
 use crate::interp_vcpu::{self, ended};
 use crate::peers::Peer;
 use crate::trace::Trace;
@@ -122,6 +124,8 @@ pub struct DbtVcpu {
     /// How often that was so, of others.
     failures: FxHashMap<u64, u32>,
     pub(super) statistics: Statistics,
+    pub(super) thread: Arc<HostThread>,
+    pub(super) spinning: Spinning,
     /// While it is on, every block is entered by the dispatcher, which tells it.
     trace: Trace,
     names: Names,
@@ -145,6 +149,7 @@ struct Observer {
     /// Host address of RAM.
     ram: u64,
     tlbs: Arc<SharedTlbs>,
+    thread: Arc<HostThread>,
 }
 
 impl Waker for Observer {
@@ -164,6 +169,9 @@ impl Peer for Observer {
     }
     fn passages(&self) -> &AtomicU64 {
         self.tlbs.mapping().passages()
+    }
+    fn thread(&self) -> &HostThread {
+        &self.thread
     }
     fn waker(&self) -> &dyn Waker {
         self
@@ -196,7 +204,9 @@ impl DbtVcpu {
         let mut windows = Windows::new().map_err(no_memory)?;
         windows.context().reset(&raw mut cpu.state);
         let spaces = Spaces::new(Arc::clone(windows.mapping()), cpu.address_space());
-        let observer = Arc::new(Observer { ram: ram.as_ptr() as u64, tlbs: Arc::clone(spaces.shared()) });
+        let thread = Arc::new(HostThread::default());
+        let tlbs = Arc::clone(spaces.shared());
+        let observer = Arc::new(Observer { ram: ram.as_ptr() as u64, tlbs, thread: thread.clone() });
         env.set_observer(observer.clone());
         env.add_peer(observer);
         Ok(Self {
@@ -230,6 +240,8 @@ impl DbtVcpu {
             global_kernel: false,
             otherwise: 0,
             statistics: Statistics::default(),
+            thread,
+            spinning: Spinning::default(),
             trace: Trace::default(),
             names: Names::default(),
             system_calls_for: None,
@@ -875,6 +887,7 @@ impl Vcpu for DbtVcpu {
             return Ok(exit);
         }
         fault::set_running(Some(self.running()));
+        self.thread.begin();
         let exit = loop {
             match self.turn() {
                 Ok(None) => {}
@@ -882,6 +895,7 @@ impl Vcpu for DbtVcpu {
                 Err(error) => break Err(error),
             }
         };
+        self.thread.end();
         fault::set_running(None);
         exit
     }
