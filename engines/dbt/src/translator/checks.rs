@@ -64,8 +64,7 @@ pub fn share(block: &mut [Decoded], alone: impl Fn(u64) -> bool) {
     let mut windows: Vec<Candidate> = Vec::new();
     // Windows before this one are over.
     let mut open = 0;
-    for number in 0..block.len() {
-        let decoded = &block[number];
+    for (number, decoded) in block.iter().enumerate() {
         if let Some((place, offset, size)) = operand(decoded, &values) {
             let write = writes_memory(decoded);
             let window = windows[open..].iter_mut().rev().find(|window| {

@@ -290,11 +290,10 @@ impl Spaces {
             self.shared.local[self.current][class][index / 64].fetch_or(1 << (index % 64), Ordering::Relaxed);
         }
         let entry = &self.shared.mapping.tlbs(self.current).class[class].entries[index];
-        if entry.addend.load(Ordering::Relaxed) != page.addend || entry.read.load(Ordering::Relaxed) != number
-        {
-            if entry.write.swap(TLB_EMPTY, Ordering::Relaxed) != TLB_EMPTY {
-                self.shared.evicted.store(true, Ordering::SeqCst);
-            }
+        let other = entry.addend.load(Ordering::Relaxed) != page.addend
+            || entry.read.load(Ordering::Relaxed) != number;
+        if other && entry.write.swap(TLB_EMPTY, Ordering::Relaxed) != TLB_EMPTY {
+            self.shared.evicted.store(true, Ordering::SeqCst);
         }
         entry.addend.store(page.addend, Ordering::Relaxed);
         entry.global.store(page.global.into(), Ordering::Relaxed);
