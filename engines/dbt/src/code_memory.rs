@@ -11,6 +11,8 @@ pub struct CodeMemory {
     executable: NonNull<u8>,
     size: usize,
     used: usize,
+    /// Where code is appended apart from the rest: the second half.
+    apart: usize,
 }
 
 // SAFETY: the mappings are owned by this value alone, and its methods that write take `&mut self`.
@@ -61,25 +63,42 @@ impl CodeMemory {
         let executable = executable_view(writable, size)
             // SAFETY: the first view, which nobody else has seen yet.
             .inspect_err(|_| unsafe { unmap(writable, size) })?;
-        Ok(Self { writable, executable, size, used: 0 })
+        Ok(Self { writable, executable, size, used: 0, apart: size / 2 })
     }
 
     /// Appends code and returns where it can be executed, or `None` when the memory is full.
     pub fn append(&mut self, code: &[u8]) -> Option<NonNull<u8>> {
-        let start = self.used.next_multiple_of(16);
+        let start = self.next_offset();
+        self.used = self.write(start, code).filter(|&end| end <= self.size / 2)?;
+        // SAFETY: `start` lies in the executable view.
+        Some(unsafe { self.executable.add(start) })
+    }
+
+    /// Appends code in the second half of the memory. Whether there was room.
+    pub fn append_apart(&mut self, code: &[u8]) -> bool {
+        let Some(end) = self.write(self.apart, code) else { return false };
+        self.apart = end;
+        true
+    }
+
+    /// Writes code, and returns the offset behind it.
+    fn write(&mut self, start: usize, code: &[u8]) -> Option<usize> {
         let end = start.checked_add(code.len()).filter(|&end| end <= self.size)?;
         // SAFETY: `start..end` lies in the writable view, which no reference points into.
         unsafe {
             self.writable.as_ptr().add(start).copy_from_nonoverlapping(code.as_ptr(), code.len());
         }
-        self.used = end;
-        // SAFETY: as above, in the executable view.
-        Some(unsafe { self.executable.add(start) })
+        Some(end)
     }
 
     /// Offset from the start of the memory at which the next code will stand.
     pub fn next_offset(&self) -> usize {
         self.used.next_multiple_of(16)
+    }
+
+    /// Offset at which code that is appended apart will stand next.
+    pub fn next_apart(&self) -> usize {
+        self.apart
     }
 
     /// Where the code at an offset is executed.
@@ -93,29 +112,33 @@ impl CodeMemory {
         (offset < self.used).then_some(offset)
     }
 
-    /// Bytes left for code.
+    /// Bytes left for code, in the half that has less of them.
     pub fn free(&self) -> usize {
-        self.size - self.next_offset().min(self.size)
+        let first = (self.size / 2).saturating_sub(self.next_offset());
+        first.min(self.size.saturating_sub(self.apart))
     }
 
     /// Replaces four bytes of code at an offset, in one store where that is aligned. Offsets outside of the code
     /// are ignored.
     pub fn patch(&mut self, offset: usize, bytes: [u8; 4]) {
-        if offset.checked_add(4).is_none_or(|end| end > self.used) {
+        let written = |end| end <= self.used || offset >= self.size / 2 && end <= self.apart;
+        if offset.checked_add(4).is_none_or(|end| !written(end)) {
             return;
         }
         // SAFETY: the bytes lie in the writable view, which no reference points into.
         unsafe { self.writable.as_ptr().add(offset).cast::<[u8; 4]>().write(bytes) };
     }
 
-    /// Forgets all code behind an offset that [`CodeMemory::next_offset`] once gave. It must not be executed any more.
+    /// Forgets all code behind an offset that [`CodeMemory::next_offset`] once gave, and all that stands apart. It must
+    /// not be executed any more.
     pub fn truncate(&mut self, offset: usize) {
         self.used = self.used.min(offset);
+        self.apart = self.size / 2;
     }
 
     /// Forgets all code. What `append` returned before must not be executed any more.
     pub fn clear(&mut self) {
-        self.used = 0;
+        self.truncate(0);
     }
 }
 

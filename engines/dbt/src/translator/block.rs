@@ -61,6 +61,8 @@ pub struct Request<'a> {
     pub model: &'a CpuModel,
     /// Offset in the code memory that the code will have.
     pub start: usize,
+    /// Offset, behind all such code, of the code that is rarely executed: what is hot stands close together.
+    pub cold_start: usize,
     /// Number of the first new site.
     pub first_site: u32,
     /// Number of the new block.
@@ -99,6 +101,8 @@ pub struct Entries {
 pub struct Translation {
     /// Host code.
     pub code: Vec<u8>,
+    /// Bytes of it for [`Request::start`]; the rest is for [`Request::cold_start`].
+    pub hot: usize,
     /// Where it is entered.
     pub entries: Entries,
     /// The places where the code may leave.
@@ -229,7 +233,7 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
     }
     let mut builder = Builder {
         request,
-        e: Emitter { code: Vec::with_capacity(block.len() * 48) },
+        e: Emitter::with_capacity(block.len() * 48),
         encoder: Encoder::new(64),
         sites: Vec::new(),
         stubs: Vec::new(),
@@ -260,13 +264,17 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
     if !block.last().is_some_and(|last| last.class.is_last()) {
         builder.jump_to(builder.next_guest as i64, live_out);
     }
+    builder.finish_tails();
+    builder.e.split(request.cold_start - request.start - builder.e.position());
     if !crosses && !request.loop_head {
         let live = block.first().map_or(analysis::ALL_FLAGS, |first| first.live_before);
         entries.backwards = builder.loop_entry(entries.forwards, live);
     }
     builder.finish();
+    let hot = builder.e.before_split();
     Some(Translation {
         code: builder.e.code,
+        hot,
         entries,
         sites: builder.sites,
         fault_points: builder.fault_points,
@@ -412,7 +420,7 @@ impl Builder<'_> {
 
     /// An entry for jumps backwards, of a block where none were expected.
     fn loop_entry(&mut self, forwards: usize, live: u32) -> usize {
-        let start = self.e.position();
+        let start = self.e.place(self.e.position());
         (self.guest, self.flags_aside, self.vector) = (self.request.offset, false, false);
         self.check_event(self.request.offset as i32, live);
         let jump = self.e.jump();
@@ -693,14 +701,18 @@ impl Builder<'_> {
         self.e.bind_outside(fixup, self.request.start, target);
     }
 
-    /// What stands behind the block.
-    fn finish(&mut self) {
+    /// What the block's conditional jumps to other pages lead to.
+    fn finish_tails(&mut self) {
         for tail in std::mem::take(&mut self.tails) {
             self.e.bind(tail.from);
             self.guest = tail.guest;
             self.flags_aside = false;
             self.jump_to(tail.target, tail.live);
         }
+    }
+
+    /// What is rarely executed.
+    fn finish(&mut self) {
         if let Some((from, site)) = self.stack_stub.take() {
             self.finish_stack_stub(from, site);
         }
@@ -714,14 +726,14 @@ impl Builder<'_> {
                 (None, SiteKind::Window { size, .. }) => self.try_variant(size, number),
                 _ => {}
             }
-            let stub_at = (self.request.start + self.e.position()) as u32;
+            let stub_at = self.here();
             if let SiteKind::Jump { stub: place, .. } = self.kind_of(number) {
                 *place = stub_at;
             }
             self.leave_code(number);
         }
         for number in 0..self.sites.len() {
-            let stub_at = (self.request.start + self.e.position()) as u32;
+            let stub_at = self.here();
             if let SiteKind::Link { stub: place, .. } = &mut self.sites[number].kind {
                 *place = stub_at;
                 self.leave_code(self.request.first_site + number as u32);
@@ -760,16 +772,21 @@ impl Builder<'_> {
         self.flags_aside = self.sites[(number - self.request.first_site) as usize].flags_aside;
         self.bring_flags_back();
         let jump = self.e.jump();
-        let place = (self.request.start + Emitter::displacement_position(jump)) as u32;
+        let place = (self.request.start + self.e.place(Emitter::displacement_position(jump))) as u32;
         self.e.bind(jump);
         self.e.bind(leave);
-        let here = (self.request.start + self.e.position()) as u32;
+        let here = self.here();
         if let SiteKind::Window { patch, stub, .. } | SiteKind::Stack { patch, stub, .. } =
             self.kind_of(number)
         {
             *stub = here;
             *patch = place;
         }
+    }
+
+    /// Offset in the code memory of what is emitted next.
+    fn here(&self) -> u32 {
+        (self.request.start + self.e.place(self.e.position())) as u32
     }
 
     pub fn kind_of(&mut self, number: u32) -> &mut SiteKind {

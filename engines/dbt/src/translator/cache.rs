@@ -114,6 +114,10 @@ impl Cache {
     pub fn next_start(&self) -> usize {
         self.code.next_offset()
     }
+    /// Where the code of the next block that is rarely executed will stand.
+    pub fn next_cold_start(&self) -> usize {
+        self.code.next_apart()
+    }
     /// Number of the next site.
     pub fn next_site(&self) -> u32 {
         self.sites.len() as u32
@@ -159,7 +163,11 @@ impl Cache {
         context: &mut Context,
     ) -> Option<u32> {
         let start = self.code.next_offset() as u32;
-        self.code.append(&translation.code)?;
+        let (hot, cold) = translation.code.split_at(translation.hot);
+        self.code.append(hot)?;
+        if !self.code.append_apart(cold) {
+            return None;
+        }
         let number = self.blocks.len() as u32;
         self.blocks.push(Block {
             offset,

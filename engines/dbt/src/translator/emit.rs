@@ -83,12 +83,32 @@ pub struct Fixup {
 pub struct Emitter {
     /// The bytes so far.
     pub code: Vec<u8>,
+    /// Where the code that is rarely executed begins.
+    split: Option<usize>,
+    /// Bytes of other code that will stand before that.
+    gap: usize,
 }
 
 impl Emitter {
     /// Bytes so far.
     pub fn position(&self) -> usize {
         self.code.len()
+    }
+    /// An emitter with room for so many bytes.
+    pub fn with_capacity(bytes: usize) -> Self {
+        Self { code: Vec::with_capacity(bytes), ..Self::default() }
+    }
+    /// What follows will stand `gap` bytes behind what there is so far.
+    pub fn split(&mut self, gap: usize) {
+        (self.split, self.gap) = (Some(self.position()), gap);
+    }
+    /// Bytes before the split.
+    pub fn before_split(&self) -> usize {
+        self.split.unwrap_or(self.position())
+    }
+    /// How far from the first byte a position will be.
+    pub fn place(&self, position: usize) -> usize {
+        if position < self.before_split() { position } else { position + self.gap }
     }
 
     fn rex(&mut self, wide: Width, register: Reg, index: u8, base: u8, force: bool) {
@@ -513,13 +533,13 @@ impl Emitter {
             // The translator's own sequences: their lengths are known to fit.
             self.code[fixup.at] = (target - fixup.at - 1) as u8;
         } else {
-            let relative = (target as i64 - fixup.at as i64 - 4) as i32;
+            let relative = (self.place(target) as i64 - self.place(fixup.at) as i64 - 4) as i32;
             self.code[fixup.at..fixup.at + 4].copy_from_slice(&relative.to_le_bytes());
         }
     }
     /// Makes a jump go to an offset in the code memory, when this code will stand at `start` there.
     pub fn bind_outside(&mut self, fixup: Fixup, start: usize, target: usize) {
-        let relative = (target as i64 - (start + fixup.at) as i64 - 4) as i32;
+        let relative = (target as i64 - (start + self.place(fixup.at)) as i64 - 4) as i32;
         self.code[fixup.at..fixup.at + 4].copy_from_slice(&relative.to_le_bytes());
     }
     /// Where the jump's 32-bit displacement stands in this code.

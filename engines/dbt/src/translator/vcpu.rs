@@ -489,7 +489,7 @@ impl DbtVcpu {
         let address = self.cache.address(self.cache.next_start() as u32);
         // The page is that of the instruction pointer, wherever in a block that stands.
         let linear = self.cpu.state.rip & PAGE_MASK | offset & !PAGE_MASK;
-        self.names.made(address, translation.code.len() as u64, linear, key);
+        self.names.made(address, translation.hot as u64, linear, key);
         let number = self.cache.insert(offset, key, second, translation, self.windows.context());
         self.spaces.shared().use_slots(self.cache.slots().len());
         number
@@ -502,6 +502,7 @@ impl DbtVcpu {
             key,
             model: &self.cpu.model,
             start: self.cache.next_start(),
+            cold_start: self.cache.next_cold_start(),
             first_site: self.cache.next_site(),
             block: self.cache.next_block(),
             first_link: self.cache.next_link(),
