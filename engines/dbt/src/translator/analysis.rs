@@ -821,37 +821,6 @@ fn after(decoded: &Decoded, delta: i32) -> Option<i32> {
     i32::try_from(delta).ok().filter(|delta| delta.abs() < 1 << 20)
 }
 
-/// Whether the translated instruction neither uses RSP nor may leave the block, or is a tracked access to the stack that allows
-/// for moves of RSP that are still to be made.
-pub fn may_wait_for_stack(decoded: &Decoded) -> bool {
-    let instruction = &decoded.instruction;
-    let tracked = decoded.stack_delta.is_some();
-    match decoded.class {
-        Class::Nothing => true,
-        Class::Push => tracked && instruction.op0_kind() != OpKind::Memory && !names_stack(instruction),
-        Class::Pop => tracked && !names_stack(instruction),
-        Class::Call | Class::Return => tracked,
-        Class::Copy => {
-            let accesses_memory = instruction.mnemonic() != Mnemonic::Lea
-                && (0..instruction.op_count()).any(|operand| instruction.op_kind(operand) == OpKind::Memory);
-            unit(instruction) == Unit::General
-                && !accesses_memory
-                && !names_stack(instruction)
-                && !matches!(instruction.mnemonic(), Mnemonic::Div | Mnemonic::Idiv)
-        }
-        _ => false,
-    }
-}
-
-/// Whether RSP or a part of it is an operand, or part of one.
-fn names_stack(instruction: &Instruction) -> bool {
-    let is_stack = |register: Register| register.full_register() == Register::RSP;
-    is_stack(instruction.memory_base())
-        || (0..instruction.op_count()).any(|operand| {
-            instruction.op_kind(operand) == OpKind::Register && is_stack(instruction.op_register(operand))
-        })
-}
-
 /// Whether RSP is somewhere else after the instruction, which isn't the block's last one anyway.
 pub fn changes_stack(decoded: &Decoded) -> bool {
     matches!(decoded.class, Class::Copy | Class::Pop | Class::Leave) && after(decoded, 0).is_none()

@@ -19,6 +19,7 @@ use super::context::{
 use super::emit::{Emitter, Fixup, Mem, Reg, Width, at, condition, reg};
 use super::key::{Key, USER};
 use super::site::{FaultPoint, Site, SiteKind, Undo};
+use super::stack_moves;
 use crate::code_tracker;
 
 /// Instructions of a block at most.
@@ -555,19 +556,11 @@ impl Builder<'_> {
         }
     }
 
-    /// Gives guest RSP its value.
-    pub fn move_stack(&mut self) {
-        let moved = std::mem::take(&mut self.stack_moved);
-        if moved != 0 {
-            self.e.lea(self.width(), GUEST_RSP, at(GUEST_RSP, moved));
-        }
-    }
-
     fn instruction(&mut self, decoded: &Decoded) {
         let instruction = &decoded.instruction;
         self.guest = instruction.ip() as usize;
         self.next_guest = instruction.next_ip() as usize;
-        if !analysis::may_wait_for_stack(decoded) {
+        if !stack_moves::may_wait(decoded) {
             self.move_stack();
         }
         self.instruction_start = self.e.position();

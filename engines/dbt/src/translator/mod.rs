@@ -25,6 +25,7 @@ mod sensitive;
 pub mod shared_code;
 pub mod site;
 pub mod spaces;
+mod stack_moves;
 pub mod statistics;
 mod values;
 pub mod vcpu;
