@@ -201,13 +201,13 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
     let windows = if plain { Vec::new() } else { analysis::track_windows(&mut block, &mut factory) };
     let mut builder = Builder {
         request,
-        e: Emitter { code: Vec::with_capacity(block.len() * 48) },
+        e: Emitter { code: Vec::with_capacity(block.len() * 80) },
         encoder: Encoder::new(64),
-        sites: Vec::new(),
-        stubs: Vec::new(),
+        sites: Vec::with_capacity(block.len() * 2),
+        stubs: Vec::with_capacity(block.len() * 2),
         stack_stub: None,
         tails: Vec::new(),
-        fault_points: Vec::new(),
+        fault_points: Vec::with_capacity(block.len()),
         flags_aside: false,
         addend: Addend::Anything,
         windows,
