@@ -56,17 +56,16 @@ impl DbtVcpu {
                 self.statistics.access_slow += 1;
                 self.step(base.wrapping_add(next.into()), next_host, &site)
             }
-            SiteKind::Window { root, write, size, low, retry, .. } => {
-                let first = self.cpu.state.gpr[usize::from(root & 15)].wrapping_add(low as i64 as u64);
-                let first = self.wrapped(first);
+            SiteKind::Window { write, size, retry, .. } => {
+                let first = self.context().address;
                 let last = first.wrapping_add(u64::from(size)).wrapping_sub(1);
-                if first & PAGE_MASK == last & PAGE_MASK && self.fill(first, 1, write) {
+                let crosses = first & PAGE_MASK != last & PAGE_MASK;
+                if !crosses && self.fill(first, 1, write) {
                     return self.resume(retry, &site);
                 }
-                let crosses = first & PAGE_MASK != last & PAGE_MASK;
                 let then = self.enter_variant(&site, crosses);
                 if !crosses {
-                    self.drop_windows(site.block);
+                    self.window_failed(&site);
                 }
                 then
             }
@@ -120,6 +119,11 @@ impl DbtVcpu {
                 self.cpu.state.rip = self.wrapped(base.wrapping_add(target as i64 as u64));
                 self.found_hot();
                 Next::Dispatch
+            }
+            SiteKind::Pause { resume } => {
+                self.spun();
+                // The event comes before the PAUSE, which is executed again then.
+                if self.env.has_event() { Next::Dispatch } else { self.resume(resume, &site) }
             }
             SiteKind::LoadVectors => {
                 self.cache.block(site.block).map_or(Next::Dispatch, |block| self.resume(block.entry, &site))
@@ -275,20 +279,21 @@ impl DbtVcpu {
         self.enter_variant(site, first & PAGE_MASK != last & PAGE_MASK)
     }
 
-    /// The same block, with each access checked by itself. `link`: the site is to lead there from now on.
+    /// The same code from the site's instruction on, with each access checked by itself. `link`: the site is to lead there from now on.
     fn enter_variant(&mut self, site: &Site, link: bool) -> Next {
         let Some(block) = self.cache.block(site.block) else { return Next::Dispatch };
-        let (offset, key) = (block.offset, block.key.with_no_stack());
+        let (start, key) = (block.offset, block.key.with_no_stack());
+        let offset = start & PAGE_MASK | u64::from(site.guest);
         let variant = match self.cache.find(offset, key) {
             // Its one instruction crosses into another page: only the jump cache may enter such a block, and it knows
             // the one that led here.
             _ if block.second.is_some() => None,
             Some(variant) => Some(variant),
-            None => self.translate(offset, key),
+            None => self.translate(offset, key, false),
         };
         match variant.and_then(|number| Some((number, self.cache.block(number)?.entry))) {
             Some((number, entry)) => {
-                let kept = self.cache.block(site.block).is_some_and(|block| block.offset == offset);
+                let kept = self.cache.block(site.block).is_some_and(|block| block.offset == start);
                 if kept && link {
                     let own = self.context().site;
                     self.cache.link(own, number, self.windows.context());

@@ -8,6 +8,7 @@
 pub mod analysis;
 pub mod block;
 pub mod cache;
+pub mod checks;
 pub mod code32;
 pub mod context;
 pub mod emit;
@@ -18,6 +19,7 @@ mod interrupt_return;
 pub mod key;
 mod names;
 mod operand;
+mod pause;
 mod routines;
 mod sensitive;
 pub mod shared_code;

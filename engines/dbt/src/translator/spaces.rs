@@ -1,7 +1,7 @@
 //! The inline TLBs of the address spaces that the guest used last.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use super::context::{NO_STACK_PAGE, SLOTS, Slot, TLB_EMPTY, TLB_ENTRIES, TlbEntry};
 use super::windows::{Mapping, SPACES};
@@ -19,6 +19,9 @@ pub struct SharedTlbs {
     slots: AtomicUsize,
     /// How often stack windows and slots were emptied.
     resets: AtomicU64,
+    /// An entry for stores made room for another since the processor last looked for a block: what was read of it may
+    /// still be used.
+    evicted: AtomicBool,
     touched: Box<Bits>,
     /// Those of them that may hold pages that are not global.
     local: Box<Bits>,
@@ -30,6 +33,7 @@ impl SharedTlbs {
             mapping,
             slots: AtomicUsize::new(0),
             resets: AtomicU64::new(0),
+            evicted: AtomicBool::new(false),
             touched: Box::default(),
             local: Box::default(),
         };
@@ -67,6 +71,11 @@ impl SharedTlbs {
     /// How often stack windows and slots were emptied: what a block has checked at its start holds until then.
     pub fn resets(&self) -> u64 {
         self.resets.load(Ordering::SeqCst)
+    }
+
+    /// A block is entered: no other one is in the middle of anything.
+    pub fn enter_block(&self) {
+        self.evicted.store(false, Ordering::SeqCst);
     }
 
     /// The mapping of what translated code works on.
@@ -110,7 +119,7 @@ impl SharedTlbs {
     /// Makes stores to the page of RAM at this host address go the slow way, once [`SharedTlbs::forget_windows`] was
     /// called too. Whether any went the quick way. May be called from any thread.
     pub fn forget_writes(&self, host: u64) -> bool {
-        let mut any = self.has_window(host);
+        let mut any = self.has_window(host) || self.evicted.load(Ordering::SeqCst);
         for (_, entry) in
             (0..SPACES).flat_map(|space| (0..CLASSES).flat_map(move |class| self.used(space, class)))
         {
@@ -281,9 +290,10 @@ impl Spaces {
             self.shared.local[self.current][class][index / 64].fetch_or(1 << (index % 64), Ordering::Relaxed);
         }
         let entry = &self.shared.mapping.tlbs(self.current).class[class].entries[index];
-        if entry.addend.load(Ordering::Relaxed) != page.addend || entry.read.load(Ordering::Relaxed) != number
-        {
-            entry.write.store(TLB_EMPTY, Ordering::Relaxed);
+        let other = entry.addend.load(Ordering::Relaxed) != page.addend
+            || entry.read.load(Ordering::Relaxed) != number;
+        if other && entry.write.swap(TLB_EMPTY, Ordering::Relaxed) != TLB_EMPTY {
+            self.shared.evicted.store(true, Ordering::SeqCst);
         }
         entry.addend.store(page.addend, Ordering::Relaxed);
         entry.global.store(page.global.into(), Ordering::Relaxed);

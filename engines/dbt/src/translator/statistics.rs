@@ -48,6 +48,8 @@ counters! {
     link: "exits: jumps between pages to be linked",
     lookup: "exits: jump cache misses",
     event: "exits: events",
+    pause: "exits: PAUSE, many times",
+    naps: "of those: sleeps in favour of other virtual processors",
     vectors: "exits: vector or x87 registers to be loaded",
     host_fault: "exits: faults raised by the host in the guest's instructions",
     tlb_flushes: "TLB flushes",
@@ -73,6 +75,7 @@ impl Statistics {
             SiteKind::Link { .. } => &mut self.link,
             SiteKind::Lookup(_) => &mut self.lookup,
             SiteKind::Event { .. } => &mut self.event,
+            SiteKind::Pause { .. } => &mut self.pause,
             SiteKind::LoadVectors => &mut self.vectors,
         };
         *counter += 1;

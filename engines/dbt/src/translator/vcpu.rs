@@ -26,6 +26,7 @@ use super::exits::Next;
 use super::fault::{self, FAULT_SITE, Running};
 use super::key::{Key, USER};
 use super::names::Names;
+use super::pause::Spinning;
 use super::site::{Site, SiteKind};
 use super::spaces::{SharedTlbs, Spaces};
 use super::statistics::Statistics;
@@ -33,15 +34,12 @@ use super::windows::Windows;
 use crate::code_tracker::{self, CodeWrite};
 use crate::env::VcpuEnv;
 use crate::host_cpu;
+use crate::host_thread::HostThread;
 use crate::interp_vcpu::{self, ended};
 use crate::peers::Peer;
 use crate::trace::Trace;
 
 pub(super) const PAGE_MASK: u64 = !0xfff;
-/// Biases of the jump cache are counted in this.
-const BIAS_UNIT: u64 = 1 << 48;
-/// The largest bias: bit 63 is [`EVENT_BIT`].
-const LAST_BIAS: u64 = 0x7fff * BIAS_UNIT;
 /// Instructions that are interpreted at a time where nothing can be translated.
 const INTERPRETED: u64 = 64;
 /// A page whose code was written this often is interpreted for a while.
@@ -65,7 +63,9 @@ const HOT_BEFORE: u64 = 256;
 /// See [`HOT_BEFORE`].
 const HOT_BEHIND: u64 = 512;
 /// Misses of a slot between two ticks of the guest from which on it is not worth its while.
-const ROAMING_MISSES: u64 = 2_000;
+const ROAMING_MISSES: u64 = 20_000;
+/// So often a window may lie where the inline TLB can't be used, until its accesses are checked one by one.
+const FAILURES: u32 = 200;
 /// Words of the filter of pages with code: linear page numbers are reduced to its bits.
 const FILTER_WORDS: usize = 1024;
 
@@ -119,9 +119,13 @@ pub struct DbtVcpu {
     always_hot: bool,
     /// Instructions, by offset in RAM, that access too many pages for a slot.
     roaming: FxHashSet<u64>,
-    /// Blocks, by offset in RAM, whose windows lie where the inline TLB can't be used: a device, or written code.
-    windowless: FxHashSet<u64>,
+    /// Instructions, by offset in RAM, whose window lies where the inline TLB can't be used: a device, or written code.
+    alone: FxHashSet<u64>,
+    /// How often that was so, of others.
+    failures: FxHashMap<u64, u32>,
     pub(super) statistics: Statistics,
+    pub(super) thread: Arc<HostThread>,
+    pub(super) spinning: Spinning,
     /// While it is on, every block is entered by the dispatcher, which tells it.
     trace: Trace,
     names: Names,
@@ -145,6 +149,7 @@ struct Observer {
     /// Host address of RAM.
     ram: u64,
     tlbs: Arc<SharedTlbs>,
+    thread: Arc<HostThread>,
 }
 
 impl Waker for Observer {
@@ -164,6 +169,9 @@ impl Peer for Observer {
     }
     fn passages(&self) -> &AtomicU64 {
         self.tlbs.mapping().passages()
+    }
+    fn thread(&self) -> &HostThread {
+        &self.thread
     }
     fn waker(&self) -> &dyn Waker {
         self
@@ -196,7 +204,9 @@ impl DbtVcpu {
         let mut windows = Windows::new().map_err(no_memory)?;
         windows.context().reset(&raw mut cpu.state);
         let spaces = Spaces::new(Arc::clone(windows.mapping()), cpu.address_space());
-        let observer = Arc::new(Observer { ram: ram.as_ptr() as u64, tlbs: Arc::clone(spaces.shared()) });
+        let thread = Arc::new(HostThread::default());
+        let tlbs = Arc::clone(spaces.shared());
+        let observer = Arc::new(Observer { ram: ram.as_ptr() as u64, tlbs, thread: thread.clone() });
         env.set_observer(observer.clone());
         env.add_peer(observer);
         Ok(Self {
@@ -225,10 +235,13 @@ impl DbtVcpu {
             hot: FxHashMap::default(),
             always_hot,
             roaming: FxHashSet::default(),
-            windowless: FxHashSet::default(),
+            alone: FxHashSet::default(),
+            failures: FxHashMap::default(),
             global_kernel: false,
             otherwise: 0,
             statistics: Statistics::default(),
+            thread,
+            spinning: Spinning::default(),
             trace: Trace::default(),
             names: Names::default(),
             system_calls_for: None,
@@ -403,19 +416,19 @@ impl DbtVcpu {
     // ---- translated code ----
 
     /// The block for the processor's instruction pointer, translated now if need be; `None` where it must be
-    /// interpreted.
-    pub(super) fn block(&mut self, key: Key) -> Option<u32> {
+    /// interpreted. `loop_head`: a jump backwards leads there.
+    pub(super) fn block(&mut self, key: Key, loop_head: bool) -> Option<u32> {
         let rip = self.cpu.state.rip;
         let Ok(Place::Ram(offset)) = self.cpu.probe(&mut self.env, rip, Access::Execute) else { return None };
         match self.cache.find(offset, key) {
             Some(number) => {
                 let expected = self.cache.block(number)?.second;
                 if expected.is_some() && self.second_page(rip) != expected {
-                    return self.translate(offset, key);
+                    return self.translate(offset, key, loop_head);
                 }
                 Some(number)
             }
-            None => self.translate(offset, key),
+            None => self.translate(offset, key, loop_head),
         }
     }
 
@@ -431,7 +444,7 @@ impl DbtVcpu {
         }
     }
 
-    pub(super) fn translate(&mut self, offset: u64, key: Key) -> Option<u32> {
+    pub(super) fn translate(&mut self, offset: u64, key: Key, loop_head: bool) -> Option<u32> {
         let page = offset & PAGE_MASK;
         if let Some(volatility) = self.volatile.get_mut(&page)
             && volatility.entries_left > 0
@@ -448,7 +461,7 @@ impl DbtVcpu {
         self.follow_changes();
         let mut bytes = [0; PAGE + OVERHANG];
         self.env.load_bytes(page, &mut bytes[..PAGE]);
-        if let Some(translation) = block::translate(&self.request(&bytes[..PAGE], offset, key)) {
+        if let Some(translation) = block::translate(&self.request(&bytes[..PAGE], offset, key, loop_head)) {
             return self.insert(offset, key, None, translation);
         }
         // The first instruction may cross into the next page.
@@ -459,7 +472,7 @@ impl DbtVcpu {
         self.env.mark_code(second);
         self.follow_changes();
         self.env.load_bytes(second, &mut bytes[PAGE..]);
-        let translation = block::translate(&self.request(&bytes, offset, key))?;
+        let translation = block::translate(&self.request(&bytes, offset, key, loop_head))?;
         self.insert(offset, key, Some(second), translation)
     }
 
@@ -482,7 +495,7 @@ impl DbtVcpu {
         number
     }
 
-    fn request<'a>(&'a self, page: &'a [u8], offset: u64, key: Key) -> Request<'a> {
+    fn request<'a>(&'a self, page: &'a [u8], offset: u64, key: Key, loop_head: bool) -> Request<'a> {
         Request {
             page,
             offset: (offset & !PAGE_MASK) as usize,
@@ -497,6 +510,8 @@ impl DbtVcpu {
             first_slot: self.is_hot(offset, key).then(|| self.cache.slots().len() as u32),
             page_offset: offset & PAGE_MASK,
             roaming: &self.roaming,
+            alone: &self.alone,
+            loop_head,
         }
     }
 
@@ -504,7 +519,6 @@ impl DbtVcpu {
     fn is_hot(&self, offset: u64, key: Key) -> bool {
         let lines = self.hot.get(&(offset & PAGE_MASK)).copied().unwrap_or(0);
         key.class() == USER
-            && !self.windowless.contains(&offset)
             && (self.always_hot || lines & code_tracker::lines(offset, 1) != 0)
             && self.cache.slots().len() + SLOTS_OF_A_BLOCK < SLOTS
     }
@@ -553,12 +567,19 @@ impl DbtVcpu {
         self.cache.free_slots();
     }
 
-    /// A window of the block can't be used: it is translated anew without.
-    pub(super) fn drop_windows(&mut self, block: u32) {
-        let Some(offset) = self.cache.block(block).map(|block| block.offset) else { return };
-        self.windowless.insert(offset);
-        let lines = code_tracker::lines(offset, 1);
-        self.cache.drop_lines(offset & PAGE_MASK, lines, self.windows.context());
+    /// The window that begins with a site's instruction can't be used. If that is so often, there will be none.
+    pub(super) fn window_failed(&mut self, site: &Site) {
+        let Some(start) = self.cache.block(site.block).map(|block| block.offset) else { return };
+        let place = start & PAGE_MASK | u64::from(site.guest);
+        let failures = self.failures.entry(place).or_default();
+        *failures += 1;
+        if *failures < FAILURES {
+            return;
+        }
+        self.failures.remove(&place);
+        self.alone.insert(place);
+        let lines = code_tracker::lines(start, 1);
+        self.cache.drop_lines(start & PAGE_MASK, lines, self.windows.context());
     }
 
     /// Instructions that miss their slots too often get none from now on.
@@ -582,13 +603,8 @@ impl DbtVcpu {
         if let Some(&bias) = self.biases.get(&space) {
             return bias;
         }
-        if self.last_bias >= LAST_BIAS {
-            self.biases.clear();
-            self.forgotten += 1;
-            self.context().flush_jumps();
-            self.last_bias = 0;
-        }
-        self.last_bias += BIAS_UNIT;
+        // Bit 63, which is [`EVENT_BIT`], is not reached.
+        self.last_bias += 1;
         self.biases.insert(space, self.last_bias);
         self.last_bias
     }
@@ -743,7 +759,7 @@ impl DbtVcpu {
         self.cpu.drop_idle_resume_flag();
         let key = Key::of(&self.cpu);
         let translatable = key.code32() || self.cpu.state.mode() == Mode::Long64;
-        let block = if translatable && self.cpu.runs_plainly() { self.block(key) } else { None };
+        let block = if translatable && self.cpu.runs_plainly() { self.block(key, false) } else { None };
         let Some(block) = block.and_then(|number| self.cache.block(number)) else {
             let statistics = &mut self.statistics;
             *(if translatable { &mut statistics.not_translated } else { &mut statistics.other_modes }) += 1;
@@ -762,10 +778,10 @@ impl DbtVcpu {
         context.page_base = rip & PAGE_MASK;
         context.address = rip;
         if remember {
-            let complement = rip.wrapping_add(bias).wrapping_neg();
-            context.jumps[jump_index(rip)] = JumpEntry { complement, host };
+            context.jumps[jump_index(rip)] = JumpEntry { rip, bias, host, padding: 0 };
         }
         self.resets = self.spaces.shared().resets();
+        self.spaces.shared().enter_block();
         let mut place = if crosses { lookup_entry } else { entry };
         let mut load = Load::Mode;
         loop {
@@ -817,7 +833,8 @@ impl DbtVcpu {
         }
         let key = Key::of(&self.cpu);
         let generation = self.cache.next_site();
-        let Some(block) = self.block(key) else { return };
+        let loop_head = matches!(site.kind, SiteKind::Jump { backwards: true, .. });
+        let Some(block) = self.block(key, loop_head) else { return };
         // Not if all blocks were dropped to make room for this one.
         if self.cache.next_site() < generation || self.cache.block(site.block).is_none() {
             return;
@@ -870,6 +887,7 @@ impl Vcpu for DbtVcpu {
             return Ok(exit);
         }
         fault::set_running(Some(self.running()));
+        self.thread.begin();
         let exit = loop {
             match self.turn() {
                 Ok(None) => {}
@@ -877,6 +895,7 @@ impl Vcpu for DbtVcpu {
                 Err(error) => break Err(error),
             }
         };
+        self.thread.end();
         fault::set_running(None);
         exit
     }
