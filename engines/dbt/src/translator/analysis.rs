@@ -1,7 +1,10 @@
 //! What the translator knows of a block before it emits it: the kind of each instruction, which flags are live,
 //! and which accesses go to a stack page that can be checked once for the whole block.
 
+use std::sync::LazyLock;
+
 use bivisor_x86::cpuid::CpuModel;
+use bivisor_x86::interp::vector::is_x87;
 use iced_x86::{
     Code, CodeSize, FlowControl, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic,
     OpAccess, OpKind, Register, RflagsBits,
@@ -421,9 +424,12 @@ pub enum Unit {
     Avx,
 }
 
+/// Whether an instruction is one of x87, by its code: asking iced-x86 takes long.
+static X87: LazyLock<Vec<bool>> = LazyLock::new(|| Code::values().map(is_x87).collect());
+
 /// The unit that an instruction uses.
 pub fn unit(instruction: &Instruction) -> Unit {
-    if bivisor_x86::interp::vector::is_x87(instruction.code()) {
+    if X87.get(instruction.code() as usize).is_some_and(|&x87| x87) {
         return Unit::X87;
     }
     let registers = || {

@@ -234,13 +234,13 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
     }
     let mut builder = Builder {
         request,
-        e: Emitter::with_capacity(block.len() * 48),
+        e: Emitter::with_capacity(block.len() * 80),
         encoder: Encoder::new(64),
-        sites: Vec::new(),
-        stubs: Vec::new(),
+        sites: Vec::with_capacity(block.len() * 2),
+        stubs: Vec::with_capacity(block.len() * 2),
         stack_stub: None,
         tails: Vec::new(),
-        fault_points: Vec::new(),
+        fault_points: Vec::with_capacity(block.len()),
         flags_aside: false,
         addend: Addend::Anything,
         address: None,

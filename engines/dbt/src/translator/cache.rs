@@ -13,6 +13,8 @@ use crate::code_memory::CodeMemory;
 const CODE_SIZE: usize = 64 << 20;
 /// Blocks at most.
 const MAX_BLOCKS: usize = 400_000;
+/// Blocks that memory is set aside for at the start: as many as a Linux kernel needs to boot.
+const EXPECTED_BLOCKS: usize = 1 << 16;
 
 /// A translated block.
 pub struct Block {
@@ -37,7 +39,8 @@ pub struct Block {
     /// Lines of its page that it depends on.
     lines: u64,
     start: u32,
-    fault_points: Box<[FaultPoint]>,
+    /// First and number of its fault points.
+    fault_points: (u32, u32),
     /// Sites of jumps that are linked to this block.
     incoming: Vec<u32>,
 }
@@ -56,6 +59,7 @@ pub struct Cache {
     first_block_at: usize,
     blocks: Vec<Block>,
     sites: Vec<Site>,
+    fault_points: Vec<FaultPoint>,
     index: FxHashMap<u64, u32>,
     pages: FxHashMap<u64, Page>,
     links: u32,
@@ -81,8 +85,10 @@ impl Cache {
             code,
             parts,
             first_block_at,
-            blocks: Vec::new(),
-            sites: Vec::new(),
+            // The host gives memory for what is used of it.
+            blocks: Vec::with_capacity(EXPECTED_BLOCKS),
+            sites: Vec::with_capacity(8 * EXPECTED_BLOCKS),
+            fault_points: Vec::with_capacity(4 * EXPECTED_BLOCKS),
             index: FxHashMap::default(),
             pages: FxHashMap::default(),
             links: 0,
@@ -181,7 +187,7 @@ impl Cache {
             second,
             lines: translation.lines,
             start,
-            fault_points: translation.fault_points.into_boxed_slice(),
+            fault_points: (self.fault_points.len() as u32, translation.fault_points.len() as u32),
             incoming: Vec::new(),
         });
         for site in &translation.sites {
@@ -192,6 +198,7 @@ impl Cache {
         self.links += translation.links;
         self.slots.extend(translation.slots.iter().map(|&place| (offset & !0xfff) + u64::from(place)));
         self.sites.extend(translation.sites);
+        self.fault_points.extend(translation.fault_points);
         self.index.insert(index_key(offset, key), number);
         for page in std::iter::once(offset & !0xfff).chain(second) {
             self.pages.entry(page).or_default().blocks.push(number);
@@ -294,6 +301,7 @@ impl Cache {
         self.code.truncate(self.first_block_at);
         self.blocks.clear();
         self.sites.clear();
+        self.fault_points.clear();
         self.index.clear();
         self.pages.clear();
         self.links = 0;
@@ -305,7 +313,9 @@ impl Cache {
         let offset = self.code.offset_of(address)? as u32;
         let number = self.blocks.partition_point(|block| block.start <= offset).checked_sub(1)?;
         let block = &self.blocks[number];
-        let point = block.fault_points.iter().find(|point| block.start + point.host == offset)?;
+        let (first, count) = (block.fault_points.0 as usize, block.fault_points.1 as usize);
+        let points = self.fault_points.get(first..first + count)?;
+        let point = points.iter().find(|point| block.start + point.host == offset)?;
         Some((number as u32, *point))
     }
 }

@@ -316,3 +316,58 @@ impl Spaces {
         self.shared.forget_windows();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::windows::Windows;
+    use super::*;
+
+    fn tags(spaces: &Spaces, linear: u64) -> (bool, bool) {
+        let entry = spaces.shared.mapping.tlbs(spaces.current).class[1].entry(linear);
+        let page = linear >> 12;
+        (entry.read.load(Ordering::Relaxed) == page, entry.write.load(Ordering::Relaxed) == page)
+    }
+
+    fn fill(spaces: &mut Spaces, linear: u64, global: bool) {
+        spaces.insert(&Filling { class: 1, linear, addend: 0x10_0000, write: true, global });
+    }
+
+    #[test]
+    fn a_flush_of_a_pcid_keeps_what_is_global() {
+        let windows = Windows::new().unwrap();
+        let mut spaces = Spaces::new(Arc::clone(windows.mapping()), 1);
+        fill(&mut spaces, 0x5000, true);
+        spaces.select(2, 7);
+        assert_eq!(tags(&spaces, 0x5000), (true, true), "taken along");
+        fill(&mut spaces, 0x6000, false);
+        fill(&mut spaces, 0x7000, true);
+        // A page that is not global takes the place of one that is, and the other way round.
+        fill(&mut spaces, 0x8000, true);
+        fill(&mut spaces, 0x8000 + ((TLB_ENTRIES as u64) << 12), false);
+        fill(&mut spaces, 0x9000, false);
+        fill(&mut spaces, 0x9000 + ((TLB_ENTRIES as u64) << 12), true);
+        spaces.select(1, 0);
+        assert_eq!(tags(&spaces, 0x6000), (false, false));
+        spaces.select(3, 7);
+        for (linear, kept) in [(0x5000, true), (0x6000, false), (0x7000, true), (0x8000, false)] {
+            assert_eq!(tags(&spaces, linear), (kept, kept), "{linear:#x}");
+        }
+        assert_eq!(tags(&spaces, 0x8000 + ((TLB_ENTRIES as u64) << 12)), (false, false));
+        assert_eq!(tags(&spaces, 0x9000 + ((TLB_ENTRIES as u64) << 12)), (true, true));
+        spaces.flush_page(0x7000);
+        assert_eq!(tags(&spaces, 0x7000), (false, false));
+    }
+
+    #[test]
+    fn a_flush_of_a_page_empties_the_stack_window_only_if_it_is_there() {
+        let windows = Windows::new().unwrap();
+        let mut spaces = Spaces::new(Arc::clone(windows.mapping()), 1);
+        let stack_page = windows.mapping().stack_page();
+        stack_page.store(0x5000, Ordering::Relaxed);
+        let resets = spaces.shared.resets();
+        spaces.flush_page(0x6000);
+        assert_eq!((stack_page.load(Ordering::Relaxed), spaces.shared.resets()), (0x5000, resets));
+        spaces.flush_page(0x5fff);
+        assert_eq!((stack_page.load(Ordering::Relaxed), spaces.shared.resets()), (NO_STACK_PAGE, resets + 1));
+    }
+}

@@ -24,6 +24,7 @@ pub fn all(s: &mut Suite) {
     gates(s);
     stacks(s);
     flags(s);
+    returns_again(s);
     nested(s);
     double_faults(s);
 }
@@ -126,6 +127,40 @@ fn flags(s: &mut Suite) {
         Some((vector::GP, 0)),
     );
     s.check("#GP by IRETQ with a code segment as stack", iret(0, 8, 8), Some((vector::GP, 8)));
+}
+
+/// One IRETQ again and again, while the descriptors that it loads change.
+fn returns_again(s: &mut Suite) {
+    const CODE64: u64 = 0x00af_9b00_0000_ffff;
+    const STACK: u64 = 0x00cf_9300_0000_ffff;
+    const PRESENT: u64 = 1 << 47;
+    const ACCESSED: u64 = 1 << 40;
+    let (code, stack) = (segments::FREE, segments::FREE + 8);
+    let iret = |cs: u16, ss: u16| {
+        trapping!(
+            "mov {old}, rsp", "push {ss}", "push {old}", "push 2", "push {cs}", "lea rax, [rip + 3f]", "push rax",
+            => "iretq";
+            old = out(reg) _, cs = in(reg) u64::from(cs), ss = in(reg) u64::from(ss)
+        )
+        .map(|trap| (trap.vector, trap.error))
+    };
+    let thrice = |cs: u16, ss: u16| [iret(cs, ss), iret(cs, ss), iret(cs, ss)];
+    segments::set_descriptor(code, CODE64);
+    segments::set_descriptor(stack, STACK);
+    s.check("IRETQ to other selectors, three times", thrice(code, stack), [None; 3]);
+    segments::set_descriptor(code, CODE64 & !PRESENT);
+    s.check("#NP once the code segment is absent", iret(code, stack), Some((vector::NP, code.into())));
+    segments::set_descriptor(code, STACK);
+    s.check("#GP once it is data", iret(code, stack), Some((vector::GP, code.into())));
+    segments::set_descriptor(code, CODE64 & !ACCESSED);
+    s.check("IRETQ once it is as before", iret(code, stack), None);
+    s.check("it has been accessed again", segments::GDT.at(usize::from(code >> 3)), CODE64);
+    segments::set_descriptor(stack, STACK & !PRESENT);
+    s.check("#SS once the stack segment is absent", iret(code, stack), Some((vector::SS, stack.into())));
+    segments::set_descriptor(stack, CODE64);
+    s.check("#GP once it is code", iret(code, stack), Some((vector::GP, stack.into())));
+    s.check("IRETQ with a null stack in ring 0", thrice(segments::CODE, 0), [None; 3]);
+    s.check("IRETQ to the first selectors", thrice(segments::CODE, segments::DATA), [None; 3]);
 }
 
 static INNER: Global<Option<u8>> = Global::new(None);
