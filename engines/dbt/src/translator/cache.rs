@@ -13,6 +13,11 @@ use crate::code_memory::CodeMemory;
 const CODE_SIZE: usize = 64 << 20;
 /// Blocks at most.
 const MAX_BLOCKS: usize = 400_000;
+/// Blocks that there is room for from the start. Memory that is never used costs nothing; tables that grow would leave
+/// holes behind, and take their time.
+const ROOM_BLOCKS: usize = MAX_BLOCKS / 2;
+/// The same of sites.
+const ROOM_SITES: usize = ROOM_BLOCKS * 8;
 
 /// A translated block.
 pub struct Block {
@@ -79,8 +84,8 @@ impl Cache {
             code,
             parts,
             first_block_at,
-            blocks: Vec::new(),
-            sites: Vec::new(),
+            blocks: Vec::with_capacity(ROOM_BLOCKS),
+            sites: Vec::with_capacity(ROOM_SITES),
             index: FxHashMap::default(),
             pages: FxHashMap::default(),
             links: 0,
