@@ -31,9 +31,15 @@ enum Task {
     ///
     /// Writes a table, a plot and the raw results. Status 0 only if every row of every run came out right.
     Bench(Box<bench::Arguments>),
-    /// Try random instructions on the host's processor and in the interpreter, and report every difference.
+    /// Run tests in assembler language, such as those of FEX, on an engine.
+    AsmTests {
+        /// The folder with the tests, and options such as `--engine dbt`; `--help` lists them.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Try random instructions, or sequences of them, on the host's processor and on an engine, and report every difference.
     Oracle {
-        /// Arguments of the oracle, such as `--count N` and `--seed S`; `--help` lists them.
+        /// Arguments of the oracle, such as `--blocks --engine dbt`, `--count N` and `--seed S`; `--help` lists them.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
@@ -53,7 +59,8 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().task {
         Task::Test { quick } => test::all(quick),
         Task::Bench(arguments) => bench::bench(&arguments),
-        Task::Oracle { arguments } => oracle(&arguments),
+        Task::AsmTests { arguments } => optimised("asm-tests", &arguments),
+        Task::Oracle { arguments } => optimised("bivisor-oracle", &arguments),
         Task::TraceDiff { a, b, cpu } => trace_diff::run(&a, &b, cpu),
     };
     match result {
@@ -66,9 +73,9 @@ fn main() -> ExitCode {
     }
 }
 
-/// Whether the oracle found no difference. It runs optimised: long runs are its purpose.
-fn oracle(arguments: &[String]) -> anyhow::Result<bool> {
+/// Whether a program of the oracle found nothing wrong. It runs optimised: long runs are its purpose.
+fn optimised(program: &str, arguments: &[String]) -> anyhow::Result<bool> {
     let mut command = std::process::Command::new(env!("CARGO"));
-    command.args(["run", "--quiet", "--release", "--package", "bivisor-oracle", "--"]).args(arguments);
-    Ok(command.status()?.success())
+    command.args(["run", "--quiet", "--release", "--package", "bivisor-oracle", "--bin", program, "--"]);
+    Ok(command.args(arguments).status()?.success())
 }

@@ -369,11 +369,13 @@ impl<'a> Frame<'a> {
     }
 
     /// Writes a state into the frame, for the handler's return.
-    pub(crate) fn load(&mut self, xsave: &[u8; XSAVE_SIZE], gpr: &[u64; 16], rflags: u64, rip: u64) {
+    pub(crate) fn load(&mut self, xsave: &[u8; XSAVE_SIZE], gpr: &[u64; 16], rflags: u64, rip: u64, cs: u16) {
         for (place, value) in FRAME_REGISTERS.iter().zip(gpr) {
             self.registers.gregs[*place as usize] = *value as i64;
         }
         self.registers.gregs[libc::REG_RIP as usize] = rip as i64;
+        let selectors = &mut self.registers.gregs[libc::REG_CSGSFS as usize];
+        *selectors = *selectors & !0xffff | i64::from(cs);
         let flags = &mut self.registers.gregs[libc::REG_EFL as usize];
         *flags = *flags & !(RESTORED_FLAGS as i64) | (rflags & RESTORED_FLAGS) as i64;
         // SAFETY: the area has these bytes, whose software part (464 to 511) stays as it is.

@@ -1,7 +1,7 @@
 //! What the oracle does not try, and why.
 
 use bivisor_x86::cpuid::CpuModel;
-use iced_x86::{Instruction, Mnemonic, OpCodeOperandKind, OpCodeTableKind};
+use iced_x86::{Instruction, Mnemonic};
 
 /// Reasons that are given more than once.
 const SEGMENT_LOAD: &str = "loads segment registers, whose descriptors are the host's";
@@ -97,10 +97,8 @@ pub fn exclusion(instruction: &Instruction, model: &CpuModel) -> Option<&'static
     if is_undefined_bit_field(instruction) {
         return Some(BIT_FIELD);
     }
-    let info = instruction.op_code();
     let loads_segment = match mnemonic {
-        Mnemonic::Mov => info.op0_kind() == OpCodeOperandKind::seg_reg,
-        Mnemonic::Pop => matches!(info.op_code(), 0xa1 | 0xa9) && info.table() == OpCodeTableKind::T0F,
+        Mnemonic::Mov | Mnemonic::Pop => instruction.op0_register().is_segment_register(),
         _ => false,
     };
     if loads_segment || instruction.is_call_far() || instruction.is_jmp_far() {

@@ -1,15 +1,16 @@
 //! Random instructions, and states in which they have something to do: memory operands that hit the data pages,
 //! divisors that do not always overflow, headers that are valid.
 
-use bivisor_x86::cpuid::{CpuModel, Vendor};
+use bivisor_x86::cpuid::CpuModel;
 use bivisor_x86::registers::{Rflags, gpr};
-use iced_x86::{Code, ConstantOffsets, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, ConstantOffsets, Instruction, Mnemonic, OpKind, Register};
 
 use crate::exclude::exclusion;
 use crate::layout::{
     CODE, Case, DATA, DATA_SIZE, FS_BASE, GS_BASE, IMAGE_SIZE, IMAGES, Image, PAGE, READ_ONLY_SIZE,
     XSAVE_SIZE,
 };
+use crate::mode::Mode;
 use crate::random::Random;
 
 /// Where in every image lie values for LDMXCSR.
@@ -30,7 +31,7 @@ pub struct Generated {
 /// Makes cases.
 pub struct Generator {
     random: Random,
-    decoder_options: u32,
+    mode: Mode,
     /// The current image: it changes now and then only, because copying it takes time.
     image: u32,
 }
@@ -129,21 +130,18 @@ pub(crate) fn xsave(random: &mut Random, unmasked: u64) -> [u8; XSAVE_SIZE] {
 impl Generator {
     /// A generator for instructions of this CPU model.
     pub fn new(seed: u64, model: &CpuModel) -> Self {
-        let amd = if model.vendor == Vendor::Amd { DecoderOptions::AMD } else { DecoderOptions::NONE };
-        Self { random: Random::new(seed), decoder_options: amd, image: 0 }
+        Self { random: Random::new(seed), mode: Mode::new(model, false), image: 0 }
     }
 
     /// The next case.
     pub fn next(&mut self, model: &CpuModel, images: &[Image; IMAGES]) -> Generated {
         loop {
-            let mut code = random_bytes(&mut self.random);
+            let mut code = random_bytes(&mut self.random, self.mode);
             let rip = CODE + 0x800 + self.random.below(64);
-            let mut decoder = Decoder::with_ip(64, &code, rip, self.decoder_options);
+            let mut decoder = self.mode.decoder(&code, rip);
             let instruction = decoder.decode();
             let offsets = decoder.get_constant_offsets(&instruction);
-            if instruction.is_invalid()
-                && (!self.random.once_in(16) || is_untold(&code, self.decoder_options))
-            {
+            if instruction.is_invalid() && (!self.random.once_in(16) || is_untold(&code, self.mode)) {
                 continue;
             }
             if exclusion(&instruction, model).is_some() {
@@ -174,7 +172,7 @@ impl Generator {
                 image,
                 steps: self.random.once_in(2) || must_step(&instruction),
             };
-            let instruction = Decoder::with_ip(64, &case.code, rip, self.decoder_options).decode();
+            let instruction = self.mode.decoder(&case.code, rip).decode();
             return Generated { case, instruction };
         }
     }
@@ -205,7 +203,7 @@ impl Generator {
 }
 
 /// Bytes that are likely to be an instruction.
-pub(crate) fn random_bytes(random: &mut Random) -> [u8; 16] {
+pub(crate) fn random_bytes(random: &mut Random, mode: Mode) -> [u8; 16] {
     let mut rest = [0; 16];
     for word in rest.chunks_exact_mut(8) {
         word.copy_from_slice(&random.bits().to_le_bytes());
@@ -223,11 +221,14 @@ pub(crate) fn random_bytes(random: &mut Random) -> [u8; 16] {
     let opcode = random.bits() as u8;
     let kind = random.below(16);
     let is_legacy = kind < 11;
+    // In 32-bit code a VEX prefix has these bits set.
+    let vex = if mode.is_32bit { 0xc0 } else { 0 };
     if is_legacy {
         if kind > 4 && random.once_in(2) {
             code.push(random.pick(&[0x66, 0xf2, 0xf3]));
         }
-        if random.once_in(2) {
+        // In 32-bit code these are no prefixes.
+        if random.once_in(2) && !mode.is_32bit {
             code.push(0x40 | random.bits() as u8 & 15);
         }
     }
@@ -237,10 +238,10 @@ pub(crate) fn random_bytes(random: &mut Random) -> [u8; 16] {
         5..=7 => code.extend([0x0f, opcode]),
         8 | 9 => code.extend([0x0f, 0x38, opcode]),
         10 => code.extend([0x0f, 0x3a, opcode]),
-        11 | 12 => code.extend([0xc5, random.bits() as u8, opcode]),
+        11 | 12 => code.extend([0xc5, random.bits() as u8 | vex, opcode]),
         _ => {
             let map = 1 + random.below(3) as u8;
-            let registers = random.bits() as u8 & 0xe0;
+            let registers = random.bits() as u8 & 0xe0 | vex;
             code.extend([0xc4, registers | map, random.bits() as u8, opcode]);
         }
     }
@@ -253,16 +254,16 @@ pub(crate) fn random_bytes(random: &mut Random) -> [u8; 16] {
 }
 
 /// Whether these undefined bytes may be an instruction for some processors.
-pub(crate) fn is_untold(code: &[u8; 16], decoder_options: u32) -> bool {
-    is_system_group(code) || is_mask_instruction(code) || is_valid_with_other_w(code, decoder_options)
+pub(crate) fn is_untold(code: &[u8; 16], mode: Mode) -> bool {
+    is_system_group(code) || is_mask_instruction(code) || is_valid_with_other_w(code, mode)
 }
 
 /// Whether only the W bit of a VEX prefix makes the instruction undefined: Zen does not look at it everywhere.
-fn is_valid_with_other_w(code: &[u8; 16], decoder_options: u32) -> bool {
+fn is_valid_with_other_w(code: &[u8; 16], mode: Mode) -> bool {
     (0..code.len() - 2).filter(|&at| code[at] == 0xc4).any(|at| {
         let mut other = *code;
         other[at + 2] ^= 0x80;
-        !Decoder::with_ip(64, &other, CODE, decoder_options).decode().is_invalid()
+        !mode.decoder(&other, CODE).decode().is_invalid()
     })
 }
 

@@ -18,6 +18,8 @@ pub const FS_BASE: u64 = DATA + 0x140;
 pub const GS_BASE: u64 = DATA + 0x1000;
 /// Selectors that Linux gives a 64-bit program.
 pub const USER_CS: u16 = 0x33;
+/// Selector of 32-bit code that Linux has for such programs.
+pub const USER_CS_32BIT: u16 = 0x23;
 /// Stack segment of a 64-bit program on Linux.
 pub const USER_SS: u16 = 0x2b;
 /// Number of different contents of the data pages.

@@ -1,6 +1,7 @@
 //! The oracle: random instructions of user mode are executed natively, in a child process, and by the interpreter,
 //! and every register, flag, exception and byte of memory is compared.
 
+pub mod asm_tests;
 pub mod blocks;
 mod child;
 pub mod compare;
@@ -8,6 +9,7 @@ pub mod exclude;
 pub mod generate;
 pub mod interpreted;
 pub mod layout;
+pub mod mode;
 pub mod native;
 pub mod random;
 pub mod system;

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 use crate::child::{self, Frame, Process, Turns, Work, handler_entry};
 use crate::layout::{
     CODE, CODE_SIZE, Case, DATA, DATA_SIZE, FS_BASE, GS_BASE, IMAGE_SIZE, IMAGES, Image, Outcome,
-    READ_ONLY_SIZE,
+    READ_ONLY_SIZE, USER_CS,
 };
 
 /// Cases of one round trip.
@@ -132,7 +132,7 @@ unsafe extern "C" fn handler(_signal: i32, _info: *mut libc::siginfo_t, context:
 /// # Safety
 /// The code and data pages must be mapped, writable, and referred to by nobody else.
 unsafe fn load_case(child: &mut ChildState, frame: &mut Frame<'_>, case: &Case, image: &Image) {
-    frame.load(&case.xsave, &case.gpr, case.rflags | TF, case.rip);
+    frame.load(&case.xsave, &case.gpr, case.rflags | TF, case.rip, USER_CS);
     let at = (case.rip - CODE) as usize;
     let length = case.code.len().min(CODE_SIZE - at);
     // SAFETY: `at..at + length` lies in the code pages; the data pages are mapped, and nothing refers to them.

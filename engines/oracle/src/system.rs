@@ -26,7 +26,7 @@ pub const WRITABLE: u64 = 2;
 /// User mode may access it.
 pub const USER: u64 = 4;
 /// Accessed and dirty.
-const USED: u64 = 0x60;
+pub const USED: u64 = 0x60;
 /// May not be executed.
 pub const NO_EXECUTE: u64 = 1 << 63;
 
@@ -66,7 +66,7 @@ impl<'a> PageTables<'a> {
 }
 
 /// Bytes 0 to 7 of a segment descriptor of 4 GiB with these access rights, and L or D/B set.
-fn descriptor(access: u64, long: bool) -> u64 {
+pub fn descriptor(access: u64, long: bool) -> u64 {
     0x000f_0000_0000_ffff | access << 40 | if long { 0xa0 << 48 } else { 0xc0 << 48 }
 }
 
@@ -75,13 +75,16 @@ fn descriptor(access: u64, long: bool) -> u64 {
 pub fn write_tables(memory: &GuestMemory, place: u64, handlers: u64, stack_end: u64, always: bool) {
     for vector in 0..=u64::from(INTERRUPT) {
         let handler = handlers + 16 * vector;
-        // An interrupt gate, which user mode may call for INT3.
-        let access = if vector == 3 { 0xee00 } else { 0x8e00 } | u64::from(always);
+        // An interrupt gate, which user mode may call for INT3 and INTO.
+        let access = if matches!(vector, 3 | 4) { 0xee00 } else { 0x8e00 } | u64::from(always);
         let low = handler & 0xffff | KERNEL_CS << 16 | access << 32 | (handler >> 16 & 0xffff) << 48;
         memory.store64(place + IDT + 16 * vector, low);
         memory.store64(place + IDT + 16 * vector + 8, handler >> 32);
     }
     memory.store64(place + GDT + KERNEL_CS, descriptor(0x9b, true));
+    memory.store64(place + GDT + KERNEL_CS + 8, descriptor(0x93, false));
+    // 32-bit code of user mode.
+    memory.store64(place + GDT + 0x20, descriptor(0xfb, false));
     memory.store64(place + GDT + u64::from(USER_SS & !3), descriptor(0xf3, false));
     memory.store64(place + GDT + u64::from(USER_CS & !3), descriptor(0xfb, true));
     memory.store64(place + TSS + 4, stack_end);

@@ -38,15 +38,9 @@ impl Listener for Reports {
 }
 
 /// Tries sequences on an engine. The flags that a fault saves where they are dead are known to be wrong.
-fn try_sequences(engine: EngineKind, count: u64) {
-    let options = Options {
-        engine,
-        against: Against::Native,
-        seed: 20_240_601,
-        first: 0,
-        dead_flags_ignored: true,
-        explained: 3,
-    };
+fn try_sequences(engine: EngineKind, against: Against, count: u64) {
+    let options =
+        Options { engine, against, seed: 20_240_601, first: 0, dead_flags_ignored: true, explained: 3 };
     let mut reports = Reports::default();
     let totals = Blocks::new(options).expect("both sides start").run(count, &mut reports).expect("it runs");
     assert_eq!(totals.differences, 0, "{}", reports.0.join("\n"));
@@ -57,10 +51,15 @@ fn try_sequences(engine: EngineKind, count: u64) {
 
 #[test]
 fn the_translator_agrees_with_the_host_on_sequences() {
-    try_sequences(EngineKind::Dbt, 200_000);
+    try_sequences(EngineKind::Dbt, Against::Native, 200_000);
 }
 
 #[test]
 fn the_interpreter_agrees_with_the_host_on_sequences() {
-    try_sequences(EngineKind::Interp, 50_000);
+    try_sequences(EngineKind::Interp, Against::Native, 50_000);
+}
+
+#[test]
+fn the_translator_agrees_with_the_interpreter_on_privileged_sequences() {
+    try_sequences(EngineKind::Dbt, Against::Interp, 100_000);
 }

@@ -32,7 +32,7 @@ fn both_sides(dead_flags_ignored: bool) -> Blocks {
 /// Runs the bytes at an offset in the code pages with these registers, natively and on a new translator.
 #[track_caller]
 fn agrees(code: &[u8], origin: usize, registers: &[(usize, u64)]) {
-    if let Some(report) = both_sides(false).reproduce(code, origin, registers) {
+    if let Some(report) = both_sides(false).reproduce(code, false, origin, registers) {
         panic!("{report}");
     }
 }
@@ -102,7 +102,7 @@ fn addresses_that_are_not_canonical_are_no_aliases_in_the_jump_cache() {
             if address << 16 >> 16 != 0 && (address as i64) << 16 >> 16 == address as i64 {
                 continue;
             }
-            if let Some(report) = blocks.reproduce(&[0xff, 0xe0], 0, &[(RAX, address)]) {
+            if let Some(report) = blocks.reproduce(&[0xff, 0xe0], false, 0, &[(RAX, address)]) {
                 panic!("{report}");
             }
         }
@@ -116,7 +116,7 @@ fn a_fault_of_the_host_leads_to_the_right_instruction() {
     let mut code = vec![0x4c, 0xa0];
     code.extend(CONTROL.to_le_bytes());
     code.extend([0x4a, 0xd2, 0xc9, 0x66, 0x48, 0x0f, 0xd0, 0x2d, 0xf2, 0x0f, 0x01, 0x00, 0x45, 0x3b, 0xf4]);
-    if let Some(report) = both_sides(true).reproduce(&code, 0, &[(RCX, 0xffff_ffff_ffff_ffd7)]) {
+    if let Some(report) = both_sides(true).reproduce(&code, false, 0, &[(RCX, 0xffff_ffff_ffff_ffd7)]) {
         panic!("{report}");
     }
 }

@@ -3,13 +3,15 @@
 
 use bivisor_x86::cpuid::CpuModel;
 use iced_x86::{
-    Code, Decoder, Encoder, Instruction, InstructionInfoFactory, MemoryOperand, Mnemonic, OpAccess, Register,
+    Code, Encoder, Instruction, InstructionInfoFactory, MemoryOperand, Mnemonic, OpAccess, Register,
 };
 
 use super::code::{Field, Form, Item, To};
 use super::flags;
 use super::layout::{POINTER_COUNT, POINTERS, SMALL_NUMBER_COUNT, SMALL_NUMBERS};
+use super::narrow;
 use crate::layout::{CODE, DATA, DATA_SIZE};
+use crate::mode::Mode;
 use crate::random::Random;
 
 /// What a register is known to hold.
@@ -53,8 +55,8 @@ pub struct Builder<'a> {
     pub random: &'a mut Random,
     /// What the guest's processor offers.
     pub model: &'a CpuModel,
-    /// For decoding.
-    pub options: u32,
+    /// What kind of code it is.
+    pub mode: Mode,
     /// What is there.
     pub items: Vec<Item>,
     /// First item of each sequence.
@@ -65,6 +67,12 @@ pub struct Builder<'a> {
     pub classes: [Class; 16],
     /// x87 environments are stored, which tell of the last x87 instruction: so none stands here that they would tell of.
     pub environments: bool,
+    /// Stores may trap by a breakpoint: then no state is saved, of which not all is to be compared.
+    pub watched: bool,
+    /// Privileged instructions are tried, too.
+    pub with_privileged: bool,
+    /// The processor is in supervisor mode here, if execution comes from where it began.
+    pub is_supervisor: bool,
     /// Jumps may lead to what is emitted now.
     pub targetable: bool,
     targets: Vec<bool>,
@@ -99,37 +107,46 @@ pub fn made(instruction: Result<Instruction, iced_x86::IcedError>) -> Instructio
     instruction.unwrap_or_else(|_| Instruction::with(Code::Nopd))
 }
 
+/// How many general registers there are.
+fn registers(mode: Mode) -> u64 {
+    if mode.is_32bit { 8 } else { 16 }
+}
+
 impl<'a> Builder<'a> {
     /// Nothing yet.
-    pub fn new(random: &'a mut Random, model: &'a CpuModel, options: u32) -> Self {
+    pub fn new(random: &'a mut Random, model: &'a CpuModel, mode: Mode) -> Self {
         let mut initial = [Class::Any; 16];
         initial[RSP] = Class::Pointer;
         initial[RBP] = Class::Pointer;
         for _ in 0..4 {
-            initial[random.below(16) as usize] = Class::Pointer;
+            initial[random.below(registers(mode)) as usize] = Class::Pointer;
         }
         for _ in 0..3 {
-            let number = random.below(16) as usize;
+            let number = random.below(registers(mode)) as usize;
             if initial[number] == Class::Any {
                 initial[number] = Class::Small;
             }
         }
         let environments = random.once_in(8);
+        let watched = random.once_in(3);
         Self {
             random,
             model,
-            options,
+            mode,
             items: Vec::new(),
             entries: Vec::new(),
             initial,
             classes: initial,
             environments,
+            watched,
+            with_privileged: false,
+            is_supervisor: false,
             targetable: true,
             targets: Vec::new(),
             pending: Vec::new(),
             undefined: 0,
             factory: InstructionInfoFactory::new(),
-            encoder: Encoder::new(64),
+            encoder: Encoder::new(mode.bits()),
         }
     }
 
@@ -153,6 +170,12 @@ impl<'a> Builder<'a> {
         let room = if self.random.once_in(4) { self.random.below(200) } else { self.random.below(8) };
         self.items.push(Item::Room(room as usize));
         self.targets.push(false);
+    }
+
+    /// Some instruction that jumps may lead to.
+    pub fn any_target(&mut self) -> Option<usize> {
+        let all: Vec<usize> = (0..self.targets.len()).filter(|&item| self.targets[item]).collect();
+        (!all.is_empty()).then(|| self.random.pick(&all))
     }
 
     /// Chooses where jumps lead. Call when all sequences have ended.
@@ -189,7 +212,7 @@ impl<'a> Builder<'a> {
 
     /// Appends an instruction, after one that defines all flags if it reads undefined ones.
     pub fn emit(&mut self, bytes: &[u8], field: Option<Field>) {
-        let instruction = Decoder::with_ip(64, bytes, CODE, self.options).decode();
+        let instruction = self.mode.decoder(bytes, CODE).decode();
         let effect = flags::effect(&instruction);
         if effect.read & self.undefined != 0 {
             self.define_flags();
@@ -209,7 +232,7 @@ impl<'a> Builder<'a> {
 
     /// A comparison: it changes nothing else.
     fn define_flags(&mut self) {
-        let (one, other) = (self.random.below(16) as usize, self.random.below(16) as usize);
+        let (one, other) = (self.any(), self.any());
         let value = self.random.bits() as i32;
         let instruction = match self.random.below(5) {
             0 => Instruction::with2(Code::Cmp_r64_rm64, r64(one), r64(other)),
@@ -239,6 +262,7 @@ impl<'a> Builder<'a> {
 
     /// Appends an instruction that was made. Those that can't be encoded are left out.
     pub fn assemble(&mut self, instruction: Instruction) {
+        let instruction = if self.mode.is_32bit { narrow::instruction(&instruction) } else { instruction };
         if let Some((bytes, field)) = self.encode(&instruction) {
             self.emit(&bytes, field);
         }
@@ -246,7 +270,9 @@ impl<'a> Builder<'a> {
 
     /// Appends a jump, call or loop of this kind.
     pub fn jump(&mut self, code: Code, way: Way) {
-        let Some((bytes, _)) = self.encode(&made(Instruction::with_branch(code, CODE))) else { return };
+        let jump = made(Instruction::with_branch(code, CODE));
+        let jump = if self.mode.is_32bit { narrow::instruction(&jump) } else { jump };
+        let Some((bytes, _)) = self.encode(&jump) else { return };
         let bytes = self.with_prefix(bytes);
         let size = if code.op_code().instruction_string().contains("rel8") { 1 } else { 4 };
         self.refer(&bytes, bytes.len() - size, Form::Relative, way, size);
@@ -257,7 +283,10 @@ impl<'a> Builder<'a> {
         // What F2 means for LOOPE and LOOPNE, Zen tells otherwise than the manuals.
         let is_loop = bytes.contains(&0xe0) || bytes.contains(&0xe1);
         if self.random.once_in(10) && !is_loop {
-            bytes.insert(0, self.random.pick(&[0x2e, 0x3e, 0x26, 0x36, 0x64, 0xf2, 0x48, 0x41]));
+            let prefixes = [0x2e, 0x3e, 0x26, 0x36, 0x64, 0xf2, 0x48, 0x41];
+            // The last two are instructions in 32-bit code.
+            let count = if self.mode.is_32bit { 6 } else { 8 };
+            bytes.insert(0, self.random.pick(&prefixes[..count]));
         } else if self.random.once_in(300) && bytes.len() == 2 {
             bytes.insert(0, 0x66);
         }
@@ -271,10 +300,17 @@ impl<'a> Builder<'a> {
         self.pending.push(Pending { item: self.items.len() - 1, way });
     }
 
-    /// Appends an instruction with a field that leads to a known item.
-    pub fn refer_to(&mut self, bytes: &[u8], at: usize, size: usize, item: usize, offset: u8) {
-        let to = To::Item(item, offset);
-        self.emit(bytes, Some(Field { at: at as u8, size: size as u8, form: Form::Relative, to }));
+    /// Appends a short jump to a known item.
+    pub fn skip(&mut self, bytes: &[u8], item: usize) {
+        let field = Field { at: 1, size: 1, form: Form::Relative, to: To::Item(item, 0) };
+        self.emit(bytes, Some(field));
+    }
+
+    /// Appends an instruction whose memory operand, a displacement of 4 bytes, lies in a known item.
+    pub fn refer_to_memory(&mut self, bytes: &[u8], at: usize, item: usize, offset: u8) {
+        // The same ModRM byte is relative to RIP in 64-bit code only.
+        let form = if self.mode.is_32bit { Form::Absolute } else { Form::Relative };
+        self.emit(bytes, Some(Field { at: at as u8, size: 4, form, to: To::Item(item, offset) }));
     }
 
     // ---- what registers hold ----
@@ -326,10 +362,15 @@ impl<'a> Builder<'a> {
         (!all.is_empty()).then(|| self.random.pick(&all))
     }
 
+    /// Some register.
+    pub fn any(&mut self) -> usize {
+        self.random.below(registers(self.mode)) as usize
+    }
+
     /// A register that may be changed without much loss.
     pub fn any_free(&mut self) -> usize {
         for _ in 0..8 {
-            let number = self.random.below(16) as usize;
+            let number = self.any();
             if self.classes[number] != Class::Pointer {
                 return number;
             }

@@ -12,7 +12,7 @@ use super::layout::{Batch, Image, Outcome, SKIPPED, TIMEOUT};
 use super::native::Native;
 use super::report::{listing, report, title};
 use super::shrink::shrink;
-use super::trial::{Trial, decoder_options, trial};
+use super::trial::{Trial, trial};
 use super::{Against, Difference, Options};
 
 /// Who says what is right.
@@ -123,8 +123,7 @@ impl Checker {
 
     /// How the runs of a trial are compared; `None` if it reads undefined flags.
     pub fn comparison<'a>(&self, trial: &'a Trial, assembled: &'a Assembled) -> Option<Comparison<'a>> {
-        let decoder = decoder_options(&self.model);
-        Comparison::new(trial, assembled, decoder, self.options.names(), self.options.dead_flags_ignored)
+        Comparison::new(trial, assembled, self.options.names(), self.options.dead_flags_ignored)
     }
 
     fn batch(trial: &Trial) -> (Assembled, Arc<Batch>) {
@@ -159,13 +158,14 @@ impl Checker {
     }
 
     /// Makes the trial with this number as small as it can be, and reports on it.
-    pub fn explain(&mut self, number: u64) -> Difference {
-        let whole = trial(self.options.seed, number, &self.model);
+    /// `seen`: what differed when it ran among others.
+    pub fn explain(&mut self, number: u64, seen: &[String]) -> Difference {
+        let whole = trial(self.options.seed, number, &self.model, self.options.is_privileged());
         let Some(first) = self.check(&whole) else {
             let (assembled, _) = Self::batch(&whole);
-            let listing = listing(&whole, &assembled, decoder_options(&self.model));
+            let listing = listing(&whole, &assembled);
             let title = "no difference without the trials before it".to_string();
-            return Difference { trial: number, title, report: listing };
+            return Difference { trial: number, title, report: listing + &seen.join("\n") + "\n" };
         };
         // Not just any difference: leaving out what prepares an instruction may make another.
         let mut differs = |trial: &Trial| {
@@ -177,7 +177,7 @@ impl Checker {
             let title = "no difference any more once it was made smaller".to_string();
             return Difference { trial: number, title, report: String::new() };
         };
-        let title = title(&small, decoder_options(&self.model), &finding.lines);
+        let title = title(&small, &finding.lines);
         Difference { trial: number, title, report: self.report(&small, &finding) }
     }
 
@@ -188,12 +188,11 @@ impl Checker {
 
     fn report(&self, small: &Trial, finding: &Finding) -> String {
         let (assembled, batch) = Self::batch(small);
-        let decoder = decoder_options(&self.model);
         let mut lines = finding.lines.clone();
         if self.options.engine == EngineKind::Dbt && self.options.against == Against::Native {
             lines.push(self.third_opinion(small, &assembled, &batch, finding));
         }
-        report(small, &assembled, decoder, finding.run, &batch.inputs[finding.run], &lines)
+        report(small, &assembled, finding.run, &batch.inputs[finding.run], &lines)
     }
 
     /// Whom the interpreter agrees with.

@@ -4,11 +4,12 @@ use std::cell::OnceCell;
 
 use bivisor_x86::registers::Rflags;
 use bivisor_x86::state::MXCSR_MASK;
-use iced_x86::{Decoder, Instruction};
+use iced_x86::Instruction;
 
 use super::code::{Assembled, Field, Item, To};
 use super::flags;
 use super::layout::{CONTROL, Code, Outcome, PANIC};
+use super::monitor::SYSTEM_NAMES;
 use super::trial::Trial;
 use crate::compare::{
     MISALIGNED_SSE, Rules, compares_strings, is_state_operand, same_mxcsr, state_differences, undefined_flags,
@@ -28,7 +29,6 @@ pub struct Comparison<'a> {
     meant: Vec<usize>,
     /// Undefined flags before each item.
     undefined: Vec<u64>,
-    decoder_options: u32,
     /// Names of the two sides.
     names: [&'static str; 2],
     /// Arithmetic flags that a fault saves where they are dead are not compared.
@@ -42,38 +42,28 @@ impl<'a> Comparison<'a> {
     pub fn new(
         trial: &'a Trial,
         assembled: &'a Assembled,
-        decoder_options: u32,
         names: [&'static str; 2],
         dead_flags_ignored: bool,
     ) -> Option<Self> {
-        let undefined = flags::undefined_before(&trial.items, &trial.entries, decoder_options)?;
+        let undefined = flags::undefined_before(&trial.items, &trial.entries, trial.mode)?;
         let meant: Vec<usize> = trial.items.iter().flat_map(|item| written_code(item, assembled)).collect();
         let mut fixed = assembled.code.clone();
         meant.iter().for_each(|&at| fixed[at] = 0);
         let dead = OnceCell::new();
-        Some(Self {
-            trial,
-            dead,
-            assembled,
-            fixed,
-            meant,
-            undefined,
-            decoder_options,
-            names,
-            dead_flags_ignored,
-        })
+        Some(Self { trial, dead, assembled, fixed, meant, undefined, names, dead_flags_ignored })
     }
 
     /// The instruction that execution ended at, as it stands there by now.
     fn ended_at(&self, outcome: &Outcome) -> Option<Instruction> {
         let rip = outcome.state.rip;
         let code = outcome.code.get(rip.checked_sub(CODE)? as usize..)?;
-        Some(Decoder::with_ip(64, code, rip, self.decoder_options).decode())
+        Some(self.trial.mode.decoder(code, rip).decode())
     }
 
     fn rules(&self, one: &Outcome, other: &Outcome) -> Rules {
         let instruction = self.ended_at(one);
         let (one, other) = (&one.state, &other.state);
+        let is_fault = !matches!(one.vector, 1 | 3);
         let mut rules = Rules {
             names: self.names,
             any_exception: false,
@@ -86,11 +76,13 @@ impl<'a> Comparison<'a> {
         if let Some(item) = self.assembled.item_at(one.rip) {
             rules.ignored_flags = self.undefined[item];
             let differ = (one.rflags ^ other.rflags) & Rflags::ARITHMETIC.bits() != 0;
-            if differ && self.dead_flags_ignored && !matches!(one.vector, 1 | 3) {
-                let dead =
-                    self.dead.get_or_init(|| flags::dead_before(&self.trial.items, self.decoder_options));
+            if differ && self.dead_flags_ignored && is_fault {
+                let dead = self.dead.get_or_init(|| flags::dead_before(&self.trial.items, self.trial.mode));
                 rules.ignored_flags |= dead.get(item).copied().unwrap_or(0);
             }
+        } else if self.dead_flags_ignored && is_fault {
+            // Whatever is executed there may overwrite them.
+            rules.ignored_flags = Rflags::ARITHMETIC.bits();
         }
         let Some(instruction) = instruction else { return rules };
         if one.vector == 0 {
@@ -123,6 +115,13 @@ impl<'a> Comparison<'a> {
             return vec![format!("{name}: {}", ending(other.state.vector))];
         }
         let mut lines = state_differences(&one.state, &other.state, &self.rules(one, other));
+        for (i, name) in SYSTEM_NAMES.iter().enumerate() {
+            let (one, other) = (one.system[i], other.system[i]);
+            if one != other {
+                let [first, second] = self.names;
+                lines.push(format!("{name:>12}  {first} {one:#x}  {second} {other:#x}"));
+            }
+        }
         let pages: [(u64, &[u8], &[u8]); 3] = [
             (DATA, &one.data, &other.data),
             (CONTROL, &one.control, &other.control),

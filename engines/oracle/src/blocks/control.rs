@@ -55,7 +55,7 @@ impl Builder<'_> {
     }
 
     /// What must stand before a jump that may lead backwards. Jumps must not lead between it and the jump.
-    fn guard(&mut self) {
+    pub fn guard(&mut self) {
         self.settle_flags();
         if self.random.once_in(3) {
             self.guard_without_flags();
@@ -75,8 +75,8 @@ impl Builder<'_> {
         self.assemble(made(Instruction::with2(Code::Mov_rm64_r64, at(FUEL), Register::RCX)));
         // jrcxz 1f; jmp 2f; 1: jmp END; 2:
         let next = self.items.len() + 1;
-        self.refer_to(&[0xe3, 0], 1, 1, next + 1, 0);
-        self.refer_to(&[0xeb, 0], 1, 1, next + 2, 0);
+        self.skip(&[0xe3, 0], next + 1);
+        self.skip(&[0xeb, 0], next + 2);
         self.jump(Code::Jmp_rel32_64, Way::End);
     }
 
@@ -89,7 +89,7 @@ impl Builder<'_> {
     fn conditional(&mut self, way: Way) {
         self.guard_if_backwards(way);
         if self.random.once_in(3) {
-            let (one, other) = (r32(self.random.below(16) as usize), r32(self.random.below(16) as usize));
+            let (one, other) = (r32(self.any()), r32(self.any()));
             self.assemble(made(Instruction::with2(Code::Cmp_r32_rm32, one, other)));
         }
         let (short, near) = self.random.pick(&CONDITIONAL);
@@ -132,7 +132,9 @@ impl Builder<'_> {
         // lea r64, [rip + target] or mov r32, target
         let rex = 0x48 | (number >> 3 << 2) as u8;
         let low = (number & 7) as u8;
-        if self.random.once_in(2) {
+        if self.mode.is_32bit {
+            self.refer(&[0xb8 | low, 0, 0, 0, 0], 1, Form::Absolute, Way::Anywhere, 4);
+        } else if self.random.once_in(2) {
             self.refer(&[rex, 0x8d, low << 3 | 5, 0, 0, 0, 0], 3, Form::Relative, Way::Anywhere, 4);
         } else {
             let rex = 0x40 | (number >> 3) as u8;
@@ -199,7 +201,7 @@ impl Builder<'_> {
         let plain = if self.random.once_in(4) { vec![0xc2, popped, 0] } else { vec![0xc3] };
         let bytes = match self.random.below(30) {
             0 | 1 => [&[0xf3][..], &plain].concat(),
-            2 => [&[0x48][..], &plain].concat(),
+            2 if !self.mode.is_32bit => [&[0x48][..], &plain].concat(),
             3 if self.random.once_in(4) => [&[0x66][..], &plain].concat(),
             _ => plain,
         };

@@ -1,10 +1,11 @@
 //! Which flags are undefined where, so that no sequence reads any, and none are compared.
 
-use iced_x86::{Decoder, FlowControl, Instruction, Mnemonic, OpKind, Register, RflagsBits};
+use iced_x86::{FlowControl, Instruction, Mnemonic, OpKind, Register, RflagsBits};
 
 use super::code::Item;
 use crate::compare::undefined_flags;
 use crate::layout::CODE;
+use crate::mode::Mode;
 use bivisor_x86::registers::Rflags;
 
 /// The arithmetic flags, as iced-x86 numbers them.
@@ -77,7 +78,7 @@ pub fn after(effect: Effect, before: u64) -> u64 {
 /// Flags that are undefined before each item and at the end, or `None` if some item reads such a flag.
 ///
 /// Only the order in memory is followed: wherever a jump may come from or go to, no flag may be undefined.
-pub fn undefined_before(items: &[Item], entries: &[usize], options: u32) -> Option<Vec<u64>> {
+pub fn undefined_before(items: &[Item], entries: &[usize], mode: Mode) -> Option<Vec<u64>> {
     let mut is_target = vec![false; items.len() + 1];
     let targets = items.iter().filter_map(Item::target).chain(entries.iter().copied());
     targets.for_each(|target| is_target[target.min(items.len())] = true);
@@ -95,7 +96,7 @@ pub fn undefined_before(items: &[Item], entries: &[usize], options: u32) -> Opti
             }
             continue;
         };
-        let effect = effect(&Decoder::with_ip(64, bytes, CODE, options).decode());
+        let effect = effect(&mode.decoder(bytes, CODE).decode());
         if effect.read & undefined != 0 {
             return None;
         }
@@ -115,13 +116,19 @@ fn successors(number: usize, item: &Item, instruction: &Instruction) -> Option<V
     }
 }
 
+/// Whether the instruction goes elsewhere and takes all flags from there.
+fn loads_flags(instruction: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(instruction.mnemonic(), M::Sysret | M::Sysretq | M::Iret | M::Iretd | M::Iretq)
+}
+
 /// For each item, the flags that are dead before it: whatever is executed next overwrites them before it reads them.
-pub fn dead_before(items: &[Item], options: u32) -> Vec<u64> {
+pub fn dead_before(items: &[Item], mode: Mode) -> Vec<u64> {
     let everything = Rflags::ARITHMETIC.bits();
     let decoded: Vec<Option<Instruction>> = items
         .iter()
         .map(|item| match item {
-            Item::Instruction { bytes, .. } => Some(Decoder::with_ip(64, bytes, CODE, options).decode()),
+            Item::Instruction { bytes, .. } => Some(mode.decoder(bytes, CODE).decode()),
             Item::Room(_) => None,
         })
         .collect();
@@ -131,6 +138,7 @@ pub fn dead_before(items: &[Item], options: u32) -> Vec<u64> {
         for number in (0..items.len()).rev() {
             let next = decoded[number].as_ref().and_then(|i| successors(number, &items[number], i));
             live[number] = match (&decoded[number], next) {
+                (Some(instruction), _) if loads_flags(instruction) => 0,
                 (Some(instruction), Some(next)) => {
                     let after = next.iter().fold(0, |live_after, &next| {
                         live_after | live.get(next).copied().unwrap_or(everything)
@@ -151,6 +159,8 @@ pub fn dead_before(items: &[Item], options: u32) -> Vec<u64> {
 mod tests {
     use super::*;
 
+    const MODE: Mode = Mode { is_32bit: false, options: 0 };
+
     fn items(code: &[&[u8]]) -> Vec<Item> {
         code.iter().map(|bytes| Item::Instruction { bytes: bytes.to_vec(), field: None }).collect()
     }
@@ -165,7 +175,7 @@ mod tests {
             let form = crate::blocks::code::Form::Relative;
             *field = Some(crate::blocks::code::Field { at: 1, size: 1, form, to });
         }
-        assert_eq!(dead_before(&code, 0), [all & !cf, all, all, 0]);
+        assert_eq!(dead_before(&code, MODE), [all & !cf, all, all, 0]);
     }
 
     #[test]
@@ -173,10 +183,10 @@ mod tests {
         let af = Rflags::AF.bits();
         // test eax,eax; mov eax,1; cmp eax,eax; int3
         let good = items(&[&[0x85, 0xc0], &[0xb8, 1, 0, 0, 0], &[0x39, 0xc0], &[0xcc]]);
-        assert_eq!(undefined_before(&good, &[0], 0), Some(vec![0, af, af, 0, 0]));
-        assert_eq!(undefined_before(&good, &[0, 1], 0), None, "an entry where a flag is undefined");
+        assert_eq!(undefined_before(&good, &[0], MODE), Some(vec![0, af, af, 0, 0]));
+        assert_eq!(undefined_before(&good, &[0, 1], MODE), None, "an entry where a flag is undefined");
         // test eax,eax; shl eax,cl; lahf; int3
         let bad = items(&[&[0x85, 0xc0], &[0xd3, 0xe0], &[0x9f], &[0xcc]]);
-        assert_eq!(undefined_before(&bad, &[0], 0), None, "a shift by nothing keeps AF undefined");
+        assert_eq!(undefined_before(&bad, &[0], MODE), None, "a shift by nothing keeps AF undefined");
     }
 }

@@ -2,7 +2,7 @@
 //! them in user mode. All runs of a batch happen in one run of the engine; the host is asked for the next by a port.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
@@ -21,8 +21,10 @@ use super::layout::{
     SKIPPED, TIMEOUT,
 };
 use super::monitor;
-use crate::layout::{CODE, CODE_SIZE, DATA, DATA_SIZE, IMAGE_SIZE, PAGE, State, USER_CS, USER_SS};
-use crate::system::{self, INTERRUPT, KERNEL_CS, NO_EXECUTE, PageTables, SYSTEM_PAGE, USER, WRITABLE, pages};
+use crate::layout::{CODE, CODE_SIZE, DATA, DATA_SIZE, IMAGE_SIZE, PAGE, State, USER_SS};
+use crate::system::{
+    self, INTERRUPT, KERNEL_CS, NO_EXECUTE, PRESENT, PageTables, SYSTEM_PAGE, USED, USER, WRITABLE, pages,
+};
 
 /// Physical addresses.
 const TABLES: u64 = 0x1000;
@@ -54,7 +56,8 @@ pub enum EngineKind {
 }
 
 impl EngineKind {
-    fn engine(self) -> SoftwareEngine {
+    /// A new engine: each serves one machine.
+    pub fn engine(self) -> SoftwareEngine {
         match self {
             Self::Dbt => SoftwareEngine::translator(),
             Self::DbtHot => SoftwareEngine::translator().with_hot_code(),
@@ -69,6 +72,8 @@ struct Session {
     images: Arc<[Image]>,
     /// Where the page-table entries of the code pages are.
     code_entries: [u64; CODE_SIZE / PAGE as usize],
+    /// Where those of the other pages are, and what they are.
+    entries: Vec<(u64, u64)>,
     batch: Arc<Batch>,
     outcomes: Vec<Outcome>,
     /// The code pages that are mapped are these of the batch's.
@@ -90,6 +95,7 @@ struct Port {
     kicked: AtomicBool,
     /// An interrupt waits.
     interrupted: AtomicBool,
+    cr8: AtomicU8,
     /// Instructions executed, where they are counted.
     steps: AtomicU64,
     /// Grows with every run.
@@ -101,6 +107,11 @@ struct Port {
 }
 
 impl Session {
+    /// Bits of the page-table entry of a code page.
+    fn code_bits(&self, page: u64) -> u64 {
+        PRESENT | USER | USED | if page == 0 { WRITABLE } else { 0 }
+    }
+
     fn code_place(&self) -> u64 {
         CODE_PAGES + (self.exchanges - 1) * CODE_SIZE as u64
     }
@@ -123,7 +134,14 @@ impl Session {
         memory.load_bytes(DATA_PAGES, &mut outcome.data);
         memory.load_bytes(CONTROL_PAGE, &mut outcome.control);
         memory.load_bytes(code, &mut outcome.code);
-        outcome.count = (steps - self.started).saturating_sub(monitor::INSTRUCTIONS);
+        let mut own = monitor::INSTRUCTIONS;
+        if self.batch.inputs[self.next - 1].privileged != 0 {
+            own += monitor::PRIVILEGED_INSTRUCTIONS;
+            for (i, register) in outcome.system.iter_mut().enumerate() {
+                *register = word(monitor::SYSTEM_AFTER + 8 * i as u64);
+            }
+        }
+        outcome.count = (steps - self.started).saturating_sub(own);
     }
 
     /// Hands the next run over to the monitor; false if there is none.
@@ -133,25 +151,35 @@ impl Session {
         }
         let Some(input) = self.batch.inputs.get(self.next) else { return false };
         let memory = &self.memory;
-        let exchanged = self.current != Some(input.code);
+        let image = &self.images[input.image as usize % self.images.len()];
+        let mut exchanged = self.current != Some(input.code);
         if exchanged {
             self.current = Some(input.code);
             self.exchanges += 1;
             let place = CODE_PAGES + (self.exchanges - 1) * CODE_SIZE as u64;
             memory.store_bytes(place, &self.batch.codes[input.code as usize]);
             for (entry, page) in self.code_entries.iter().zip(pages(CODE_SIZE)) {
-                memory.store64(*entry, memory.load64(*entry) & 0xfff | place + page);
+                memory.store64(*entry, self.code_bits(page) | place + page);
             }
         }
-        let image = &self.images[input.image as usize % self.images.len()];
         memory.store_bytes(DATA_PAGES, &image.data[..DATA_SIZE]);
         memory.store_bytes(CONTROL_PAGE, &image.control);
         for (i, word) in input.control.iter().enumerate() {
             memory.store64(CONTROL_PAGE + 8 * i as u64, *word);
         }
-        let frame =
-            [input.rip, USER_CS.into(), input.rflags, input.gpr[gpr::RSP], USER_SS.into()].into_iter();
-        for (i, word) in frame.enumerate() {
+        if input.privileged != 0 {
+            // Page-table entries may have been changed.
+            exchanged = true;
+            self.entries.iter().for_each(|(place, entry)| memory.store64(*place, *entry));
+            memory.store_bytes(DATA_PAGES + DATA_SIZE as u64, &image.data[DATA_SIZE..]);
+            for (i, word) in input.system.iter().enumerate() {
+                memory.store64(MAILBOX + monitor::SYSTEM + 8 * i as u64, *word);
+            }
+        }
+        memory.store32(MAILBOX + monitor::PRIVILEGED, input.privileged);
+        let (cs, ss) = if input.supervisor != 0 { (KERNEL_CS, 0) } else { (input.cs.into(), USER_SS.into()) };
+        let frame = [input.rip, cs, input.rflags, input.gpr[gpr::RSP], ss];
+        for (i, word) in frame.into_iter().enumerate() {
             memory.store64(MAILBOX + monitor::FRAME + 8 * i as u64, word);
         }
         for (i, word) in input.gpr.iter().enumerate() {
@@ -258,9 +286,11 @@ impl VcpuBus for Port {
         interrupt.then_some(Event::Interrupt(INTERRUPT))
     }
     fn cr8(&self) -> u8 {
-        0
+        self.cr8.load(Ordering::Relaxed)
     }
-    fn set_cr8(&self, _value: u8) {}
+    fn set_cr8(&self, value: u8) {
+        self.cr8.store(value, Ordering::Relaxed);
+    }
     fn read_msr(&self, _msr: u32) -> Option<u64> {
         None
     }
@@ -286,7 +316,7 @@ struct Machine {
 impl Machine {
     fn new(kind: EngineKind, model: &Arc<CpuModel>, images: &Arc<[Image]>) -> Result<Self, EngineError> {
         let memory = Arc::new(GuestMemory::on_heap(RAM_SIZE));
-        let code_entries = build_page_tables(&memory);
+        let (code_entries, entries) = build_page_tables(&memory);
         let handlers = monitor::MONITOR;
         system::write_tables(&memory, SYSTEM, handlers, monitor::STACK_END, true);
         memory.store_bytes(SYSTEM + PAGE, monitor::code());
@@ -295,6 +325,7 @@ impl Machine {
             memory: Arc::clone(&memory),
             images: Arc::clone(images),
             code_entries,
+            entries,
             batch: Arc::default(),
             outcomes: Vec::new(),
             current: None,
@@ -309,6 +340,7 @@ impl Machine {
             observer: OnceLock::new(),
             kicked: AtomicBool::new(false),
             interrupted: AtomicBool::new(false),
+            cr8: AtomicU8::new(0),
             steps: AtomicU64::new(0),
             progress: AtomicU64::new(0),
             seen: AtomicU64::new(u64::MAX),
@@ -366,25 +398,30 @@ fn watch(port: Weak<Port>) {
     });
 }
 
-fn build_page_tables(memory: &GuestMemory) -> [u64; CODE_SIZE / PAGE as usize] {
+type CodeEntries = [u64; CODE_SIZE / PAGE as usize];
+
+/// Maps everything. Returns where the entries of the code pages are, and the other pages' entries.
+fn build_page_tables(memory: &GuestMemory) -> (CodeEntries, Vec<(u64, u64)>) {
     let mut tables = PageTables::new(memory, TABLES);
-    let mut entries = [0; CODE_SIZE / PAGE as usize];
+    let mut others = Vec::new();
+    let mut entries = CodeEntries::default();
     for (entry, page) in entries.iter_mut().zip(pages(CODE_SIZE)) {
         let writable = if page == 0 { WRITABLE } else { 0 };
         *entry = tables.map(CODE + page, CODE_PAGES + page, USER | writable);
     }
     for page in pages(IMAGE_SIZE) {
         let writable = if page < DATA_SIZE as u64 { WRITABLE } else { 0 };
-        tables.map(DATA + page, DATA_PAGES + page, USER | writable | NO_EXECUTE);
+        others.push(tables.map(DATA + page, DATA_PAGES + page, USER | writable | NO_EXECUTE));
     }
     for page in pages(CONTROL_SIZE) {
-        tables.map(CONTROL + page, CONTROL_PAGE + page, USER | WRITABLE | NO_EXECUTE);
+        others.push(tables.map(CONTROL + page, CONTROL_PAGE + page, USER | WRITABLE | NO_EXECUTE));
     }
     tables.map(NUDGE, NUDGE_PAGE, USER | WRITABLE | NO_EXECUTE);
     for page in pages(5 * PAGE as usize) {
         tables.map(SYSTEM_PAGE + page, SYSTEM + page, WRITABLE);
     }
-    entries
+    tables.map(monitor::PAGE_TABLE, entries[0] & !(PAGE - 1), WRITABLE);
+    (entries, others.into_iter().map(|place| (place, memory.load64(place))).collect())
 }
 
 /// At the start of the monitor.
@@ -393,9 +430,14 @@ fn initial_state() -> CpuState {
     state.cpl = 0;
     state.rip = monitor::START;
     state.gpr[gpr::RSP] = monitor::STACK_END;
+    (state.msr.star, state.msr.sfmask) = (monitor::STAR, monitor::SFMASK);
     state.seg[SegReg::Cs as usize] =
         Segment { base: 0, limit: u32::MAX, selector: KERNEL_CS as u16, attributes: 0xa09b };
     state.seg[SegReg::Ss as usize] = Segment { attributes: Segment::UNUSABLE, ..Segment::default() };
+    // What 32-bit code needs.
+    let data = Segment { base: 0, limit: u32::MAX, selector: USER_SS, attributes: 0xc0f3 };
+    state.seg[SegReg::Ds as usize] = data;
+    state.seg[SegReg::Es as usize] = data;
     state
 }
 
@@ -467,7 +509,7 @@ mod tests {
     #[test]
     fn instructions_are_counted_without_those_of_the_supervisor() {
         let model = Arc::new(crate::host_model());
-        let (_, inputs) = trial(1, 0, &model).assemble(0);
+        let (_, inputs) = trial(1, 0, &model, false).assemble(0);
         let count = |code: &[u8]| {
             let mut page = [FILLER; CODE_SIZE];
             page[..code.len()].copy_from_slice(code);

@@ -14,7 +14,7 @@ use super::check::Checker;
 use super::layout::{Image, images};
 use super::report::{listing, title};
 use super::shrink::shrink;
-use super::trial::{Trial, decoder_options, trial};
+use super::trial::{Trial, trial};
 use super::{Against, Blocks, Difference, Listener, Options, Totals};
 use crate::host_model;
 
@@ -176,22 +176,22 @@ fn crashes(
 fn explain(options: Options, trials: Range<u64>, signal: i32) -> Difference {
     let model = Arc::new(host_model());
     let images: Arc<[Image]> = images().into();
-    let decoder = decoder_options(&model);
     let crashes = |trial: &Trial| crashes(options, &model, &images, trial, signal);
-    let found = trials.clone().find(|&number| crashes(&trial(options.seed, number, &model)));
+    let found =
+        trials.clone().find(|&number| crashes(&trial(options.seed, number, &model, options.is_privileged())));
     let Some(number) = found else {
         let title = format!("the engine crashed by signal {signal}, but by no single trial");
         return Difference { trial: trials.start, title, report: format!("trials {trials:?}\n") };
     };
-    let whole = trial(options.seed, number, &model);
+    let whole = trial(options.seed, number, &model, options.is_privileged());
     let last = |trial: &Trial| trial.runs.len().saturating_sub(1);
     let small = shrink(&whole, &mut |trial| crashes(trial).then(|| last(trial)));
     let (assembled, inputs) = small.assemble(0);
     let lines = [format!("{}: crashed by signal {signal}", options.names()[1])];
-    let title = title(&small, decoder, &lines);
+    let title = title(&small, &lines);
     let report = match inputs.get(last(&small)) {
-        Some(input) => super::report::report(&small, &assembled, decoder, last(&small), input, &lines),
-        None => listing(&small, &assembled, decoder),
+        Some(input) => super::report::report(&small, &assembled, last(&small), input, &lines),
+        None => listing(&small, &assembled),
     };
     Difference { trial: number, title, report }
 }

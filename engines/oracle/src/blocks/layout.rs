@@ -3,6 +3,7 @@
 //! Code and data lie where single instructions have them ([`crate::layout`]), but the first of the code pages may be
 //! written. There is a further page, whose number differs from the first data page's by a multiple of 256.
 
+use super::monitor::SYSTEM_NAMES;
 use crate::generate::{self, fill, mxcsr};
 use crate::layout::{CODE_SIZE, DATA, DATA_SIZE, IMAGE_SIZE, PAGE, State, XSAVE_SIZE};
 use crate::random::Random;
@@ -22,8 +23,9 @@ pub const TARGETS: u64 = CONTROL + 0x40;
 /// Where the control page is free for all.
 pub const CONTROL_FREE: u64 = 0x100;
 
-/// Linear address of a page that stores make the engine look for events by, see [`INTERRUPT_NUDGE`]. It is not compared.
-pub const NUDGE: u64 = CONTROL + 0x8000;
+/// Linear address of a page that stores make the engine look for events by, see [`INTERRUPT_NUDGE`]. It is not compared, and
+/// far from all else: other accesses must not hit it.
+pub const NUDGE: u64 = DATA + 0x3000_0000;
 /// Bit of what is stored there: an interrupt comes. It does nothing that sequences could see.
 pub const INTERRUPT_NUDGE: u64 = 1;
 
@@ -82,6 +84,14 @@ pub struct Input {
     pub control: [u64; 1 + POINTER_COUNT],
     /// Number of the image.
     pub image: u32,
+    /// System registers matter: they are loaded before and stored after.
+    pub privileged: u32,
+    /// The sequence begins in supervisor mode.
+    pub supervisor: u32,
+    /// CR0, CR4 and LSTAR.
+    pub system: [u64; 3],
+    /// Selector of the code segment, in user mode.
+    pub cs: u32,
     /// Number of the code pages in the batch. As long as it stays the same, stores to the code pages stay, too.
     pub code: u32,
 }
@@ -98,6 +108,8 @@ pub struct Outcome {
     pub control: [u8; CONTROL_SIZE],
     /// The code pages.
     pub code: Code,
+    /// System registers, as the monitor names them, after privileged runs.
+    pub system: [u64; SYSTEM_NAMES.len()],
     /// Instructions executed, where they are counted.
     pub count: u64,
 }
@@ -110,6 +122,7 @@ impl Outcome {
             data: [0; DATA_SIZE],
             control: [0; CONTROL_SIZE],
             code: [0; CODE_SIZE],
+            system: [0; SYSTEM_NAMES.len()],
             count: 0,
         }
     }

@@ -10,8 +10,10 @@ pub mod guest;
 pub mod isolate;
 pub mod layout;
 pub mod monitor;
+pub mod narrow;
 pub mod native;
 pub mod ordinary;
+pub mod privileged;
 pub mod report;
 pub mod shrink;
 pub mod special;
@@ -28,8 +30,9 @@ use self::code::Assembled;
 use self::guest::{EngineKind, Guest};
 use self::layout::{Batch, Image, Outcome, PANIC, SKIPPED, TIMEOUT, images};
 use self::native::{CODES, RUNS};
-use self::trial::{Trial, decoder_options, trial};
+use self::trial::{Trial, trial};
 use crate::host_model;
+use crate::mode::Mode;
 
 /// What the engine is compared with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +67,11 @@ impl Options {
             EngineKind::Dbt if trial.hot => EngineKind::DbtHot,
             engine => engine,
         }
+    }
+
+    /// Whether privileged instructions are tried, too.
+    fn is_privileged(&self) -> bool {
+        self.against == Against::Interp
     }
 
     /// Names of the two sides.
@@ -156,11 +164,17 @@ impl Blocks {
         })
     }
 
-    /// Runs a sequence of these bytes at an offset in the code pages, with these general registers. Returns a report
-    /// if there is a difference.
-    pub fn reproduce(&mut self, code: &[u8], origin: usize, registers: &[(usize, u64)]) -> Option<String> {
-        let options = decoder_options(&self.model);
-        self.checker.reproduce(&Trial::of_code(code, origin, registers, options))
+    /// Runs a sequence of these bytes at an offset in the code pages, with these general registers, as 64-bit code or
+    /// as 32-bit code. Returns a report if there is a difference.
+    pub fn reproduce(
+        &mut self,
+        code: &[u8],
+        is_32bit: bool,
+        origin: usize,
+        registers: &[(usize, u64)],
+    ) -> Option<String> {
+        let mode = Mode::new(&self.model, is_32bit);
+        self.checker.reproduce(&Trial::of_code(code, mode, origin, registers))
     }
 
     fn prepare(&mut self) -> Prepared {
@@ -168,7 +182,7 @@ impl Blocks {
         let mut trials = Vec::new();
         let mut batch = Batch::default();
         while trials.len() < CODES {
-            let trial = trial(self.options.seed, self.next, &self.model);
+            let trial = trial(self.options.seed, self.next, &self.model, self.options.is_privileged());
             if batch.inputs.len() + trial.runs.len() > RUNS {
                 break;
             }
@@ -198,10 +212,10 @@ impl Blocks {
             listener.starting(current.first..current.first + current.trials.len() as u64);
             let outcomes = self.execute(&current, empty)?;
             totals.add(&current, &expected, &counted);
-            for number in self.different(&current, &expected, &outcomes) {
+            for (number, lines) in self.different(&current, &expected, &outcomes) {
                 totals.differences += 1;
                 if totals.differences <= self.options.explained {
-                    listener.found(self.checker.explain(number));
+                    listener.found(self.checker.explain(number, &lines));
                 }
             }
             listener.progress(&totals);
@@ -227,8 +241,13 @@ impl Blocks {
         Ok(all)
     }
 
-    /// Numbers of the trials with a difference.
-    fn different(&self, prepared: &Prepared, expected: &[Outcome], outcomes: &[Outcome]) -> Vec<u64> {
+    /// Numbers of the trials with a difference, and the first of each.
+    fn different(
+        &self,
+        prepared: &Prepared,
+        expected: &[Outcome],
+        outcomes: &[Outcome],
+    ) -> Vec<(u64, Vec<String>)> {
         let mut start = 0;
         let differs = |trial: &Trial, assembled: &Assembled, start: usize| {
             let runs = start..start + trial.runs.len();
@@ -238,8 +257,9 @@ impl Blocks {
         };
         let mut numbers = Vec::new();
         for (number, (trial, assembled)) in (prepared.first..).zip(&prepared.trials) {
-            if differs(trial, assembled, start).is_some() {
-                numbers.push(number);
+            if let Some((run, mut lines)) = differs(trial, assembled, start) {
+                lines.insert(0, format!("  run {run}, of sequence {}", trial.runs[run].0));
+                numbers.push((number, lines));
             }
             start += trial.runs.len();
         }

@@ -4,7 +4,9 @@
 
 use std::ptr::addr_of;
 
-use crate::layout::PAGE;
+use bivisor_x86::state::PAT_RESET;
+
+use crate::layout::{FS_BASE, GS_BASE, PAGE, USER_SS};
 use crate::system::{SYSTEM_PAGE, WITH_ERROR_CODE};
 
 /// Linear address of the supervisor's code; handlers of exceptions come first, 16 bytes each.
@@ -18,10 +20,15 @@ pub const MAILBOX: u64 = SYSTEM_PAGE + 4 * PAGE;
 /// The port.
 pub const PORT: u16 = 0x5e;
 
+/// Linear address of the page table that has the entries of code and data pages.
+pub const PAGE_TABLE: u64 = SYSTEM_PAGE + 16 * PAGE;
+
 /// Offsets in the mailbox: a run is there (4 bytes).
 pub const READY: u64 = 0;
 /// The code pages were exchanged (4 bytes).
 pub const EXCHANGED: u64 = 4;
+/// System registers are loaded before and stored after (4 bytes).
+pub const PRIVILEGED: u64 = 8;
 /// Frame for IRETQ: RIP, CS, RFLAGS, RSP, SS.
 pub const FRAME: u64 = 0x10;
 /// General registers before, in encoding order.
@@ -34,13 +41,100 @@ pub const EXCEPTION: u64 = 0x180;
 pub const VECTORS: u64 = 0x200;
 /// Vector state after.
 pub const VECTORS_AFTER: u64 = 0x580;
+/// System registers before: CR0, CR4, LSTAR.
+pub const SYSTEM: u64 = 0x900;
+/// System registers after, as [`SYSTEM_NAMES`] lists them.
+pub const SYSTEM_AFTER: u64 = 0x940;
+
+/// Names of the system registers that are stored, 8 bytes each.
+pub const SYSTEM_NAMES: [&str; 32] = [
+    "cr0",
+    "cr4",
+    "cr3",
+    "cr2",
+    "cr8",
+    "xcr0",
+    "efer",
+    "star",
+    "lstar",
+    "sfmask",
+    "fs base",
+    "gs base",
+    "kernel gs base",
+    "tsc aux",
+    "pat",
+    "ds",
+    "es",
+    "fs",
+    "gs",
+    "tr",
+    "ldtr",
+    "gdt limit",
+    "gdt base",
+    "idt limit",
+    "idt base",
+    "dr0",
+    "dr1",
+    "dr2",
+    "dr3",
+    "dr6",
+    "dr7",
+    "cs and ss",
+];
+
+/// CR0 and CR4 of the supervisor.
+pub const CR0: u64 = 0x8005_0033;
+/// See [`CR0`].
+pub const CR4: u64 = 0x0005_06a0;
+/// STAR, so that SYSRET loads the selectors that Linux gives programs.
+pub const STAR: u64 = 0x0023_0010 << 32;
+/// SFMASK: TF, IF, DF and AC.
+pub const SFMASK: u64 = 0x4_0700;
+/// EFER: SCE, LME, LMA, NXE.
+pub const EFER: u64 = 0xd01;
 
 /// Instructions that the supervisor executes for each run: what a count of steps has too many.
-pub const INSTRUCTIONS: u64 = 63;
+pub const INSTRUCTIONS: u64 = 69;
+/// Further ones for privileged runs.
+pub const PRIVILEGED_INSTRUCTIONS: u64 = 152;
 
 std::arch::global_asm!(
     ".pushsection .rodata.bivisor_oracle_monitor, \"a\", @progbits",
     ".balign 16",
+    ".macro load_msr number, place",
+    "mov ecx, \\number",
+    "mov eax, [rbx + \\place]",
+    "mov edx, [rbx + \\place + 4]",
+    "wrmsr",
+    ".endm",
+    ".macro store_msr number, place, value",
+    "mov ecx, \\number",
+    "rdmsr",
+    "mov [rbx + {system_after} + \\place], eax",
+    "mov [rbx + {system_after} + \\place + 4], edx",
+    "movabs rax, \\value",
+    "mov rdx, rax",
+    "shr rdx, 32",
+    "wrmsr",
+    ".endm",
+    ".macro store_control register, place, value",
+    "mov rax, \\register",
+    "mov [rbx + {system_after} + \\place], rax",
+    "mov eax, \\value",
+    "mov \\register, rax",
+    ".endm",
+    ".macro store_segment register, place, value",
+    "mov eax, \\register",
+    "mov [rbx + {system_after} + \\place], rax",
+    "mov eax, \\value",
+    "mov \\register, eax",
+    ".endm",
+    ".macro store_debug register, place",
+    "mov rax, \\register",
+    "mov [rbx + {system_after} + \\place], rax",
+    "xor eax, eax",
+    "mov \\register, rax",
+    ".endm",
     ".globl bivisor_oracle_monitor",
     ".globl bivisor_oracle_monitor_end",
     "bivisor_oracle_monitor:",
@@ -82,6 +176,14 @@ std::arch::global_asm!(
     "mov eax, 7",
     "xor edx, edx",
     "xrstor64 [rbx + {vectors}]",
+    "cmp dword ptr [rbx + {privileged}], 0",
+    "je 13f",
+    "load_msr 0xc0000082, {system} + 16",
+    "mov rax, [rbx + {system}]",
+    "mov cr0, rax",
+    "mov rax, [rbx + {system} + 8]",
+    "mov cr4, rax",
+    "13:",
     "lea rsp, [rbx + {frame}]",
     "mov rax, [rbx + {registers}]",
     "mov rcx, [rbx + {registers} + 8]",
@@ -128,10 +230,63 @@ std::arch::global_asm!(
     "pop qword ptr [rbx + {exception} + 48]",
     "mov rax, cr2",
     "mov [rbx + {exception} + 56], rax",
+    "xor eax, eax",
+    "mov cr2, rax",
+    "cmp dword ptr [rbx + {privileged}], 0",
+    "jne 30f",
+    "21:",
     "mov eax, 7",
     "xor edx, edx",
     "xsave64 [rbx + {vectors_after}]",
     "jmp 10b",
+    // System registers: stored, and brought back to what the supervisor wants. DR7 first: nothing may trap here.
+    "30:",
+    "mov rax, dr7",
+    "mov [rbx + {system_after} + 240], rax",
+    "mov eax, 0x400",
+    "mov dr7, rax",
+    "store_control cr0, 0, {cr0}",
+    "store_control cr4, 8, {cr4}",
+    "mov rax, cr3",
+    "mov [rbx + {system_after} + 16], rax",
+    "mov rax, [rbx + {exception} + 56]",
+    "mov [rbx + {system_after} + 24], rax",
+    "store_control cr8, 32, 0",
+    "xor ecx, ecx",
+    "xgetbv",
+    "mov [rbx + {system_after} + 40], rax",
+    "mov eax, 7",
+    "xsetbv",
+    "store_msr 0xc0000080, 48, {efer}",
+    "store_msr 0xc0000081, 56, {star}",
+    "store_msr 0xc0000082, 64, 0",
+    "store_msr 0xc0000084, 72, {sfmask}",
+    "store_segment ds, 120, {data}",
+    "store_segment es, 128, {data}",
+    "store_segment fs, 136, 0",
+    "store_segment gs, 144, 0",
+    "store_msr 0xc0000100, 80, {fs_base}",
+    "store_msr 0xc0000101, 88, {gs_base}",
+    "store_msr 0xc0000102, 96, 0",
+    "store_msr 0xc0000103, 104, 0",
+    "store_msr 0x277, 112, {pat}",
+    "str [rbx + {system_after} + 152]",
+    "sldt [rbx + {system_after} + 160]",
+    "sgdt [rbx + {system_after} + 174]",
+    "sidt [rbx + {system_after} + 190]",
+    "store_debug dr0, 200",
+    "store_debug dr1, 208",
+    "store_debug dr2, 216",
+    "store_debug dr3, 224",
+    "mov rax, dr6",
+    "mov [rbx + {system_after} + 232], rax",
+    "mov eax, 0xffff0ff0",
+    "mov dr6, rax",
+    "mov rax, [rbx + {exception} + 24]",
+    "mov [rbx + {system_after} + 248], ax",
+    "mov rax, [rbx + {exception} + 48]",
+    "mov [rbx + {system_after} + 250], ax",
+    "jmp 21b",
     "bivisor_oracle_monitor_end:",
     ".popsection",
     with_error = const WITH_ERROR_CODE,
@@ -146,6 +301,18 @@ std::arch::global_asm!(
     after = const REGISTERS_AFTER,
     exception = const EXCEPTION,
     vectors_after = const VECTORS_AFTER,
+    privileged = const PRIVILEGED,
+    system = const SYSTEM,
+    system_after = const SYSTEM_AFTER,
+    cr0 = const CR0,
+    cr4 = const CR4,
+    efer = const EFER,
+    star = const STAR,
+    sfmask = const SFMASK,
+    fs_base = const FS_BASE,
+    gs_base = const GS_BASE,
+    pat = const PAT_RESET,
+    data = const USER_SS,
 );
 
 unsafe extern "C" {

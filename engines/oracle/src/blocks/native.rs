@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
 use super::layout::{Batch, CONTROL, CONTROL_SIZE, Code, IMAGES, Image, Input, NUDGE, Outcome, TIMEOUT};
 use crate::child::{self, Frame, Process, Turns, Work, handler_entry};
-use crate::layout::{CODE, CODE_SIZE, DATA, DATA_SIZE, FS_BASE, GS_BASE, IMAGE_SIZE, PAGE, READ_ONLY_SIZE};
+use crate::layout::{
+    CODE, CODE_SIZE, DATA, DATA_SIZE, FS_BASE, GS_BASE, IMAGE_SIZE, PAGE, READ_ONLY_SIZE, USER_SS,
+};
 
 /// Runs of one batch at most.
 pub const RUNS: usize = 256;
@@ -110,6 +112,8 @@ unsafe fn run_child(shared: *mut Shared) -> ! {
             current: None,
         };
         CHILD.store(state, Ordering::Relaxed);
+        // 32-bit code uses these segments, and 64-bit code does not look at them.
+        std::arch::asm!("mov ds, {0:e}", "mov es, {0:e}", in(reg) u32::from(USER_SS), options(nomem, nostack));
         child::live_in_handler(entry, &[child::NUDGE], FS_BASE, GS_BASE)
     }
 }
@@ -153,7 +157,7 @@ unsafe extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: 
 /// # Safety
 /// The pages of the trial must be mapped, writable, and referred to by nobody else.
 unsafe fn load_input(child: &mut ChildState, frame: &mut Frame<'_>, input: &Input, shared: &Shared) {
-    frame.load(&input.xsave, &input.gpr, input.rflags, input.rip);
+    frame.load(&input.xsave, &input.gpr, input.rflags, input.rip, input.cs as u16);
     let image = &shared.images[input.image as usize % IMAGES];
     // SAFETY: the pages are mapped, with these sizes, and nothing refers to them.
     unsafe {

@@ -1,7 +1,7 @@
 //! Ordinary instructions: random bytes, as for single instructions, with memory operands that mostly hit the data pages.
 
 use bivisor_x86::interp::vector::is_x87;
-use iced_x86::{ConstantOffsets, Decoder, FlowControl, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{ConstantOffsets, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
 use super::build::{Builder, Class, RBP, RSP};
 use super::code::{Field, Form, To};
@@ -9,6 +9,7 @@ use super::layout::{CONTROL, CONTROL_FREE, CONTROL_SIZE, READ_ONLY};
 use crate::exclude::exclusion;
 use crate::generate::{is_untold, random_bytes};
 use crate::layout::{CODE, DATA, DATA_SIZE, PAGE};
+use crate::mode::Mode;
 use crate::random::Random;
 
 /// Opcodes of one byte that compilers use much.
@@ -27,7 +28,7 @@ const COMMON_0F: &[u8] = &[
 const STRINGS: &[u8] = &[0xa4, 0xa5, 0xa6, 0xa7, 0xaa, 0xab, 0xac, 0xad, 0xae, 0xaf];
 
 /// Bytes that are likely to be an instruction that compilers use.
-fn common_bytes(random: &mut Random) -> [u8; 16] {
+fn common_bytes(random: &mut Random, mode: Mode) -> [u8; 16] {
     let mut code = Vec::with_capacity(32);
     if random.once_in(16) {
         code.push(0xf0);
@@ -36,7 +37,7 @@ fn common_bytes(random: &mut Random) -> [u8; 16] {
     if random.once_in(8) || (kind >= 11 && random.once_in(2)) {
         code.push(random.pick(&[0x66, 0x66, 0xf2, 0xf3]));
     }
-    if !random.once_in(3) {
+    if !random.once_in(3) && !mode.is_32bit {
         code.push(0x40 | random.bits() as u8 & 15 | if random.once_in(2) { 8 } else { 0 });
     }
     match kind {
@@ -82,8 +83,10 @@ impl Builder<'_> {
     /// Appends one ordinary instruction, and before it what it needs.
     pub fn ordinary(&mut self) {
         for _ in 0..1000 {
-            let bytes =
-                if self.random.once_in(2) { random_bytes(self.random) } else { common_bytes(self.random) };
+            let bytes = match self.random.once_in(2) {
+                true => random_bytes(self.random, self.mode),
+                false => common_bytes(self.random, self.mode),
+            };
             if self.try_bytes(bytes) {
                 return;
             }
@@ -92,16 +95,16 @@ impl Builder<'_> {
 
     /// Appends the instruction with these bytes if it fits here.
     fn try_bytes(&mut self, mut bytes: [u8; 16]) -> bool {
-        let mut decoder = Decoder::with_ip(64, &bytes, CODE, self.options);
+        let mut decoder = self.mode.decoder(&bytes, CODE);
         let instruction = decoder.decode();
         let offsets = decoder.get_constant_offsets(&instruction);
         if instruction.is_invalid() {
-            return self.random.once_in(4000) && !is_untold(&bytes, self.options) && {
+            return self.random.once_in(4000) && !is_untold(&bytes, self.mode) && {
                 self.emit(&bytes[..instruction.len().clamp(1, 15)], None);
                 true
             };
         }
-        if exclusion(&instruction, self.model).is_some() || !self.is_wanted(&instruction) {
+        if self.is_excluded(&instruction) || !self.is_wanted(&instruction) {
             return false;
         }
         let mut needs = Needs::default();
@@ -119,6 +122,27 @@ impl Builder<'_> {
         true
     }
 
+    fn is_excluded(&self, instruction: &Instruction) -> bool {
+        use Mnemonic as M;
+        // They give another result every time; or tell of the interpreter's own.
+        let varies = matches!(
+            instruction.mnemonic(),
+            M::Rdtsc
+                | M::Rdtscp
+                | M::Rdrand
+                | M::Rdseed
+                | M::Rdpmc
+                | M::Mwait
+                | M::Mwaitx
+                | M::Monitor
+                | M::Monitorx
+        );
+        match self.with_privileged {
+            true => varies,
+            false => exclusion(instruction, self.model).is_some(),
+        }
+    }
+
     /// Whether the instruction does something that sequences are after, and nothing that mostly ends them.
     fn is_wanted(&mut self, instruction: &Instruction) -> bool {
         use Mnemonic as M;
@@ -129,6 +153,8 @@ impl Builder<'_> {
             return false;
         }
         let rare = match instruction.mnemonic() {
+            // Those come from templates, which see that the sequence can go on.
+            _ if self.is_supervisor && is_system(instruction) => 300,
             _ if instruction.is_privileged() => 100,
             M::In
             | M::Insb
@@ -142,8 +168,10 @@ impl Builder<'_> {
             | M::Sti => 100,
             M::Div | M::Idiv => 3,
             M::Popf | M::Popfq | M::Popfd | M::Enter => 20,
-            M::Fldenv | M::Frstor | M::Fxrstor | M::Fxrstor64 if self.environments => return false,
-            M::Fldenv | M::Frstor | M::Fldcw | M::Ldmxcsr | M::Vldmxcsr | M::Fxrstor | M::Fxrstor64 => 20,
+            // They come from templates: the host knows a bit of MXCSR that the guest does not.
+            M::Fxrstor | M::Fxrstor64 | M::Ldmxcsr | M::Vldmxcsr => return false,
+            M::Fldenv | M::Frstor if self.environments => return false,
+            M::Fldenv | M::Frstor | M::Fldcw => 20,
             M::Fxsave | M::Fxsave64 | M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 => return false,
             M::Xsavec | M::Xsavec64 | M::Xrstor | M::Xrstor64 | M::Xgetbv => return false,
             M::Fnstenv | M::Fstenv | M::Fnsave | M::Fsave => return self.environments,
@@ -196,6 +224,8 @@ impl Builder<'_> {
                 OpKind::MemorySegRSI | OpKind::MemorySegESI => {
                     needs.add(6, pointer_in(instruction.memory_segment()))
                 }
+                // Nothing is where 16 bits lead.
+                OpKind::MemorySegSI | OpKind::MemorySegDI | OpKind::MemoryESDI => self.random.once_in(50),
                 OpKind::MemoryESRDI | OpKind::MemoryESEDI => needs.add(7, Class::Pointer),
                 OpKind::MemorySegRDI | OpKind::MemorySegEDI => {
                     needs.add(7, pointer_in(instruction.memory_segment()))
@@ -240,6 +270,11 @@ impl Builder<'_> {
                 needs.field = Some(Field { at, size: 4, form: Form::Relative, to: To::Address(address) });
             }
             return !in_segment;
+        }
+        let is_16bit = base.size() == 2 || index.size() == 2 || instruction.memory_displ_size() == 2;
+        // FS and GS hold null in 32-bit code; nothing is where 16 bits lead.
+        if self.mode.is_32bit && (in_segment || is_16bit) {
+            return self.random.once_in(50);
         }
         let class = pointer_in(instruction.memory_segment());
         if index != Register::None && !needs.add(index.full_register().number(), Class::Small) {
@@ -298,6 +333,29 @@ impl Builder<'_> {
             _ => self.data_address(),
         }
     }
+}
+
+/// Whether the instruction changes system registers, or ports.
+fn is_system(instruction: &Instruction) -> bool {
+    use Mnemonic as M;
+    let loads_segment = instruction.op_count() > 0
+        && instruction.op0_kind() == OpKind::Register
+        && instruction.op0_register().is_segment_register();
+    loads_segment
+        || instruction.is_privileged()
+        || matches!(
+            instruction.mnemonic(),
+            M::In
+                | M::Insb
+                | M::Insw
+                | M::Insd
+                | M::Out
+                | M::Outsb
+                | M::Outsw
+                | M::Outsd
+                | M::Popf
+                | M::Popfq
+        )
 }
 
 /// What a base register holds for an access in this segment: FS and GS have bases in the data pages.

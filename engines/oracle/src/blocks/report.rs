@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use iced_x86::{Decoder, Formatter, IntelFormatter};
+use iced_x86::{Formatter, IntelFormatter};
 
 use super::code::{Assembled, FILLER, Item};
 use super::layout::{CONTROL, Input};
@@ -11,7 +11,7 @@ use crate::compare::{NAMES, PARTS, flag_names, hex};
 use bivisor_x86::state::XsaveArea;
 
 /// The sequences: addresses, bytes and disassembly, as they stood before the first run.
-pub fn listing(trial: &Trial, assembled: &Assembled, options: u32) -> String {
+pub fn listing(trial: &Trial, assembled: &Assembled) -> String {
     let mut text = String::new();
     for (number, item) in trial.items.iter().enumerate() {
         if trial.entries.contains(&number) {
@@ -23,7 +23,7 @@ pub fn listing(trial: &Trial, assembled: &Assembled, options: u32) -> String {
         let (start, end) = (assembled.places[number], assembled.places[number + 1]);
         let Some(bytes) = assembled.code.get(start..end) else { continue };
         let address = assembled.address(number);
-        let instruction = Decoder::with_ip(64, bytes, address, options).decode();
+        let instruction = trial.mode.decoder(bytes, address).decode();
         let mut line = String::new();
         IntelFormatter::new().format(&instruction, &mut line);
         let bytes = bytes.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(" ");
@@ -58,12 +58,12 @@ fn state_before(input: &Input) -> String {
 }
 
 /// What a difference is about: the last instruction of the sequences, and what differs.
-pub fn title(trial: &Trial, options: u32, lines: &[String]) -> String {
+pub fn title(trial: &Trial, lines: &[String]) -> String {
     let last = trial.items.iter().rev().find_map(|item| match item {
         Item::Instruction { bytes, .. } if bytes[..] != [FILLER] => Some(bytes),
         _ => None,
     });
-    let mnemonic = |bytes: &Vec<u8>| format!("{:?}", Decoder::new(64, bytes, options).decode().mnemonic());
+    let mnemonic = |bytes: &Vec<u8>| format!("{:?}", trial.mode.decoder(bytes, 0).decode().mnemonic());
     let mnemonic = last.map_or_else(String::new, mnemonic);
     let differs = lines.iter().filter_map(|line| line.trim_start().split("  ").next());
     let differs: Vec<&str> =
@@ -72,17 +72,18 @@ pub fn title(trial: &Trial, options: u32, lines: &[String]) -> String {
 }
 
 /// All about a difference in a run of a trial.
-pub fn report(
-    trial: &Trial,
-    assembled: &Assembled,
-    options: u32,
-    run: usize,
-    input: &Input,
-    lines: &[String],
-) -> String {
-    let mut text = listing(trial, assembled, options);
+pub fn report(trial: &Trial, assembled: &Assembled, run: usize, input: &Input, lines: &[String]) -> String {
+    let mut text = listing(trial, assembled);
     let entries: Vec<String> = trial.runs.iter().take(run + 1).map(|(entry, _)| entry.to_string()).collect();
     let _ = writeln!(text, "  runs of sequences {}; the last of them differs", entries.join(", "));
+    if input.privileged != 0 {
+        let mode = if input.supervisor != 0 { "supervisor" } else { "user" };
+        let [cr0, cr4, lstar] = input.system;
+        let _ = writeln!(text, "  in {mode} mode, CR0 {cr0:#x}, CR4 {cr4:#x}, LSTAR {lstar:#x}");
+    }
+    if trial.mode.is_32bit {
+        let _ = writeln!(text, "  as 32-bit code");
+    }
     if trial.hot {
         let _ = writeln!(text, "  as hot code");
     }

@@ -1,5 +1,7 @@
 //! Makes a trial with a difference as small as it can be: fewer runs, fewer instructions, simpler states.
 
+use std::time::{Duration, Instant};
+
 use bivisor_x86::registers::Rflags;
 use bivisor_x86::state::XsaveArea;
 
@@ -9,6 +11,8 @@ use super::trial::Trial;
 
 /// Attempts at most.
 const ATTEMPTS: usize = 3000;
+/// No attempt is begun after this: sequences that do not end take long.
+const TIME: Duration = Duration::from_secs(60);
 
 /// A trial that is being made smaller.
 struct Shrinker<'a> {
@@ -16,11 +20,12 @@ struct Shrinker<'a> {
     /// Whether a trial still has a difference; if so, in which run.
     differs: &'a mut dyn FnMut(&Trial) -> Option<usize>,
     attempts: usize,
+    start: Instant,
 }
 
 /// The smallest trial that has a difference, made from one that has.
 pub fn shrink(trial: &Trial, differs: &mut dyn FnMut(&Trial) -> Option<usize>) -> Trial {
-    let mut shrinker = Shrinker { smallest: trial.clone(), differs, attempts: 0 };
+    let mut shrinker = Shrinker { smallest: trial.clone(), differs, attempts: 0, start: Instant::now() };
     shrinker.runs();
     shrinker.items();
     shrinker.states();
@@ -33,7 +38,7 @@ pub fn shrink(trial: &Trial, differs: &mut dyn FnMut(&Trial) -> Option<usize>) -
 impl Shrinker<'_> {
     /// Takes a smaller trial if it still has a difference. What comes after that is cut off.
     fn attempt(&mut self, mut trial: Trial) -> bool {
-        if self.attempts >= ATTEMPTS {
+        if self.attempts >= ATTEMPTS || self.start.elapsed() > TIME {
             return false;
         }
         self.attempts += 1;
@@ -121,7 +126,7 @@ mod tests {
     #[test]
     fn what_does_not_matter_goes() {
         let model = crate::host_model();
-        let trial = (0..).map(|number| trial(1, number, &model)).find(|trial| trial.items.len() > 20);
+        let trial = (0..).map(|number| trial(1, number, &model, false)).find(|trial| trial.items.len() > 20);
         let trial = trial.expect("trials are long");
         // References to others change.
         let fixed = trial.items.iter().filter(|item| matches!(item, Item::Instruction { field: None, .. }));

@@ -43,6 +43,7 @@ impl Builder<'_> {
             20 | 21 => self.flags_as_a_whole(),
             22..=24 => self.gather(),
             25 | 26 => self.controls(),
+            27 if self.watched && self.with_privileged => {}
             27 => self.save_state(),
             28 => self.restore_state(),
             29..=31 => self.write_code(),
@@ -63,10 +64,6 @@ impl Builder<'_> {
             _ => Instruction::with2(Code::Mov_rm32_imm32, place, value),
         };
         self.assemble(made(instruction));
-    }
-
-    fn any(&mut self) -> usize {
-        self.random.below(16) as usize
     }
 
     fn push_and_pop(&mut self) {
@@ -160,13 +157,14 @@ impl Builder<'_> {
         let opcode = self.random.pick(&[0xa4, 0xa5, 0xa6, 0xa7, 0xaa, 0xab, 0xac, 0xad, 0xae, 0xaf]);
         match self.random.below(3) {
             0 => self.emit(&[prefix, opcode], None),
-            1 => self.emit(&[prefix, 0x48, opcode], None),
+            1 if !self.mode.is_32bit => self.emit(&[prefix, 0x48, opcode], None),
             _ => self.emit(&[0x66, prefix, opcode], None),
         }
     }
 
     fn division(&mut self) {
-        let divisor = self.random.pick(&[3usize, 6, 7, 8, 11, 13, 15]);
+        let divisors = [3usize, 6, 7, 8, 11, 13, 15];
+        let divisor = self.random.pick(if self.mode.is_32bit { &divisors[..3] } else { &divisors });
         if self.classes[divisor] == Class::Pointer && !self.random.once_in(3) {
             return;
         }
@@ -248,6 +246,7 @@ impl Builder<'_> {
             0 => Instruction::with1(Code::Fldcw_m2byte, word),
             1 => Instruction::with1(Code::Stmxcsr_m32, place),
             2 => Instruction::with1(Code::Fnstcw_m2byte, place),
+            3 if self.model.offers(CpuidFeature::AVX) => Instruction::with1(Code::VEX_Vldmxcsr_m32, mxcsr),
             _ => Instruction::with1(Code::Ldmxcsr_m32, mxcsr),
         };
         self.assemble(made(instruction));
@@ -282,7 +281,8 @@ impl Builder<'_> {
         self.assemble(made(Instruction::with2(Code::Mov_rm16_imm16, at(address + 6), 0)));
         // XSTATE_BV: whether a component counts as used is the processor's own affair.
         for word in if is_extended { &[8, 16, 512][..] } else { &[8, 16] } {
-            self.assemble(made(Instruction::with2(Code::Mov_rm64_imm32, at(address + word), 0)));
+            self.assemble(made(Instruction::with2(Code::Mov_rm32_imm32, at(address + word), 0)));
+            self.assemble(made(Instruction::with2(Code::Mov_rm32_imm32, at(address + word + 4), 0)));
         }
         self.targetable = true;
     }
@@ -316,7 +316,7 @@ impl Builder<'_> {
             // One that follows: mov byte [rip + next], value; mov ecx, …
             let next = self.items.len() + 1;
             self.targetable = false;
-            self.refer_to(&[0xc6, 0x05, 0, 0, 0, 0, value[0]], 2, 4, next, 1);
+            self.refer_to_memory(&[0xc6, 0x05, 0, 0, 0, 0, value[0]], 2, next, 1);
             self.emit(&[0xb9, value[1], value[2], value[3], value[4]], None);
             self.targetable = true;
             return;
@@ -327,9 +327,9 @@ impl Builder<'_> {
         if self.random.once_in(2) {
             let mut short = vec![0x66];
             short.extend(&store[..8]);
-            self.refer_to(&short, 3, 4, load, 1);
+            self.refer_to_memory(&short, 3, load, 1);
         } else {
-            self.refer_to(&store, 2, 4, load, 1);
+            self.refer_to_memory(&store, 2, load, 1);
         }
     }
 

@@ -1,16 +1,17 @@
 //! A trial: some sequences in the same code pages, and runs of them with different inputs. Trials know nothing of each
 //! other: the seed and a number make one.
 
-use bivisor_x86::cpuid::{CpuModel, Vendor};
-use bivisor_x86::registers::Rflags;
+use bivisor_x86::cpuid::CpuModel;
+use bivisor_x86::registers::{Cr4, Rflags};
 use bivisor_x86::state::XsaveArea;
-use iced_x86::{Decoder, DecoderOptions};
 
 use super::build::{Builder, Class, MARGIN, RSP};
 use super::code::{Assembled, FILLER, Item, assemble, shorten};
 use super::layout::{IMAGES, Input, POINTER_COUNT, READ_ONLY};
+use super::monitor::{CR0, CR4};
 use crate::generate::xsave;
-use crate::layout::{CODE_SIZE, DATA, DATA_SIZE, PAGE};
+use crate::layout::{CODE, CODE_SIZE, DATA, DATA_SIZE, PAGE};
+use crate::mode::Mode;
 use crate::random::Random;
 
 /// Instructions of a sequence at most, without those that prepare others.
@@ -21,10 +22,16 @@ const UNMASKED: u64 = 12;
 /// Runs one after the other of sequences in the same code pages.
 #[derive(Clone, Debug)]
 pub struct Trial {
+    /// What kind of code they are.
+    pub mode: Mode,
     /// The sequences.
     pub items: Vec<Item>,
     /// First item of each.
     pub entries: Vec<usize>,
+    /// Privileged instructions are among them.
+    pub privileged: bool,
+    /// Number of the sequence that SYSCALL leads to.
+    pub system_call: usize,
     /// Offset in the code pages of the first.
     pub origin: usize,
     /// The translator is to treat the code as hot.
@@ -39,7 +46,9 @@ impl Trial {
         let assembled = assemble(&self.items, self.origin);
         let input = |(entry, input): &(usize, Input)| {
             let rip = assembled.address(self.entries[*entry]);
-            Input { rip, code, ..input.clone() }
+            let mut input = Input { rip, code, ..input.clone() };
+            input.system[2] = assembled.address(self.entries[self.system_call]);
+            input
         };
         let inputs = self.runs.iter().map(input).collect();
         (assembled, inputs)
@@ -49,8 +58,8 @@ impl Trial {
 impl Trial {
     /// One sequence of these bytes at an offset in the code pages, run twice with these general registers, and with
     /// everything else zero or as after a reset.
-    pub fn of_code(code: &[u8], origin: usize, registers: &[(usize, u64)], options: u32) -> Self {
-        let mut decoder = Decoder::new(64, code, options);
+    pub fn of_code(code: &[u8], mode: Mode, origin: usize, registers: &[(usize, u64)]) -> Self {
+        let mut decoder = mode.decoder(code, CODE);
         let mut items = Vec::new();
         while decoder.can_decode() {
             let start = decoder.position();
@@ -68,35 +77,54 @@ impl Trial {
             rip: 0,
             control: [1; 1 + POINTER_COUNT],
             image: 0,
+            privileged: 0,
+            supervisor: 0,
+            system: [0; 3],
             code: 0,
+            cs: mode.user_cs().into(),
         };
-        Self { items, entries: vec![0], origin, hot: false, runs: vec![(0, input.clone()), (0, input)] }
+        Self {
+            mode,
+            items,
+            entries: vec![0],
+            privileged: false,
+            system_call: 0,
+            origin,
+            hot: false,
+            runs: vec![(0, input.clone()), (0, input)],
+        }
     }
 }
 
-/// Decoder options for a CPU model.
-pub fn decoder_options(model: &CpuModel) -> u32 {
-    if model.vendor == Vendor::Amd { DecoderOptions::AMD } else { DecoderOptions::NONE }
-}
-
 /// The trial with this number.
-pub fn trial(seed: u64, number: u64, model: &CpuModel) -> Trial {
+/// `privileged`: with instructions that only an engine can be compared with.
+pub fn trial(seed: u64, number: u64, model: &CpuModel, privileged: bool) -> Trial {
     let mut random = Random::new(seed.wrapping_mul(0xd134_2543_de82_ef95).wrapping_add(number));
-    let mut builder = Builder::new(&mut random, model, decoder_options(model));
+    let mode = Mode::new(model, number % 8 >= 6);
+    // In compatibility mode everything is as natively.
+    let with_privileged = privileged && !mode.is_32bit;
+    let mut builder = Builder::new(&mut random, model, mode);
     let sequences = 1 + builder.random.below(3);
+    let mut supervisors = Vec::new();
     for _ in 0..sequences {
         builder.begin();
+        builder.with_privileged = with_privileged;
+        builder.is_supervisor = with_privileged && !builder.random.once_in(3);
+        supervisors.push(builder.is_supervisor);
         let limit = if builder.random.once_in(3) { LENGTH } else { 10 };
         for _ in 0..=builder.random.below(limit) {
             match builder.random.below(16) {
                 0 | 1 => builder.control_flow(),
                 2 | 3 => builder.special(),
+                4 | 5 if with_privileged => builder.privileged(),
                 _ => builder.ordinary(),
             }
         }
         builder.end();
     }
     builder.finish();
+    let system_call = builder.any_target().unwrap_or(0);
+    builder.entries.push(system_call);
     let (mut items, entries, initial) = (builder.items, builder.entries, builder.initial);
     shorten(&mut items);
     let length: usize = items.iter().map(Item::length).sum();
@@ -107,10 +135,25 @@ pub fn trial(seed: u64, number: u64, model: &CpuModel) -> Trial {
         .map(|run| {
             let entry = if run < sequences { run } else { random.below(sequences) };
             let mood = if run < sequences { Mood::Good } else { Mood::any(&mut random) };
-            (entry as usize, input(&mut random, &initial, mood, image))
+            let mut input = input(&mut random, &initial, mood, image, mode);
+            if privileged {
+                let supervisor = supervisors[entry as usize];
+                (input.privileged, input.supervisor) = (1, supervisor.into());
+                input.system = system(&mut random);
+            }
+            (entry as usize, input)
         })
         .collect();
-    Trial { items, entries, origin, hot: number % 2 == 1, runs }
+    Trial {
+        mode,
+        items,
+        entries,
+        privileged,
+        system_call: sequences as usize,
+        origin,
+        hot: number % 2 == 1,
+        runs,
+    }
 }
 
 /// Where sequences of so many bytes start: often so that they cross a page.
@@ -160,7 +203,7 @@ fn bad_pointer(random: &mut Random) -> u64 {
     }
 }
 
-fn input(random: &mut Random, classes: &[Class; 16], mood: Mood, image: u32) -> Input {
+fn input(random: &mut Random, classes: &[Class; 16], mood: Mood, image: u32, mode: Mode) -> Input {
     let mut gpr = [0; 16];
     let pointer = |random: &mut Random| {
         let place = DATA + MARGIN + random.below(DATA_SIZE as u64 - 2 * MARGIN);
@@ -179,10 +222,37 @@ fn input(random: &mut Random, classes: &[Class; 16], mood: Mood, image: u32) -> 
         // 8 bytes beside a multiple of 64, as after a call.
         gpr[RSP] = (pointer(random) & !7) + 8 * random.below(8);
     }
+    if mode.is_32bit {
+        gpr[..8].iter_mut().for_each(|register| *register &= 0xffff_ffff);
+    }
     let mut control = [0; 1 + POINTER_COUNT];
     control.fill_with(|| pointer(random));
     control[0] = 1 + random.below(6);
-    Input { xsave: xsave(random, UNMASKED), gpr, rflags: rflags(random), rip: 0, control, image, code: 0 }
+    Input {
+        xsave: xsave(random, UNMASKED),
+        gpr,
+        rflags: rflags(random),
+        rip: 0,
+        control,
+        image,
+        privileged: 0,
+        supervisor: 0,
+        system: [0; 3],
+        code: 0,
+        cs: mode.user_cs().into(),
+    }
+}
+
+/// CR0, CR4 and LSTAR, which comes later.
+fn system(random: &mut Random) -> [u64; 3] {
+    let mut cr4 = CR4;
+    if random.once_in(4) {
+        cr4 |= (Cr4::UMIP | Cr4::TSD).bits();
+    }
+    if random.once_in(4) {
+        cr4 |= Cr4::SMAP.bits();
+    }
+    [CR0, cr4, 0]
 }
 
 fn rflags(random: &mut Random) -> u64 {
@@ -207,13 +277,13 @@ mod tests {
     #[test]
     fn trials_read_no_undefined_flags_and_consist_of_what_they_say() {
         let model = crate::host_model();
-        let options = decoder_options(&model);
+
         for number in 0..2000 {
-            let trial = trial(3, number, &model);
-            assert!(undefined_before(&trial.items, &trial.entries, options).is_some(), "trial {number}");
+            let trial = trial(3, number, &model, number % 2 == 0);
+            assert!(undefined_before(&trial.items, &trial.entries, trial.mode).is_some(), "trial {number}");
             for item in &trial.items {
                 let Item::Instruction { bytes, .. } = item else { continue };
-                let length = Decoder::new(64, bytes, options).decode().len();
+                let length = trial.mode.decoder(bytes, CODE).decode().len();
                 assert_eq!(length, bytes.len(), "trial {number}: {bytes:02x?}");
             }
         }
