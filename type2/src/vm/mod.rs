@@ -1,6 +1,7 @@
 //! One run of a machine, from power-up to its end or its reset.
 
 pub mod gate;
+mod halt_poll;
 pub mod inspect;
 pub mod vcpu;
 
@@ -159,6 +160,7 @@ impl Session {
             clock: parts.clock.clone(),
             alarm,
             memory,
+            vcpus: session.vcpus.len(),
             expired: Box::new(move |now| expiring.expired(now)),
         });
         session.start_threads(&surroundings, parts)?;

@@ -1,5 +1,6 @@
 //! The threads that execute a machine's virtual CPUs, one each.
 
+use std::hint;
 use std::io;
 use std::num::NonZeroU64;
 use std::sync::mpsc::Sender;
@@ -13,6 +14,7 @@ use bivisor_machine::memory::GuestMemory;
 use bivisor_x86::state::CpuState;
 
 use super::gate::Gate;
+use super::halt_poll::HaltPoll;
 use super::{Event, inspect};
 use crate::host::alarm::HostAlarm;
 use crate::host::clock::LinuxClock;
@@ -66,6 +68,8 @@ pub struct Surroundings {
     pub clock: Arc<LinuxClock>,
     /// The machine's earliest deadline.
     pub alarm: Arc<HostAlarm>,
+    /// How many vCPUs there are.
+    pub vcpus: usize,
     /// RAM.
     pub memory: Arc<GuestMemory>,
     /// Polls the devices that are due.
@@ -123,12 +127,13 @@ impl VcpuThread {
     fn execute(&self) -> Option<VcpuEvent> {
         let mut vcpu = lock(&self.vcpu);
         let mut idle = false;
+        let mut poll = self.halt_poll();
         while self.surroundings.gate.is_open() {
             match vcpu.run() {
                 // Halted again in spite of an event: it is masked, and only another one can help.
                 Ok(Exit::Halt) if idle && self.bus.has_event() => thread::park_timeout(MASKED_RECHECK),
                 Ok(Exit::Halt) => {
-                    self.sleep();
+                    self.sleep(&mut poll);
                     idle = true;
                     continue;
                 }
@@ -143,8 +148,12 @@ impl VcpuThread {
     }
 
     /// Waits for an event of a halted vCPU, and does what becomes due meanwhile.
-    fn sleep(&self) {
+    fn sleep(&self, poll: &mut HaltPoll) {
         let Surroundings { gate, clock, alarm, expired, .. } = &*self.surroundings;
+        let start = clock.now();
+        while !self.bus.has_event() && clock.now() < start + poll.time() {
+            hint::spin_loop();
+        }
         while !self.bus.has_event() && gate.is_open() {
             let now = clock.now();
             if alarm.deadline().is_some_and(|deadline| deadline <= now) {
@@ -153,6 +162,13 @@ impl VcpuThread {
                 alarm.park();
             }
         }
+        poll.halted(clock.now() - start);
+    }
+
+    fn halt_poll(&self) -> HaltPoll {
+        // A host that doesn't tell has one.
+        let processors = thread::available_parallelism().map_or(1, usize::from);
+        HaltPoll::new(self.surroundings.vcpus, processors)
     }
 
     fn crash(&self, vcpu: &mut dyn Vcpu) -> VcpuEvent {

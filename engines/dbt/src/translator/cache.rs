@@ -10,11 +10,14 @@ use super::site::{FaultPoint, Site, SiteKind};
 use crate::code_memory::CodeMemory;
 
 /// Bytes of host code at most; when they are used up, everything is dropped.
-const CODE_SIZE: usize = 64 << 20;
+const CODE_SIZE: usize = 128 << 20;
 /// Blocks at most.
 const MAX_BLOCKS: usize = 400_000;
-/// Blocks that memory is set aside for at the start: as many as a Linux kernel needs to boot.
-const EXPECTED_BLOCKS: usize = 1 << 16;
+/// Blocks that there is room for from the start. Memory that is never used costs nothing; tables that grow would leave
+/// holes behind, and take their time.
+const ROOM_BLOCKS: usize = MAX_BLOCKS / 2;
+/// The same of sites.
+const ROOM_SITES: usize = ROOM_BLOCKS * 8;
 
 /// A translated block.
 pub struct Block {
@@ -85,10 +88,9 @@ impl Cache {
             code,
             parts,
             first_block_at,
-            // The host gives memory for what is used of it.
-            blocks: Vec::with_capacity(EXPECTED_BLOCKS),
-            sites: Vec::with_capacity(8 * EXPECTED_BLOCKS),
-            fault_points: Vec::with_capacity(4 * EXPECTED_BLOCKS),
+            blocks: Vec::with_capacity(ROOM_BLOCKS),
+            sites: Vec::with_capacity(ROOM_SITES),
+            fault_points: Vec::with_capacity(ROOM_BLOCKS * 4),
             index: FxHashMap::default(),
             pages: FxHashMap::default(),
             links: 0,

@@ -44,39 +44,80 @@ pub fn all(s: &mut Suite) {
     s.check("but lose nothing", got, Some((SELF, "after")));
     let got = caught(trapping!("sti", "nop", => "ud2"));
     s.check("an exception with interrupts on", got, Some((trap::vector::UD, "at")));
+    request();
+    let got = caught(trapping!("sti", "pause", => "nop"));
+    s.check("PAUSE is what STI lets through", got, Some((SELF, "at")));
     string(s);
+    pauses(s);
 }
 
-fn string(s: &mut Suite) {
-    const BYTES: u64 = 1 << 20;
-    fn end(_: &mut Frame) {
-        apic::end_of_interrupt();
-    }
-    let (source, target) = (pages(BYTES / 4096), pages(BYTES / 4096));
-    for offset in (0..BYTES).step_by(8) {
-        write(source + offset, offset.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    }
+fn end(_: &mut Frame) {
+    apic::end_of_interrupt();
+}
+
+/// Does something again and again until the timer has interrupted it often; whether it has.
+fn in_a_storm(mut work: impl FnMut()) -> bool {
     trap::handle(TIMER, Some(end));
     trap::reset_count(TIMER);
     apic::set(register::DIVIDE, 0xb);
     apic::set(register::TIMER, apic::PERIODIC | u32::from(TIMER));
     apic::set(register::INITIAL_COUNT, 200_000);
     cpu::sti();
-    let mut rounds = 0;
     time::wait(2000, || {
-        rounds += 1;
-        // SAFETY: both areas were taken for this.
-        unsafe {
-            core::arch::asm!("rep movsb", inout("rcx") BYTES => _, inout("rsi") source => _, inout("rdi") target => _)
-        };
+        work();
         trap::count(TIMER) >= 10
     });
     cpu::cli();
     apic::set(register::TIMER, apic::MASKED);
     apic::set(register::INITIAL_COUNT, 0);
     cpu::interrupt_window();
+    trap::count(TIMER) >= 10
+}
+
+/// A sum of 128 bits, whose carry lives across a PAUSE.
+fn pauses(s: &mut Suite) {
+    let mut wrong = 0;
+    let stormy = in_a_storm(|| {
+        let (mut low, mut high, mut r12): (u64, u64, u64) = (0, 0, 0x1234_5678_9abc_def0);
+        // SAFETY: changes the named registers alone.
+        unsafe {
+            core::arch::asm!(
+                "2:",
+                "add {low}, {step}",
+                "pause",
+                "adc {high}, 0",
+                "pause",
+                "dec ecx",
+                "pause",
+                "jnz 2b",
+                low = inout(reg) low,
+                high = inout(reg) high,
+                step = in(reg) 0xc000_0000_0000_0001_u64,
+                inout("ecx") 1000 => _,
+                inout("r12") r12,
+            );
+        }
+        let sum = 1000 * 0xc000_0000_0000_0001_u128;
+        let right = (low, high, r12) == (sum as u64, (sum >> 64) as u64, 0x1234_5678_9abc_def0);
+        wrong += u32::from(!right);
+    });
+    s.check("PAUSE keeps flags and registers under a storm of interrupts", (stormy, wrong), (true, 0));
+}
+
+fn string(s: &mut Suite) {
+    const BYTES: u64 = 1 << 20;
+    let (source, target) = (pages(BYTES / 4096), pages(BYTES / 4096));
+    for offset in (0..BYTES).step_by(8) {
+        write(source + offset, offset.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    }
+    let stormy = in_a_storm(|| {
+        // SAFETY: both areas were taken for this.
+        unsafe {
+            core::arch::asm!("rep movsb", inout("rcx") BYTES => _, inout("rsi") source => _, inout("rdi") target => _)
+        };
+    });
     let same =
         (0..BYTES).step_by(8).all(|offset| read::<u64>(source + offset) == read::<u64>(target + offset));
-    s.check("REP MOVSB is whole under a storm of interrupts", (same, trap::count(TIMER) >= 10), (true, true));
+    s.check("REP MOVSB is whole under a storm of interrupts", (same, stormy), (true, true));
     trap::handle(TIMER, None);
 }
