@@ -13,7 +13,7 @@ use crate::registers::{Cr0, Cr4};
 use crate::state::{Mode, SegReg, XCR0_AVX, XCR0_SSE};
 
 /// Offsets in the XSAVE area (SDM Vol. 1, section 10.5.1, table 10-2).
-pub(super) mod area {
+pub mod area {
     /// x87 control word.
     pub const FCW: usize = 0;
     /// x87 status word.
