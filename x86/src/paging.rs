@@ -140,7 +140,7 @@ impl Walk {
 
 impl Cpu {
     /// The PCID in use: 0 unless CR4.PCIDE is set.
-    fn pcid(&self) -> u16 {
+    pub fn pcid(&self) -> u16 {
         if self.state.cr4_has(Cr4::PCIDE) { (self.state.cr3 & 0xfff) as u16 } else { 0 }
     }
 

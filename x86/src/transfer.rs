@@ -428,6 +428,18 @@ impl Cpu {
         Ok(())
     }
 
+    /// What IRETQ in 64-bit code at CPL 0 loads into CS and SS if it pops these selectors of the GDT and leads to 64-bit
+    /// code at CPL 0 or 3 without a fault. Both descriptors must have been accessed, else they are marked so.
+    pub fn plain_return<E: Env>(&mut self, env: &mut E, cs: u16, ss: u16) -> Option<[Segment; 2]> {
+        let level = rpl(cs);
+        let code = self.return_segment(env, cs).ok()?;
+        if !matches!(level, 0 | 3) || code.attributes & Segment::L == 0 {
+            return None;
+        }
+        let stack = self.return_stack(env, ss, level, &code).ok()?;
+        Some([Segment { selector: code.selector & !3 | u16::from(level), ..code }, stack])
+    }
+
     /// The flags that IRET at privilege level `cpl` loads, besides VM.
     fn loadable_flags(&self, size: usize, cpl: u8) -> u64 {
         let mut loaded = Rflags::ARITHMETIC | Rflags::TF | Rflags::DF | Rflags::NT;

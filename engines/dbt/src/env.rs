@@ -75,6 +75,11 @@ impl VcpuEnv {
         self.peers.add(self.index, peer);
     }
 
+    /// Whether the host lets another processor of the machine wait that has something to execute.
+    pub fn others_starve(&self) -> bool {
+        self.peers.others_starve(self.index)
+    }
+
     /// Tells the record of cached code, and whoever may have cached it, of a store.
     #[inline]
     fn written(&self, offset: u64, length: u64) {

@@ -8,6 +8,7 @@ pub mod code_tracker;
 pub mod engine;
 pub mod env;
 pub mod host_cpu;
+pub mod host_thread;
 pub mod host_unit;
 pub mod interp_vcpu;
 pub mod peers;

@@ -7,6 +7,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use bivisor_machine::host::Waker;
 
 use crate::code_tracker;
+use crate::host_thread::HostThread;
 
 /// What a virtual processor lets others do to it, from their threads.
 pub trait Peer: Send + Sync {
@@ -17,9 +18,14 @@ pub trait Peer: Send + Sync {
     fn forget_windows(&self);
     /// Counts its entries into translated code and its exits from it: odd while it is inside.
     fn passages(&self) -> &AtomicU64;
+    /// The thread that executes it.
+    fn thread(&self) -> &HostThread;
     /// Lets it leave translated code soon.
     fn waker(&self) -> &dyn Waker;
 }
+
+/// Other processors that one that spins looks at: each look is a system call or two.
+const LOOKED_AT: usize = 7;
 
 /// All virtual processors of a machine, by number.
 #[derive(Default)]
@@ -58,6 +64,14 @@ impl Peers {
             // Not before: it may have filled them from what it had read of the TLB.
             peer.forget_windows();
         });
+    }
+
+    /// Whether the host lets another one wait that has something to execute. Looks at a few of them only.
+    pub fn others_starve(&self, own: u32) -> bool {
+        let all = self.all.read().unwrap_or_else(PoisonError::into_inner);
+        let first = all.iter().position(|(index, _)| *index == own).unwrap_or(0) + 1;
+        let others = all.len().saturating_sub(1).min(LOOKED_AT);
+        (first..first + others).any(|place| all[place % all.len()].1.thread().is_starved())
     }
 
     /// Tells all others that cached code was written.

@@ -89,6 +89,13 @@ impl Cpu {
         self.state.activity == Activity::Running && !self.needs_care() && !self.alignment_checked()
     }
 
+    /// Clears RFLAGS.RF, as executing the next instruction does, where it has no effect on that: no breakpoint is enabled.
+    pub fn drop_idle_resume_flag(&mut self) {
+        if !self.debug_active() && self.breakpoints.is_empty() {
+            self.state.rflags &= !Rflags::RF.bits();
+        }
+    }
+
     /// Whether something is to be done before or after the next instruction alone.
     fn needs_care(&self) -> bool {
         self.state.rflags & (Rflags::TF.bits() | Rflags::RF.bits()) != 0

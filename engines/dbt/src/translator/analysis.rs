@@ -7,9 +7,10 @@ use iced_x86::{
     OpAccess, OpKind, Register, RflagsBits,
 };
 
+use super::checks::Check;
 use super::code32;
+use super::interrupt_return::FRAME;
 use super::key::{Key, SUPERVISOR, SUPERVISOR_AC, USER};
-use super::values::Values;
 
 /// The arithmetic flags, as iced-x86 numbers them.
 pub const ALL_FLAGS: u32 =
@@ -22,6 +23,8 @@ pub enum Class {
     Copy,
     /// Does nothing that the guest could see.
     Nothing,
+    /// PAUSE.
+    Pause,
     /// PUSH of a register, immediate or memory operand of 64 bits.
     Push,
     /// POP of a 64-bit register.
@@ -50,6 +53,10 @@ pub enum Class {
     Syscall,
     /// SYSRET to 64-bit code.
     Sysret,
+    /// IRETQ in 64-bit code of supervisor mode.
+    InterruptReturn,
+    /// INVLPG in supervisor mode.
+    Invlpg,
     /// SWAPGS.
     Swapgs,
     /// CLI.
@@ -111,6 +118,7 @@ impl Class {
                 | Self::JumpIfRcxZero
                 | Self::Syscall
                 | Self::Sysret
+                | Self::InterruptReturn
                 | Self::SwitchAc
                 | Self::InterpretLast
         )
@@ -134,28 +142,11 @@ pub struct Decoded {
     pub access: [OpAccess; 4],
     /// Bytes that the stack moves by: 8, or 4 in 32-bit code.
     pub stack_step: i32,
-    /// Number of the window that its memory operand lies in.
-    pub window: Option<u8>,
+    /// General registers that it may change, by their numbers.
+    pub written: u16,
+    /// How its memory operand is checked.
+    pub check: Check,
 }
-
-/// Bytes near the value that a register has at the block's start, which several of its accesses touch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Window {
-    /// Number of the register.
-    pub root: u8,
-    /// First byte, from the register's value.
-    pub low: i32,
-    /// Behind the last byte.
-    pub high: i32,
-    /// Whether any is written.
-    pub write: bool,
-    accesses: u32,
-}
-
-/// Windows of a block at most.
-pub const MAX_WINDOWS: usize = 4;
-/// Bytes of a window at most.
-const WINDOW_LIMIT: i32 = 512;
 
 /// Offsets from RSP at the block's start that its tracked stack accesses touch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -189,6 +180,7 @@ pub fn classify(instruction: &Instruction, model: &CpuModel, key: Key) -> Class 
             return Class::Pop;
         }
         Mnemonic::Leave if instruction.code() == Code::Leaveq => return Class::Leave,
+        Mnemonic::Pause => return Class::Pause,
         Mnemonic::Nop
         | Mnemonic::Endbr64
         | Mnemonic::Endbr32
@@ -222,6 +214,8 @@ fn sensitive(instruction: &Instruction, model: &CpuModel, key: Key) -> Option<Cl
         Mnemonic::Cpuid => Class::Cpuid,
         Mnemonic::Syscall if !supervisor && !key.code32() => Class::Syscall,
         Mnemonic::Sysretq if supervisor => Class::Sysret,
+        Mnemonic::Iretq if supervisor && !key.code32() => Class::InterruptReturn,
+        Mnemonic::Invlpg if supervisor && !key.code32() => Class::Invlpg,
         Mnemonic::Swapgs if supervisor => Class::Swapgs,
         Mnemonic::Cli if supervisor => Class::Cli,
         Mnemonic::Sti if supervisor => Class::Sti,
@@ -651,9 +645,12 @@ pub fn mark_live_flags(block: &mut [Decoded], live_out: u32) {
             | Class::Rdtscp
             | Class::Sti
             | Class::SwitchAc
+            | Class::Invlpg
+            | Class::InterruptReturn
             | Class::Syscall => (ALL_FLAGS, 0),
             Class::Sysret => (0, ALL_FLAGS),
             Class::Nothing
+            | Class::Pause
             | Class::Cli
             | Class::Cld
             | Class::Std
@@ -722,64 +719,6 @@ pub fn track_stack(block: &mut [Decoded]) -> Option<StackRange> {
     range
 }
 
-/// Finds windows: memory operands at fixed offsets from what registers hold at the block's start. A window begins with an
-/// access that is made whenever the block is, so that its page is one that the guest accesses anyway.
-pub fn track_windows(block: &mut [Decoded], factory: &mut InstructionInfoFactory) -> Vec<Window> {
-    let mut values = Values::at_start();
-    let mut windows: Vec<Window> = Vec::new();
-    let mut certain = true;
-    for decoded in block.iter_mut() {
-        if let Some((root, offset, size)) = near_operand(decoded, &values) {
-            let write = writes_memory(decoded);
-            let place = windows.iter().position(|window| {
-                let (low, high) = (window.low.min(offset), window.high.max(offset + size));
-                window.root == root && high - low <= WINDOW_LIMIT && (certain || !write || window.write)
-            });
-            if let Some(place) = place {
-                let window = &mut windows[place];
-                window.low = window.low.min(offset);
-                window.high = window.high.max(offset + size);
-                window.write |= write;
-                window.accesses += 1;
-                decoded.window = Some(place as u8);
-            } else if certain && windows.len() < 32 {
-                decoded.window = Some(windows.len() as u8);
-                windows.push(Window { root, low: offset, high: offset + size, write, accesses: 1 });
-            }
-        }
-        certain &= decoded.class != Class::JumpIf;
-        values.follow(decoded, factory);
-    }
-    keep_best(block, windows)
-}
-
-/// Keeps the windows with most accesses, and gives them new numbers.
-fn keep_best(block: &mut [Decoded], windows: Vec<Window>) -> Vec<Window> {
-    let mut order: Vec<usize> = (0..windows.len()).filter(|&old| windows[old].accesses > 1).collect();
-    order.sort_by_key(|&old| std::cmp::Reverse(windows[old].accesses));
-    order.truncate(MAX_WINDOWS);
-    for decoded in block.iter_mut() {
-        decoded.window = decoded
-            .window
-            .and_then(|old| order.iter().position(|&kept| kept == usize::from(old)))
-            .map(|new| new as u8);
-    }
-    order.into_iter().map(|old| windows[old]).collect()
-}
-
-/// Root, offset and size of a memory operand with a base register only, whose value is known.
-fn near_operand(decoded: &Decoded, values: &Values) -> Option<(u8, i32, i32)> {
-    let instruction = &decoded.instruction;
-    if decoded.class != Class::Copy || instruction.mnemonic() == Mnemonic::Lea || !is_based(instruction) {
-        return None;
-    }
-    let (root, delta) = values.of(instruction.memory_base())?;
-    let displacement = i32::try_from(instruction.memory_displacement64() as i64).ok()?;
-    let offset = delta.checked_add(displacement)?;
-    let size = instruction.memory_size().size() as i32;
-    (offset.abs() < 1 << 20).then_some((root, offset, size))
-}
-
 /// Whether the memory operand has a base register other than RSP, of 64 bits, and neither index nor segment base.
 pub fn is_based(instruction: &Instruction) -> bool {
     let base = instruction.memory_base();
@@ -797,6 +736,7 @@ pub fn stack_access(decoded: &Decoded) -> Option<(i32, i32, bool)> {
     match decoded.class {
         Class::Push | Class::Pushf | Class::Call | Class::CallIndirect => Some((-step, step, true)),
         Class::Pop | Class::Return => Some((0, step, false)),
+        Class::InterruptReturn => Some((0, FRAME, false)),
         Class::Copy => {
             let (offset, size) = rsp_operand(&decoded.instruction)?;
             Some((offset, size, writes_memory(decoded)))
@@ -842,6 +782,7 @@ fn after(decoded: &Decoded, delta: i32) -> Option<i32> {
         Class::Pop if instruction.op0_register() == Register::RSP => return None,
         Class::Pop => decoded.stack_step.into(),
         Class::Nothing
+        | Class::Pause
         | Class::JumpIf
         | Class::BitString
         | Class::RepeatString
@@ -880,6 +821,37 @@ fn after(decoded: &Decoded, delta: i32) -> Option<i32> {
     i32::try_from(delta).ok().filter(|delta| delta.abs() < 1 << 20)
 }
 
+/// Whether the translated instruction neither uses RSP nor may leave the block, or is a tracked access to the stack that allows
+/// for moves of RSP that are still to be made.
+pub fn may_wait_for_stack(decoded: &Decoded) -> bool {
+    let instruction = &decoded.instruction;
+    let tracked = decoded.stack_delta.is_some();
+    match decoded.class {
+        Class::Nothing => true,
+        Class::Push => tracked && instruction.op0_kind() != OpKind::Memory && !names_stack(instruction),
+        Class::Pop => tracked && !names_stack(instruction),
+        Class::Call | Class::Return => tracked,
+        Class::Copy => {
+            let accesses_memory = instruction.mnemonic() != Mnemonic::Lea
+                && (0..instruction.op_count()).any(|operand| instruction.op_kind(operand) == OpKind::Memory);
+            unit(instruction) == Unit::General
+                && !accesses_memory
+                && !names_stack(instruction)
+                && !matches!(instruction.mnemonic(), Mnemonic::Div | Mnemonic::Idiv)
+        }
+        _ => false,
+    }
+}
+
+/// Whether RSP or a part of it is an operand, or part of one.
+fn names_stack(instruction: &Instruction) -> bool {
+    let is_stack = |register: Register| register.full_register() == Register::RSP;
+    is_stack(instruction.memory_base())
+        || (0..instruction.op_count()).any(|operand| {
+            instruction.op_kind(operand) == OpKind::Register && is_stack(instruction.op_register(operand))
+        })
+}
+
 /// Whether RSP is somewhere else after the instruction, which isn't the block's last one anyway.
 pub fn changes_stack(decoded: &Decoded) -> bool {
     matches!(decoded.class, Class::Copy | Class::Pop | Class::Leave) && after(decoded, 0).is_none()
@@ -898,12 +870,16 @@ fn stack_constant(decoded: &Decoded) -> Option<i64> {
 }
 
 /// Accesses of the operands.
-pub fn operand_accesses(factory: &mut InstructionInfoFactory, instruction: &Instruction) -> [OpAccess; 4] {
-    let info = factory.info_options(
-        instruction,
-        InstructionInfoOptions::NO_MEMORY_USAGE | InstructionInfoOptions::NO_REGISTER_USAGE,
-    );
-    [info.op0_access(), info.op1_access(), info.op2_access(), info.op3_access()]
+pub fn accesses(factory: &mut InstructionInfoFactory, instruction: &Instruction) -> ([OpAccess; 4], u16) {
+    let info = factory.info_options(instruction, InstructionInfoOptions::NO_MEMORY_USAGE);
+    let written = info
+        .used_registers()
+        .iter()
+        .filter(|used| {
+            used.register().is_gpr() && !matches!(used.access(), OpAccess::Read | OpAccess::CondRead)
+        })
+        .fold(0, |mask, used| mask | 1 << (used.register().full_register() as u32 - Register::RAX as u32));
+    ([info.op0_access(), info.op1_access(), info.op2_access(), info.op3_access()], written)
 }
 
 /// Whether the host has what the translator's own sequences use.

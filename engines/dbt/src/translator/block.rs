@@ -10,14 +10,14 @@ use iced_x86::{Decoder, Encoder, Instruction, InstructionInfoFactory};
 
 use rustc_hash::FxHashSet;
 
-use super::analysis::{self, Class, Decoded, StackRange, Unit, Window};
+use super::analysis::{self, Class, Decoded, StackRange, Unit};
+use super::checks::{self, Check, MAX_WINDOWS};
 use super::code32::{self, Widened};
 use super::context::{
     self, ADDEND, ADDRESS, GUEST_RSP, TEMPORARY, block_flags, page_base, saved, stack_page,
 };
-use super::emit::{Emitter, Fixup, Mem, Width, at, condition, reg};
+use super::emit::{Emitter, Fixup, Mem, Reg, Width, at, condition, reg};
 use super::key::{Key, USER};
-use super::operand::host_register;
 use super::site::{FaultPoint, Site, SiteKind, Undo};
 use crate::code_tracker;
 
@@ -77,18 +77,30 @@ pub struct Request<'a> {
     pub page_offset: u64,
     /// Instructions, by offset in RAM, that access too many pages for a slot.
     pub roaming: &'a FxHashSet<u64>,
+    /// Instructions, by offset in RAM, that share no check with those behind them.
+    pub alone: &'a FxHashSet<u64>,
+    /// A jump backwards leads here.
+    pub loop_head: bool,
+}
+
+/// Offsets in a block's code of its entries.
+pub struct Entries {
+    /// For jumps by the jump cache: [`ADDRESS`] holds the linear address, the guest's flags are aside.
+    pub lookup: usize,
+    /// For jumps from other pages by a link: [`ADDRESS`] holds the linear address.
+    pub link: usize,
+    /// For jumps backwards in the page: events are looked for.
+    pub backwards: usize,
+    /// For jumps forwards in the page.
+    pub forwards: usize,
 }
 
 /// A translated block.
 pub struct Translation {
     /// Host code.
     pub code: Vec<u8>,
-    /// Offset in `code` of the entry for jumps that know the linear address only ([`ADDRESS`] holds it).
-    pub lookup_entry: usize,
-    /// Offset in `code` of the entry for direct jumps backwards.
-    pub loop_entry: usize,
-    /// Offset in `code` of the entry for direct jumps forwards.
-    pub entry: usize,
+    /// Where it is entered.
+    pub entries: Entries,
     /// The places where the code may leave.
     pub sites: Vec<Site>,
     /// Where host faults may happen.
@@ -151,9 +163,16 @@ pub(super) struct Builder<'a> {
     pub flags_aside: bool,
     /// What ADDEND is known to hold.
     pub addend: Addend,
-    windows: Vec<Window>,
+    /// What ADDRESS is known to hold: so many bytes behind the start of a window.
+    pub address: Option<(u8, i32)>,
+    /// What it held before the current instruction.
+    pub held: Option<(u8, i32)>,
+    /// Windows that were checked.
+    pub windows: [Option<Kept>; MAX_WINDOWS],
     /// Offsets in the page of the instructions that slots were taken for.
     pub slots: Vec<u16>,
+    /// What guest RSP is to be moved by before anything sees it.
+    pub stack_moved: i32,
     /// The last instruction was STI.
     pub in_shadow: bool,
     stack: Option<StackRange>,
@@ -171,7 +190,15 @@ pub(super) struct Builder<'a> {
 pub(super) enum Addend {
     Anything,
     Stack,
+    Window(u8),
+}
+
+/// Where a window's addend is, beside ADDEND.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kept {
     Slot(u32),
+    Context,
+    Nowhere,
 }
 
 /// The operands of an instruction can't be renamed: it is interpreted.
@@ -197,8 +224,9 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
     if stack.is_none() {
         block.iter_mut().for_each(|decoded| decoded.stack_delta = None);
     }
-    let plain = request.first_slot.is_none() || request.key.no_stack();
-    let windows = if plain { Vec::new() } else { analysis::track_windows(&mut block, &mut factory) };
+    if !request.key.no_stack() {
+        checks::share(&mut block, |place| request.alone.contains(&(request.page_offset + place)));
+    }
     let mut builder = Builder {
         request,
         e: Emitter { code: Vec::with_capacity(block.len() * 48) },
@@ -210,8 +238,11 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
         fault_points: Vec::new(),
         flags_aside: false,
         addend: Addend::Anything,
-        windows,
+        address: None,
+        held: None,
+        windows: [None; MAX_WINDOWS],
         slots: Vec::new(),
+        stack_moved: 0,
         in_shadow: false,
         stack,
         instruction_start: 0,
@@ -221,19 +252,22 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
         links: 0,
     };
     let crosses = request.offset + length > PAGE;
-    let (loop_entry, entry) = builder.prologue(&block, uses_vectors, uses_x87, crosses);
+    let mut entries = builder.prologue(&block, uses_vectors, uses_x87, crosses);
     for decoded in &block {
         builder.instruction(decoded);
     }
+    builder.move_stack();
     if !block.last().is_some_and(|last| last.class.is_last()) {
         builder.jump_to(builder.next_guest as i64, live_out);
+    }
+    if !crosses && !request.loop_head {
+        let live = block.first().map_or(analysis::ALL_FLAGS, |first| first.live_before);
+        entries.backwards = builder.loop_entry(entries.forwards, live);
     }
     builder.finish();
     Some(Translation {
         code: builder.e.code,
-        lookup_entry: 0,
-        loop_entry,
-        entry,
+        entries,
         sites: builder.sites,
         fault_points: builder.fault_points,
         length,
@@ -267,7 +301,7 @@ fn decode(request: &Request<'_>, factory: &mut InstructionInfoFactory, looked_at
         } else {
             classify(&mut instruction, request)
         };
-        let access = analysis::operand_accesses(factory, &instruction);
+        let (access, written) = analysis::accesses(factory, &instruction);
         let live_taken = match class {
             Class::JumpIf => live_at(request, instruction.near_branch64() as usize, looked_at),
             _ => 0,
@@ -280,7 +314,8 @@ fn decode(request: &Request<'_>, factory: &mut InstructionInfoFactory, looked_at
             stack_delta: None,
             access,
             stack_step: request.key.stack_step(),
-            window: None,
+            written,
+            check: Check::Own,
         });
         branches += usize::from(class == Class::JumpIf);
         // An instruction that crosses into the next page stands alone.
@@ -335,11 +370,15 @@ fn live_at(request: &Request<'_>, offset: usize, looked_at: &mut u64) -> u32 {
 
 impl Builder<'_> {
     /// Code before the first instruction: what a lookup has to set, the vector registers, the check of the stack.
-    /// Returns the entries for direct jumps backwards, where events are looked for, and forwards.
-    fn prologue(&mut self, block: &[Decoded], vectors: bool, x87: bool, crosses: bool) -> (usize, usize) {
+    fn prologue(&mut self, block: &[Decoded], vectors: bool, x87: bool, crosses: bool) -> Entries {
+        let live = block.first().map_or(analysis::ALL_FLAGS, |first| first.live_before);
+        if live != 0 {
+            self.flags_aside = true;
+            self.bring_flags_back();
+        }
+        let link_entry = self.e.position();
         self.e.lea(Width::W64, TEMPORARY, at(ADDRESS, -(self.request.offset as i32)));
         self.e.store(Width::W64, page_base(), TEMPORARY);
-        let live = block.first().map_or(analysis::ALL_FLAGS, |first| first.live_before);
         let mut loop_entry = self.e.position();
         let entry;
         if crosses {
@@ -349,9 +388,12 @@ impl Builder<'_> {
             self.e.load(Width::W64, ADDRESS, page_base());
             self.e.lea(Width::W64, ADDRESS, at(ADDRESS, self.request.offset as i32));
             self.look_up(Undo::Never);
+            self.flags_aside = false;
             self.e.bind(over);
         } else {
-            self.check_event(self.request.offset as i32, live);
+            if self.request.loop_head {
+                self.check_event(self.request.offset as i32, live);
+            }
             entry = self.e.position();
         }
         if x87 {
@@ -365,21 +407,28 @@ impl Builder<'_> {
         if let Some(range) = self.stack {
             self.check_stack(range, live);
         }
-        for number in 0..self.windows.len() {
-            self.check_window(self.windows[number], live);
-        }
-        (loop_entry, entry)
+        Entries { lookup: 0, link: link_entry, backwards: loop_entry, forwards: entry }
     }
 
-    /// A jump taken if the byte is not zero; flags are left alone.
+    /// An entry for jumps backwards, of a block where none were expected.
+    fn loop_entry(&mut self, forwards: usize, live: u32) -> usize {
+        let start = self.e.position();
+        (self.guest, self.flags_aside, self.vector) = (self.request.offset, false, false);
+        self.check_event(self.request.offset as i32, live);
+        let jump = self.e.jump();
+        self.e.bind_to(jump, forwards);
+        start
+    }
+
+    /// A jump taken if the byte is not zero; flags are left alone. Changes TEMPORARY.
     pub fn unless_zero(&mut self, byte: Mem) -> Fixup {
-        self.e.store(Width::W64, saved(), reg::RCX);
+        self.e.copy(Width::W64, TEMPORARY, reg::RCX);
         self.e.load_zx8(reg::RCX, byte);
         let zero = self.e.jump_if_rcx_zero(false);
-        self.e.load(Width::W64, reg::RCX, saved());
+        self.e.copy(Width::W64, reg::RCX, TEMPORARY);
         let fixup = self.e.jump();
         self.e.bind(zero);
-        self.e.load(Width::W64, reg::RCX, saved());
+        self.e.copy(Width::W64, reg::RCX, TEMPORARY);
         fixup
     }
 
@@ -389,7 +438,10 @@ impl Builder<'_> {
             self.put_flags_aside();
         }
         let size = range.high - range.low;
-        self.e.lea(Width::W64, ADDRESS, at(GUEST_RSP, range.low));
+        match range.low {
+            0 => self.e.copy(Width::W64, ADDRESS, GUEST_RSP),
+            low => self.e.lea(Width::W64, ADDRESS, at(GUEST_RSP, low)),
+        }
         self.e.sub_mem(Width::W64, ADDRESS, stack_page());
         self.e.compare_imm(Width::W64, ADDRESS, PAGE as i32 - size);
         let fixup = self.e.jump_if(condition::A);
@@ -399,47 +451,10 @@ impl Builder<'_> {
         self.stack_stub = Some((fixup, site));
     }
 
-    /// One check for all accesses of a window: they lie in the page of its slot. The windows' slots are the block's first.
-    fn check_window(&mut self, window: Window, live: u32) {
-        if live != 0 {
-            self.put_flags_aside();
-        }
-        let retry = (self.request.start + self.e.position()) as u32;
-        let size = window.high - window.low;
-        let slot = self.new_slot();
-        let root = if window.root >= 12 {
-            self.e.load(Width::W64, ADDRESS, context::spilled(window.root));
-            ADDRESS
-        } else {
-            host_register(window.root)
-        };
-        self.e.lea(self.width(), ADDRESS, at(root, window.low));
-        self.e.sub_mem(Width::W64, ADDRESS, context::slot_page(slot));
-        self.e.compare_imm(Width::W64, ADDRESS, PAGE as i32 - size);
-        let from = self.e.jump_if(condition::A);
-        let site = self.new_site(SiteKind::Window {
-            root: window.root,
-            write: window.write,
-            size: size as u16,
-            low: window.low,
-            retry,
-            patch: 0,
-            stub: 0,
-        });
-        let routine = self.request.shared.slot[usize::from(self.class())][usize::from(window.write)];
-        let back = self.e.position();
-        self.stubs.push(Stub { from, site, address: None, retry: Some(Retry { routine, slot, size, back }) });
-    }
-
     /// A free slot, for the current instruction.
     pub fn new_slot(&mut self) -> u32 {
         self.slots.push(self.guest as u16);
         self.request.first_slot.unwrap_or(0) + self.slots.len() as u32 - 1
-    }
-
-    /// The slot of a window.
-    pub fn window_slot(&self, window: u8) -> u32 {
-        self.request.first_slot.unwrap_or(0) + u32::from(window)
     }
 
     pub fn class(&self) -> u8 {
@@ -468,6 +483,12 @@ impl Builder<'_> {
         number
     }
 
+    /// Makes two jumps lead to the same code behind the block, which leaves by a new site.
+    pub fn leave_from_both(&mut self, from: [Fixup; 2], kind: SiteKind) {
+        let site = self.new_site(kind);
+        self.stubs.extend(from.map(|from| Stub { from, site, address: None, retry: None }));
+    }
+
     /// Makes a jump lead to code behind the block that leaves by a new site.
     pub fn leave_from(&mut self, from: Fixup, kind: SiteKind) {
         let site = self.new_site(kind);
@@ -486,35 +507,66 @@ impl Builder<'_> {
         self.stubs.push(Stub { from, site, address, retry });
     }
 
+    /// What ADDEND holds is not known here any more.
+    pub fn forget_addend(&mut self) {
+        self.addend = Addend::Anything;
+    }
+
+    /// The guest's flags to `block_flags`. Changes TEMPORARY.
     pub fn put_flags_aside(&mut self) {
         if self.flags_aside {
             return;
         }
         self.flags_aside = true;
-        self.e.store(Width::W64, saved(), reg::RAX);
+        self.e.copy(Width::W64, TEMPORARY, reg::RAX);
         self.e.flags_to_ax();
         self.e.store16(block_flags(), reg::RAX);
-        self.e.load(Width::W64, reg::RAX, saved());
+        self.e.copy(Width::W64, reg::RAX, TEMPORARY);
     }
 
+    /// The guest's flags from `block_flags`. Changes TEMPORARY.
     pub fn bring_flags_back(&mut self) {
+        self.bring_flags_back_by(Some(TEMPORARY));
+    }
+
+    /// The same with another scratch register, or none.
+    pub fn bring_flags_back_by(&mut self, scratch: Option<Reg>) {
         if !self.flags_aside {
             return;
         }
         self.flags_aside = false;
-        self.e.store(Width::W64, saved(), reg::RAX);
+        match scratch {
+            Some(scratch) => self.e.copy(Width::W64, scratch, reg::RAX),
+            None => self.e.store(Width::W64, saved(), reg::RAX),
+        }
         self.e.load_zx16(reg::RAX, block_flags());
         self.e.flags_from_ax();
-        self.e.load(Width::W64, reg::RAX, saved());
+        match scratch {
+            Some(scratch) => self.e.copy(Width::W64, reg::RAX, scratch),
+            None => self.e.load(Width::W64, reg::RAX, saved()),
+        }
+    }
+
+    /// Gives guest RSP its value.
+    pub fn move_stack(&mut self) {
+        let moved = std::mem::take(&mut self.stack_moved);
+        if moved != 0 {
+            self.e.lea(self.width(), GUEST_RSP, at(GUEST_RSP, moved));
+        }
     }
 
     fn instruction(&mut self, decoded: &Decoded) {
         let instruction = &decoded.instruction;
         self.guest = instruction.ip() as usize;
         self.next_guest = instruction.next_ip() as usize;
+        if !analysis::may_wait_for_stack(decoded) {
+            self.move_stack();
+        }
         self.instruction_start = self.e.position();
         self.vector = is_vector(decoded) || analysis::is_state_image(instruction.mnemonic());
         let slots = self.slots.len();
+        let windows = self.windows;
+        self.held = self.address.take();
         let (sites, stubs, tails) = (self.sites.len(), self.stubs.len(), self.tails.len());
         if decoded.live_before == 0 {
             // Nobody reads what was put aside.
@@ -531,16 +583,23 @@ impl Builder<'_> {
             self.e.code.truncate(self.instruction_start);
             self.sites.truncate(sites);
             self.slots.truncate(slots);
+            self.windows = windows;
             self.addend = Addend::Anything;
+            self.address = None;
             self.stubs.truncate(stubs);
             self.tails.truncate(tails);
             self.flags_aside = flags_aside;
+            self.move_stack();
             self.interpret(decoded.class.is_last());
         }
         if shadowed && self.in_shadow && !interpreted && decoded.class != Class::Sti {
             self.leave_shadow();
         }
         self.in_shadow &= decoded.class == Class::Sti;
+        // Who comes back behind the instruction has made its move of RSP.
+        if self.sites.len() > sites {
+            self.move_stack();
+        }
         // The block has no code behind its last instruction, even if that goes to the next one.
         let goes_on = !decoded.class.is_last();
         let next_host = goes_on.then_some((self.request.start + self.e.position()) as u32);
@@ -548,6 +607,7 @@ impl Builder<'_> {
         for site in &mut self.sites[sites..] {
             if let SiteKind::Access { next_host: place, .. }
             | SiteKind::Cpuid { next_host: place, .. }
+            | SiteKind::Invlpg { next_host: place, .. }
             | SiteKind::String { next_host: place, .. }
             | SiteKind::Interpret { next_host: place, .. } = &mut site.kind
             {
@@ -558,13 +618,15 @@ impl Builder<'_> {
         // Whoever comes back has changed the scratch registers.
         if comes_back {
             self.addend = Addend::Anything;
+            self.address = None;
         }
     }
 
     fn translated(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
         match decoded.class {
             Class::Copy => self.copy(decoded)?,
-            Class::Nothing => {}
+            Class::Nothing => self.address = self.held,
+            Class::Pause => self.pause(decoded),
             Class::Push => self.push(decoded)?,
             Class::Pop => self.pop(decoded),
             Class::Leave => self.leave(decoded),
@@ -579,12 +641,17 @@ impl Builder<'_> {
                 self.read_target(decoded)?;
                 self.look_up(Undo::Jump);
             }
-            Class::JumpIf => self.jump_if(decoded),
+            Class::JumpIf => {
+                self.jump_if(decoded);
+                self.address = self.held;
+            }
             Class::JumpIfRcxZero => self.jump_if_rcx_zero(decoded),
             Class::BitString => self.bit_string(decoded)?,
             Class::RepeatString => self.repeat_string(decoded),
             Class::Syscall => self.syscall(),
             Class::Sysret => self.sysret(),
+            Class::InterruptReturn => self.interrupt_return(decoded),
+            Class::Invlpg => self.invlpg(decoded)?,
             Class::Swapgs => self.swapgs(),
             Class::Cli => self.change_flag(9, false),
             Class::Cld => self.change_flag(10, false),
@@ -642,8 +709,10 @@ impl Builder<'_> {
             if let Some(address) = address {
                 self.e.lea(Width::W64, ADDRESS, address);
             }
-            if let Some(retry) = retry {
-                self.try_slot(retry, number);
+            match (retry, *self.kind_of(number)) {
+                (Some(retry), _) => self.try_slot(retry, number),
+                (None, SiteKind::Window { size, .. }) => self.try_variant(size, number),
+                _ => {}
             }
             let stub_at = (self.request.start + self.e.position()) as u32;
             if let SiteKind::Jump { stub: place, .. } = self.kind_of(number) {
@@ -662,15 +731,6 @@ impl Builder<'_> {
 
     /// Lets the shared code look for another page for a slot.
     fn try_slot(&mut self, retry: Retry, site: u32) {
-        if let SiteKind::Window { root, low, .. } = *self.kind_of(site) {
-            let base = if root >= 12 {
-                self.e.load(Width::W64, ADDRESS, context::spilled(root));
-                ADDRESS
-            } else {
-                host_register(root)
-            };
-            self.e.lea(self.width(), ADDRESS, at(base, low));
-        }
         self.e.load_immediate(ADDEND, context::slot(retry.slot) as u64);
         self.e.load_immediate(TEMPORARY, retry.size as u64 - 1);
         let call = self.e.call();
@@ -678,14 +738,22 @@ impl Builder<'_> {
         let found = self.e.jump_if(condition::E);
         self.e.bind_to(found, retry.back);
         if let SiteKind::Window { .. } = self.kind_of(site) {
-            self.jump_to_variant(site);
+            let crosses = self.e.jump_if(condition::B);
+            self.jump_to_variant(site, crosses);
         }
     }
 
-    /// If the shared code has found that accesses lie in two pages (CF): a jump to the variant of the block that checks
-    /// each, once there is one.
-    fn jump_to_variant(&mut self, number: u32) {
-        let crosses = self.e.jump_if(condition::B);
+    /// Where the window that begins at ADDRESS lies in two pages, goes to the variant.
+    fn try_variant(&mut self, size: u16, site: u32) {
+        self.e.lea(Width::W64, TEMPORARY, at(ADDRESS, i32::from(size) - 1));
+        self.e.xor(Width::W64, TEMPORARY, ADDRESS);
+        self.e.shr(Width::W64, TEMPORARY, 12);
+        let crosses = self.e.jump_if(condition::NE);
+        self.jump_to_variant(site, crosses);
+    }
+
+    /// Where accesses were found to lie in two pages: a jump to the code that checks each, once there is some.
+    fn jump_to_variant(&mut self, number: u32, crosses: Fixup) {
         let leave = self.e.jump();
         self.e.bind(crosses);
         // The check was made after the flags were put aside; blocks are entered with the guest's.
@@ -725,7 +793,8 @@ impl Builder<'_> {
         self.bind_shared(call, self.request.shared.stack_window[usize::from(self.class())]);
         let found = self.e.jump_if(condition::E);
         self.e.bind_to(found, retry as usize - self.request.start);
-        self.jump_to_variant(site);
+        let crosses = self.e.jump_if(condition::B);
+        self.jump_to_variant(site, crosses);
         self.leave_code(site);
     }
 }

@@ -3,7 +3,7 @@
 use rustc_hash::FxHashMap;
 
 use super::block::{SharedCode, Translation};
-use super::context::{Context, JUMP_ENTRIES, JumpEntry, LINKS};
+use super::context::{Context, JUMP_PAGES, JumpEntry, LINKS, jump_index};
 use super::key::Key;
 use super::shared_code::{self, Parts};
 use super::site::{FaultPoint, Site, SiteKind};
@@ -26,6 +26,8 @@ pub struct Block {
     pub entry: u32,
     /// Where lookups enter.
     pub lookup_entry: u32,
+    /// Where links enter.
+    link_entry: u32,
     /// Vector registers are used.
     pub vectors: bool,
     /// x87 registers are used.
@@ -162,9 +164,10 @@ impl Cache {
         self.blocks.push(Block {
             offset,
             key,
-            loop_entry: start + translation.loop_entry as u32,
-            entry: start + translation.entry as u32,
-            lookup_entry: start + translation.lookup_entry as u32,
+            loop_entry: start + translation.entries.backwards as u32,
+            entry: start + translation.entries.forwards as u32,
+            lookup_entry: start + translation.entries.lookup as u32,
+            link_entry: start + translation.entries.link as u32,
             vectors: translation.vectors,
             x87: translation.x87,
             second,
@@ -203,7 +206,7 @@ impl Cache {
                 self.patch(patch, entry);
             }
             SiteKind::Link { link, .. } => {
-                context.links[link as usize % LINKS] = self.code.address(block.lookup_entry as usize);
+                context.links[link as usize % LINKS] = self.code.address(block.link_entry as usize);
             }
             _ => {}
         }
@@ -259,9 +262,10 @@ impl Cache {
         let key = index_key(block.offset, block.key);
         // The jump cache is indexed by more bits of the linear address than lie within a page.
         let host = self.code.address(block.lookup_entry as usize);
-        for place in (block.offset as usize & 0xfff..JUMP_ENTRIES).step_by(0x1000) {
+        let in_page = block.offset & 0xfff;
+        for place in (0..JUMP_PAGES).map(|page| jump_index(in_page | page << 12)) {
             if context.jumps[place].host == host {
-                context.jumps[place] = JumpEntry { complement: 0, host: 0 };
+                context.jumps[place] = JumpEntry::EMPTY;
             }
         }
         for site in std::mem::take(&mut block.incoming) {

@@ -18,7 +18,9 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use bivisor_x86::state::{CpuState, Segment};
 
+use super::checks::MAX_WINDOWS;
 use super::emit::{Mem, Reg, at, indexed, reg};
+use super::pause::PAUSES;
 
 /// Scratch: the linear address of an access, or the target of a jump.
 pub const ADDRESS: Reg = reg::R14;
@@ -41,8 +43,15 @@ pub const TLB_INDEX_SHIFT: u8 = (12 - TLB_ENTRY_SHIFT) as u8;
 pub const TLB_INDEX_MASK: i32 = (TLB_ENTRIES as i32 - 1) << TLB_ENTRY_SHIFT;
 /// A tag that no page number equals.
 pub const TLB_EMPTY: u64 = u64::MAX;
-/// Entries of the jump cache: as many as 15 bits can index.
-pub const JUMP_ENTRIES: usize = 1 << 15;
+/// Entries of the jump cache; a power of two.
+pub const JUMP_ENTRIES: usize = 1 << 14;
+/// Bytes of code that share an entry of the jump cache.
+const JUMP_GRANULE: usize = 4;
+/// Mask that makes an instruction pointer what [`jump_rip`] and its like are indexed by.
+pub const JUMP_MASK: i32 = ((JUMP_ENTRIES - 1) * JUMP_GRANULE) as i32;
+/// Pages of code whose instruction pointers have different entries.
+pub const JUMP_PAGES: u64 = (JUMP_ENTRIES * JUMP_GRANULE >> 12) as u64;
+const _: () = assert!(JUMP_GRANULE * 8 == size_of::<JumpEntry>());
 /// Links between pages at most.
 pub const LINKS: usize = 1 << 18;
 /// Bit of [`Context::jump_bias`] that is set when an event waits: no lookup hits any more.
@@ -108,10 +117,19 @@ pub struct Tlbs {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct JumpEntry {
-    /// What, added to the instruction pointer and [`Context::jump_bias`], gives zero.
-    pub complement: u64,
+    /// The instruction pointer.
+    pub rip: u64,
+    /// [`Context::jump_bias`] where it holds; 0 in an empty entry.
+    pub bias: u64,
     /// Host address of the block.
     pub host: u64,
+    /// Fills up to a power of two.
+    pub padding: u64,
+}
+
+impl JumpEntry {
+    /// Matches nothing.
+    pub const EMPTY: Self = Self { rip: 0, bias: 0, host: 0, padding: 0 };
 }
 
 /// A result of CPUID.
@@ -157,6 +175,27 @@ pub struct Selectors {
     pub ss: Segment,
 }
 
+/// What an IRETQ to 64-bit code loads into CS and SS, if it pops these selectors and their descriptors are these.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct InterruptReturn {
+    /// Selector of CS; [`NO_RETURN`] in an empty entry.
+    pub cs: u64,
+    /// Selector of SS.
+    pub ss: u64,
+    /// Descriptor of CS.
+    pub cs_descriptor: u64,
+    /// Descriptor of SS.
+    pub ss_descriptor: u64,
+    /// What is loaded.
+    pub selectors: Selectors,
+}
+
+/// Entries of [`Context::returns`]: as many as two bits can index.
+pub const RETURNS: usize = 4;
+/// No selector.
+pub const NO_RETURN: u64 = u64::MAX;
+
 /// The context. Its first 128 bytes, reached by short displacements, are the hottest.
 #[repr(C, align(4096))]
 pub struct Context {
@@ -168,7 +207,7 @@ pub struct Context {
     pub stack_page: AtomicU64,
     /// Addend of that page.
     pub stack_addend: AtomicU64,
-    /// Tells address spaces, modes and times apart in the jump cache: bits 48 to 62. Bit 63: [`EVENT_BIT`].
+    /// Tells address spaces, modes and times apart in the jump cache. Bit 63: [`EVENT_BIT`].
     pub jump_bias: AtomicU64,
     /// Holds RCX or RAX during a few instructions.
     pub saved: u64,
@@ -188,7 +227,9 @@ pub struct Context {
     pub fast_system_calls: u8,
     /// Nonzero: RDFSBASE and its like are enabled.
     pub base_instructions: u8,
-    padding: [u8; 2],
+    /// Nonzero: a return to an outer privilege level changes data segments.
+    pub inner_segments: u8,
+    padding: u8,
     /// Base of FS.
     pub fs_base: u64,
     /// Base of GS.
@@ -199,6 +240,8 @@ pub struct Context {
     // ---- from here on, long displacements ----
     /// Entries into translated code and exits from it: odd while the processor's thread is inside.
     pub passages: AtomicU64,
+    /// So many more PAUSE are executed before the next leaves translated code.
+    pub pauses: u64,
     /// Arithmetic flags on entry and exit, in the form of `block_flags`.
     pub flags: u64,
     /// [`ADDRESS`] on exit.
@@ -227,6 +270,10 @@ pub struct Context {
     pub syscall: Selectors,
     /// What SYSRET loads.
     pub sysret: Selectors,
+    /// What IRETQ loads, by the lowest bits of the index of SS.
+    pub returns: [InterruptReturn; RETURNS],
+    /// The frame that IRETQ has popped.
+    pub frame: [u64; 5],
     /// Host MXCSR for our own code.
     pub host_mxcsr: u32,
     /// Guest MXCSR where `vectors` is [`VECTORS_IN_CONTEXT`].
@@ -235,6 +282,8 @@ pub struct Context {
     pub ymm: [[u8; 32]; 16],
     /// Results of CPUID, by the low bits of EAX plus ECX.
     pub cpuid: [CpuidEntry; CPUID_ENTRIES],
+    /// Addends of the current block's windows.
+    pub window_addends: [u64; MAX_WINDOWS],
     /// Slots of hot code.
     pub slots: [Slot; SLOTS],
     /// Host addresses that jumps between pages go to.
@@ -255,12 +304,20 @@ macro_rules! field {
     };
 }
 field!(page_base stack_page stack_addend jump_bias saved state block_flags vectors x87_in_memory event pending);
-field!(fast_system_calls base_instructions fs_base gs_base site host_mxcsr flags address temporary host_rsp target call_target overwritten tsc_offset);
+field!(fast_system_calls inner_segments base_instructions fs_base gs_base site host_mxcsr flags address temporary host_rsp target call_target overwritten tsc_offset pauses);
 field!(arithmetic_mask pushed_mask bit_mask syscall sysret mxcsr);
 
 /// Guest register 12 to 15 in [`Context::spilled`].
 pub const fn spilled(number: u8) -> Mem {
     at(CONTEXT, offset_of!(Context, spilled) as i32 + (number as i32 - 12) * 8)
+}
+/// A word of the frame that IRETQ has popped.
+pub const fn frame(word: usize) -> Mem {
+    at(CONTEXT, (offset_of!(Context, frame) + word * 8) as i32)
+}
+/// A field of the remembered IRETQ whose offset in the table `index` holds.
+pub const fn interrupt_return(index: Reg, field: usize) -> Mem {
+    indexed(CONTEXT, index, 0, (offset_of!(Context, returns) + field) as i32)
 }
 /// Bias of the jump cache of a privilege class.
 pub const fn class_bias(class: u8) -> Mem {
@@ -273,6 +330,10 @@ pub const fn ymm(number: u8) -> Mem {
 /// A link between pages.
 pub const fn link(number: u32) -> Mem {
     at(CONTEXT, offset_of!(Context, links) as i32 + number as i32 * 8)
+}
+/// Addend of a window.
+pub const fn window_addend(number: u8) -> Mem {
+    at(CONTEXT, offset_of!(Context, window_addends) as i32 + number as i32 * 8)
 }
 /// Offset of a slot from the context.
 pub const fn slot(number: u32) -> usize {
@@ -312,9 +373,13 @@ pub const fn tlb_tag(class: u8, write: bool, index: Reg) -> Mem {
 pub const fn tlb_addend(class: u8, index: Reg) -> Mem {
     indexed(CONTEXT, index, 0, (tlb_offset(class) + offset_of!(TlbEntry, addend)) as i32)
 }
-/// The jump cache's complement; `index` holds twice the entry's number.
-pub const fn jump_complement(index: Reg) -> Mem {
-    indexed(CONTEXT, index, 3, (offset_of!(Context, jumps) + offset_of!(JumpEntry, complement)) as i32)
+/// The jump cache's instruction pointer; `index` holds an eighth of the entry's offset.
+pub const fn jump_rip(index: Reg) -> Mem {
+    indexed(CONTEXT, index, 3, (offset_of!(Context, jumps) + offset_of!(JumpEntry, rip)) as i32)
+}
+/// The jump cache's bias.
+pub const fn jump_bias_of(index: Reg) -> Mem {
+    indexed(CONTEXT, index, 3, (offset_of!(Context, jumps) + offset_of!(JumpEntry, bias)) as i32)
 }
 /// The jump cache's host address.
 pub const fn jump_host(index: Reg) -> Mem {
@@ -323,7 +388,7 @@ pub const fn jump_host(index: Reg) -> Mem {
 
 /// Entry of the jump cache for an instruction pointer: its low bits, since code is dense.
 pub const fn jump_index(rip: u64) -> usize {
-    rip as usize % JUMP_ENTRIES
+    rip as usize / JUMP_GRANULE % JUMP_ENTRIES
 }
 
 impl Context {
@@ -332,6 +397,7 @@ impl Context {
         self.state = state;
         self.vectors = VECTORS_IN_STATE;
         self.x87_in_memory = 1;
+        self.pauses = PAUSES;
         self.host_mxcsr = bivisor_x86::state::MXCSR_RESET;
         self.arithmetic_mask = ARITHMETIC;
         // Without VM and RF (SDM Vol. 2B, PUSHF), bits 22 up.
@@ -342,14 +408,18 @@ impl Context {
             *slot.page.get_mut() = NO_STACK_PAGE;
         }
         self.forget_cpuid();
+        self.forget_returns();
         self.flush_jumps();
     }
 
     /// Empties the jump cache.
     pub fn flush_jumps(&mut self) {
-        // With a complement of zero only bias + rip = 0 would hit; biases are at least 1 << 48, and no canonical
-        // address, which others are not looked up for, complements one below 1 << 63.
-        self.jumps.fill(JumpEntry { complement: 0, host: 0 });
+        self.jumps.fill(JumpEntry::EMPTY);
+    }
+
+    /// Empties what IRETQ loads.
+    pub fn forget_returns(&mut self) {
+        self.returns.iter_mut().for_each(|entry| entry.cs = NO_RETURN);
     }
 
     /// Empties the results of CPUID.

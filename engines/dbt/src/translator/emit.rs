@@ -375,6 +375,14 @@ impl Emitter {
     pub fn increment(&mut self, mem: Mem) {
         self.op_mem(Width::W64, &[0xff], Reg(0), mem);
     }
+    /// `dec qword [mem]`.
+    pub fn decrement(&mut self, mem: Mem) {
+        self.op_mem(Width::W64, &[0xff], Reg(1), mem);
+    }
+    /// `pause`.
+    pub fn pause(&mut self) {
+        self.code.extend([0xf3, 0x90]);
+    }
     /// `pushfq`.
     pub fn pushfq(&mut self) {
         self.code.push(0x9c);

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use bivisor_machine::engine::{EngineError, Exit};
 use bivisor_x86::cpu::Access;
 use bivisor_x86::env::Env;
+use bivisor_x86::exception::{Exception, vector};
 use bivisor_x86::memory::is_canonical;
 use bivisor_x86::paging::Place;
 use bivisor_x86::state::{SegReg, Segment};
@@ -44,23 +45,27 @@ impl DbtVcpu {
         match site.kind {
             SiteKind::Access { write, size, retry, next, next_host } => {
                 let linear = self.context().address;
-                if self.fill(linear, size, write) {
-                    return self.resume(retry, &site);
+                match self.fill_or_fault(linear, size, write) {
+                    Ok(true) => return self.resume(retry, &site),
+                    // Of vector instructions the interpreter knows whether another fault comes first.
+                    Err(exception) if exception.vector == vector::PF && !site.vector => {
+                        return self.deliver(exception);
+                    }
+                    _ => {}
                 }
                 self.statistics.access_slow += 1;
                 self.step(base.wrapping_add(next.into()), next_host, &site)
             }
-            SiteKind::Window { root, write, size, low, retry, .. } => {
-                let first = self.cpu.state.gpr[usize::from(root & 15)].wrapping_add(low as i64 as u64);
-                let first = self.wrapped(first);
+            SiteKind::Window { write, size, retry, .. } => {
+                let first = self.context().address;
                 let last = first.wrapping_add(u64::from(size)).wrapping_sub(1);
-                if first & PAGE_MASK == last & PAGE_MASK && self.fill(first, 1, write) {
+                let crosses = first & PAGE_MASK != last & PAGE_MASK;
+                if !crosses && self.fill(first, 1, write) {
                     return self.resume(retry, &site);
                 }
-                let crosses = first & PAGE_MASK != last & PAGE_MASK;
                 let then = self.enter_variant(&site, crosses);
                 if !crosses {
-                    self.drop_windows(site.block);
+                    self.window_failed(&site);
                 }
                 then
             }
@@ -74,6 +79,9 @@ impl DbtVcpu {
             SiteKind::Interpret { next, next_host } => {
                 self.step(base.wrapping_add(next.into()), next_host, &site)
             }
+            SiteKind::Invlpg { next, next_host } => {
+                self.invalidate(base.wrapping_add(next.into()), next_host, &site)
+            }
             SiteKind::Cpuid { next, next_host } => {
                 let next = base.wrapping_add(next.into());
                 let asked = (self.cpu.state.gpr[0] as u32, self.cpu.state.gpr[1] as u32);
@@ -84,6 +92,7 @@ impl DbtVcpu {
                 then
             }
             SiteKind::InterpretLast => self.step(rip, None, &site),
+            SiteKind::InterruptReturn => self.return_from_interrupt(rip, &site),
             SiteKind::Jump { target, .. } => {
                 self.cpu.state.rip = base.wrapping_add(target.into());
                 self.link_jump(number, &site);
@@ -110,6 +119,11 @@ impl DbtVcpu {
                 self.cpu.state.rip = self.wrapped(base.wrapping_add(target as i64 as u64));
                 self.found_hot();
                 Next::Dispatch
+            }
+            SiteKind::Pause { resume } => {
+                self.spun();
+                // The event comes before the PAUSE, which is executed again then.
+                if self.env.has_event() { Next::Dispatch } else { self.resume(resume, &site) }
             }
             SiteKind::LoadVectors => {
                 self.cache.block(site.block).map_or(Next::Dispatch, |block| self.resume(block.entry, &site))
@@ -159,7 +173,7 @@ impl DbtVcpu {
     }
 
     /// Interprets one instruction for translated code, and goes on behind it if nothing has changed that matters.
-    fn step(&mut self, next: u64, next_host: Option<u32>, site: &Site) -> Next {
+    pub(super) fn step(&mut self, next: u64, next_host: Option<u32>, site: &Site) -> Next {
         let key = Key::of(&self.cpu);
         let space = self.cpu.address_space();
         let (epoch, flushes) = (self.epoch, self.flushes);
@@ -184,6 +198,24 @@ impl DbtVcpu {
             && self.cpu.runs_plainly()
             && !self.env.has_event();
         if same { self.resume(next_host, site) } else { Next::Dispatch }
+    }
+
+    /// INVLPG of the address that translated code has left behind.
+    fn invalidate(&mut self, next: u64, next_host: Option<u32>, site: &Site) -> Next {
+        if self.cpu.state.cpl != 0 {
+            return self.step(next, next_host, site);
+        }
+        let linear = self.context().address;
+        let (flushes, code) = (self.flushes, self.may_hold_code(linear));
+        self.cpu.flush_tlb_page(linear);
+        self.cpu.state.rip = next;
+        self.cpu.state.interrupt_shadow = false;
+        self.follow_changes();
+        let same = self.flushes == flushes && !code && !self.env.has_event();
+        match next_host.filter(|_| same) {
+            Some(host) => self.resume(host, site),
+            None => Next::Dispatch,
+        }
     }
 
     /// What stands at the instruction pointer, as far as it lies in one page.
@@ -247,20 +279,21 @@ impl DbtVcpu {
         self.enter_variant(site, first & PAGE_MASK != last & PAGE_MASK)
     }
 
-    /// The same block, with each access checked by itself. `link`: the site is to lead there from now on.
+    /// The same code from the site's instruction on, with each access checked by itself. `link`: the site is to lead there from now on.
     fn enter_variant(&mut self, site: &Site, link: bool) -> Next {
         let Some(block) = self.cache.block(site.block) else { return Next::Dispatch };
-        let (offset, key) = (block.offset, block.key.with_no_stack());
+        let (start, key) = (block.offset, block.key.with_no_stack());
+        let offset = start & PAGE_MASK | u64::from(site.guest);
         let variant = match self.cache.find(offset, key) {
             // Its one instruction crosses into another page: only the jump cache may enter such a block, and it knows
             // the one that led here.
             _ if block.second.is_some() => None,
             Some(variant) => Some(variant),
-            None => self.translate(offset, key),
+            None => self.translate(offset, key, false),
         };
         match variant.and_then(|number| Some((number, self.cache.block(number)?.entry))) {
             Some((number, entry)) => {
-                let kept = self.cache.block(site.block).is_some_and(|block| block.offset == offset);
+                let kept = self.cache.block(site.block).is_some_and(|block| block.offset == start);
                 if kept && link {
                     let own = self.context().site;
                     self.cache.link(own, number, self.windows.context());
@@ -278,10 +311,10 @@ impl DbtVcpu {
     /// can't be done.
     fn fill_for_string(&mut self, is_move: bool) -> bool {
         let gpr = &self.cpu.state.gpr;
-        let here = (self.cpu.state.rip, gpr[1]);
+        let here = (self.cpu.state.rip, gpr[1], gpr[7]);
         let (source, destination) = (self.wrapped(gpr[6]), self.wrapped(gpr[7]));
         if here.1 == 0 || self.last_string == here {
-            self.last_string = (0, 0);
+            self.last_string = (0, 0, 0);
             return false;
         }
         self.last_string = here;
@@ -295,20 +328,34 @@ impl DbtVcpu {
         tlbs.class[class].entry(linear).addend.load(Ordering::Relaxed)
     }
 
-    /// Enters a page into the inline TLB. False if the access must be made by the interpreter: it faults, crosses
-    /// a page, goes to a device, or writes a page that holds translated code.
-    fn fill(&mut self, linear: u64, size: u8, write: bool) -> bool {
+    /// Raises an exception of the current instruction.
+    fn deliver(&mut self, exception: Exception) -> Next {
+        self.statistics.page_faults += 1;
+        self.cpu.deliver_exception(&mut self.env, exception);
+        self.follow_changes();
+        Next::Dispatch
+    }
+
+    /// [`DbtVcpu::fill_or_fault`] where the interpreter raises what the access raises.
+    pub(super) fn fill(&mut self, linear: u64, size: u8, write: bool) -> bool {
+        self.fill_or_fault(linear, size, write).unwrap_or(false)
+    }
+
+    /// Enters a page into the inline TLB. False if the access must be made by the interpreter: it crosses a page, goes to
+    /// a device, or writes a page that holds translated code.
+    fn fill_or_fault(&mut self, linear: u64, size: u8, write: bool) -> Result<bool, Exception> {
         let last = linear.wrapping_add(u64::from(size) - 1);
         if (linear ^ last) & PAGE_MASK != 0 {
-            return false;
+            return Ok(false);
         }
         let access = if write { Access::Write } else { Access::Read };
-        let Ok(Place::Ram(offset)) = self.cpu.probe(&mut self.env, linear, access) else {
+        let place = self.cpu.probe(&mut self.env, linear, access);
+        let Ok(Place::Ram(offset)) = place else {
             self.follow_changes();
-            return false;
+            return place.map(|_| false);
         };
         if write && self.env.is_code(offset) {
-            return false;
+            return Ok(false);
         }
         let class = Key::of(&self.cpu).class();
         let addend =
@@ -318,8 +365,8 @@ impl DbtVcpu {
         // Marked meanwhile by another processor's thread: it may not have seen the new entry.
         if write && self.env.is_code(offset) {
             self.spaces.forbid_write(class, linear);
-            return false;
+            return Ok(false);
         }
-        true
+        Ok(true)
     }
 }

@@ -5,10 +5,9 @@ use iced_x86::OpKind;
 use super::analysis::{self, Decoded};
 use super::block::{Builder, NotRenamed, PAGE, Tail};
 use super::context::{
-    self, ADDEND, ADDRESS, GUEST_RSP, TEMPORARY, jump_complement, jump_host, page_base, saved,
+    self, ADDEND, ADDRESS, JUMP_MASK, TEMPORARY, jump_bias_of, jump_host, jump_rip, page_base,
 };
-use super::emit::{Emitter, Fixup, Width, at, condition, indexed, reg};
-use super::key::USER;
+use super::emit::{Emitter, Fixup, Width, at, condition, indexed};
 use super::operand::{host_register, number};
 use super::site::{SiteKind, Undo};
 
@@ -53,46 +52,23 @@ impl Builder<'_> {
         let extra =
             if decoded.instruction.op_count() > 0 { decoded.instruction.immediate16().into() } else { 0 };
         let popped = self.stack_step() + extra;
-        self.e.lea(self.width(), GUEST_RSP, at(GUEST_RSP, popped));
+        self.stack_moved += popped;
+        self.move_stack();
         self.look_up(Undo::Return(popped as u32));
     }
 
-    /// Goes on at the linear address in ADDRESS, by the jump cache. Leaves the guest's flags alone.
+    /// Goes on at the linear address in ADDRESS, by the jump cache, with the guest's flags aside.
     pub fn look_up(&mut self, undo: Undo) {
-        self.bring_flags_back();
-        self.e.lea(Width::W32, TEMPORARY, indexed(ADDRESS, ADDRESS, 0, 0));
-        self.e.zero_extend16(TEMPORARY, TEMPORARY);
-        self.e.store(Width::W64, saved(), reg::RCX);
-        let canonical = self.jump_if_canonical();
-        let miss = self.e.position();
-        self.e.load(Width::W64, reg::RCX, saved());
-        let site = self.new_site(SiteKind::Lookup(undo));
-        self.leave_code(site);
-        canonical.into_iter().flatten().for_each(|fixup| self.e.bind(fixup));
-        self.e.load(Width::W64, reg::RCX, context::jump_bias());
-        self.e.load(Width::W64, ADDEND, jump_complement(TEMPORARY));
-        self.e.lea(Width::W64, reg::RCX, indexed(reg::RCX, ADDRESS, 0, 0));
-        self.e.lea(Width::W64, reg::RCX, indexed(reg::RCX, ADDEND, 0, 0));
-        let hit = self.e.jump_if_rcx_zero(false);
-        let missed = self.e.jump();
-        self.e.bind_to(missed, miss);
-        self.e.bind(hit);
-        self.e.load(Width::W64, reg::RCX, saved());
+        self.put_flags_aside();
+        self.e.copy(Width::W32, TEMPORARY, ADDRESS);
+        self.e.and_imm(Width::W32, TEMPORARY, JUMP_MASK);
+        self.e.compare(Width::W64, ADDRESS, jump_rip(TEMPORARY));
+        let other = self.e.jump_if(condition::NE);
+        self.e.load(Width::W64, ADDEND, context::jump_bias());
+        self.e.compare(Width::W64, ADDEND, jump_bias_of(TEMPORARY));
+        let elsewhere = self.e.jump_if(condition::NE);
         self.e.jump_mem(jump_host(TEMPORARY));
-    }
-
-    /// Jumps taken if ADDRESS is canonical, as far as bits 47 to 62 tell. Others must not be looked up: the sum of one
-    /// and the bias in force may be that of another address and another mode's bias. Changes RCX.
-    fn jump_if_canonical(&mut self) -> [Option<Fixup>; 2] {
-        self.e.rorx(reg::RCX, ADDRESS, 47);
-        self.e.zero_extend16(reg::RCX, reg::RCX);
-        let lower = self.e.jump_if_rcx_zero(false);
-        // The upper half is the supervisor's; wherever else code of user mode lies there, it is not looked up.
-        let upper = (self.class() != USER).then(|| {
-            self.e.lea(Width::W32, reg::RCX, at(reg::RCX, -0xffff));
-            self.e.jump_if_rcx_zero(false)
-        });
-        [Some(lower), upper]
+        self.leave_from_both([other, elsewhere], SiteKind::Lookup(undo));
     }
 
     /// Goes on at a fixed offset from the page's start. `live`: flags live there.

@@ -8,15 +8,18 @@
 pub mod analysis;
 pub mod block;
 pub mod cache;
+pub mod checks;
 pub mod code32;
 pub mod context;
 pub mod emit;
 mod exits;
 pub mod fault;
 mod flow;
+mod interrupt_return;
 pub mod key;
 mod names;
 mod operand;
+mod pause;
 mod routines;
 mod sensitive;
 pub mod shared_code;

@@ -3,7 +3,8 @@
 use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
 
 use super::analysis::{self, Class, Decoded};
-use super::block::{Addend, Builder, NotRenamed, PAGE, Retry};
+use super::block::{Addend, Builder, Kept, NotRenamed, PAGE, Retry};
+use super::checks::{Check, Window};
 use super::context::{
     self, ADDEND, ADDRESS, GUEST_RSP, TEMPORARY, TLB_INDEX_MASK, TLB_INDEX_SHIFT, page_base, stack_addend,
 };
@@ -69,7 +70,7 @@ impl Builder<'_> {
         if self.takes_slot() {
             self.e.copy(Width::W64, TEMPORARY, ADDRESS);
             let slot = self.check_slot(kind, size, write, None);
-            self.addend = Addend::Slot(slot);
+            self.addend = Addend::Anything;
             self.e.load(Width::W64, ADDEND, context::slot_addend(slot));
             return;
         }
@@ -95,7 +96,7 @@ impl Builder<'_> {
         if self.takes_slot() {
             self.e.lea(Width::W64, TEMPORARY, place);
             let slot = self.check_slot(kind, size, write, Some(place));
-            self.addend = Addend::Slot(slot);
+            self.addend = Addend::Anything;
             self.e.load(Width::W64, ADDEND, context::slot_addend(slot));
             return;
         }
@@ -133,13 +134,50 @@ impl Builder<'_> {
         }
     }
 
-    /// Puts the addend of a window into ADDEND.
-    fn load_window_addend(&mut self, window: u8) {
-        let slot = self.window_slot(window);
-        if self.addend != Addend::Slot(slot) {
-            self.e.load(Width::W64, ADDEND, context::slot_addend(slot));
-            self.addend = Addend::Slot(slot);
+    /// Checks that all bytes of a window lie in one page, and leaves that page's addend in ADDEND. `start`: its first byte.
+    fn check_window(&mut self, window: Window, start: Mem, live: u32) {
+        if live != 0 {
+            self.put_flags_aside();
         }
+        let retry = (self.request.start + self.instruction_start) as u32;
+        let Window { number, size, write, .. } = window;
+        let kind = SiteKind::Window { write, size: size as u16, retry, patch: 0, stub: 0 };
+        let kept = if self.takes_slot() {
+            self.e.lea(Width::W64, TEMPORARY, start);
+            let slot = self.check_slot(kind, size, write, Some(start));
+            self.e.load(Width::W64, ADDEND, context::slot_addend(slot));
+            Kept::Slot(slot)
+        } else {
+            self.e.lea(Width::W64, TEMPORARY, start.plus(size - 1));
+            self.e.lea(Width::W32, ADDEND, start);
+            let fixup = self.compare_tag_indexed(write);
+            self.leave_from_access(fixup, kind, Some(start), None);
+            self.e.load(Width::W64, ADDEND, context::tlb_addend(self.class(), ADDEND));
+            if window.interrupted {
+                self.e.store(Width::W64, context::window_addend(number), ADDEND);
+                Kept::Context
+            } else {
+                Kept::Nowhere
+            }
+        };
+        self.addend = Addend::Window(number);
+        self.windows[usize::from(number)] = Some(kept);
+    }
+
+    /// Puts the addend of a window into ADDEND, if it was checked and the addend is still somewhere.
+    fn load_window_addend(&mut self, number: u8) -> bool {
+        let kept = self.windows[usize::from(number)];
+        if self.addend == Addend::Window(number) {
+            return kept.is_some();
+        }
+        let place = match kept {
+            Some(Kept::Slot(slot)) => context::slot_addend(slot),
+            Some(Kept::Context) => context::window_addend(number),
+            Some(Kept::Nowhere) | None => return false,
+        };
+        self.e.load(Width::W64, ADDEND, place);
+        self.addend = Addend::Window(number);
+        true
     }
 
     /// Makes the memory operand `[base + displacement]` one of the host's: ADDEND is added.
@@ -233,11 +271,14 @@ impl Builder<'_> {
             (0..instruction.op_count()).any(|operand| instruction.op_kind(operand) == OpKind::Memory);
         if has_memory {
             self.memory_operand(decoded, &mut renamed, &mut free)?;
+        } else {
+            self.address = self.held;
         }
         let changed = self.rename_registers(decoded, &mut renamed, &mut free)?;
         let flags_needed = reads_or_keeps_flags(decoded);
         if flags_needed {
-            self.bring_flags_back();
+            let scratch = [TEMPORARY, ADDRESS].into_iter().find(|host| free.contains(host));
+            self.bring_flags_back_by(scratch);
         }
         let host = self.e.position() as u32;
         // First: if it can't be encoded, another instruction will stand there.
@@ -264,6 +305,7 @@ impl Builder<'_> {
         renamed.set_memory_index_scale(1);
         if let (Some(_), Some((offset, _, _))) = (decoded.stack_delta, analysis::stack_access(decoded)) {
             self.load_stack_addend();
+            self.address = self.held;
             renamed.set_memory_base(Register::R12);
             renamed.set_memory_index(Register::R13);
             renamed.set_memory_displacement64(offset as i64 as u64);
@@ -271,41 +313,107 @@ impl Builder<'_> {
             free.retain(|&host| host != ADDEND);
             return Ok(());
         }
-        if analysis::is_based(instruction)
-            && let Ok(displacement) = i32::try_from(instruction.memory_displacement64() as i64)
-            && (decoded.window.is_some() || !is_spilled(instruction.memory_base()))
-            && !self.request.key.code32()
-            && let Some(base) = self.address_register(instruction.memory_base(), ADDRESS)
-        {
-            match decoded.window {
-                Some(window) => self.load_window_addend(window),
-                None => {
-                    let size = instruction.memory_size().size() as i32;
-                    self.check_based(at(base, displacement), size, decoded);
-                }
-            }
+        if self.windowed_operand(decoded, renamed, free)? {
+            return Ok(());
+        }
+        if let Some((base, displacement)) = self.plain_base(instruction) {
+            self.check_based(at(base, displacement), instruction.memory_size().size() as i32, decoded);
             self.rename_based(instruction, renamed, base);
-            free.retain(|&host| host != ADDEND && host != base);
+            free.retain(|&host| host != ADDEND);
             return Ok(());
         }
         self.address(instruction)?;
-        if let Some(window) = decoded.window {
-            self.load_window_addend(window);
-        } else {
-            let size = instruction.memory_size().size() as i32;
-            self.check(size, analysis::writes_memory(decoded), decoded.live_before);
+        let size = instruction.memory_size().size() as i32;
+        self.check(size, analysis::writes_memory(decoded), decoded.live_before);
+        self.rename_at_address(instruction, renamed, free, 0);
+        Ok(())
+    }
+
+    /// A memory operand in a window: of the first, the window is checked; of others, that was done. False if it must be
+    /// checked by itself.
+    fn windowed_operand(
+        &mut self,
+        decoded: &Decoded,
+        renamed: &mut Instruction,
+        free: &mut Vec<Reg>,
+    ) -> Result<bool, NotRenamed> {
+        let instruction = &decoded.instruction;
+        let base = self.plain_base(instruction);
+        let (number, offset) = match decoded.check {
+            Check::Own => return Ok(false),
+            Check::First(window) => {
+                match base {
+                    Some((base, displacement)) => {
+                        self.check_window(window, at(base, displacement + window.low), decoded.live_before);
+                        // Where the check fails, ADDRESS is used.
+                        self.held = None;
+                    }
+                    None => {
+                        let mut first = *instruction;
+                        let displacement =
+                            instruction.memory_displacement64().wrapping_add(window.low as i64 as u64);
+                        first.set_memory_displacement64(displacement);
+                        self.address(&first)?;
+                        self.check_window(window, at(ADDRESS, 0), decoded.live_before);
+                        self.held = Some((window.number, 0));
+                    }
+                }
+                (window.number, -window.low)
+            }
+            Check::Again(number, offset) => {
+                if !self.load_window_addend(number) {
+                    return Ok(false);
+                }
+                (number, offset)
+            }
+        };
+        if let Some((base, _)) = base {
+            self.rename_based(instruction, renamed, base);
+            self.address = self.held;
+            free.retain(|&host| host != ADDEND);
+            return Ok(true);
         }
+        let from = match self.held {
+            Some((window, from)) if window == number => from,
+            _ => {
+                self.address(instruction)?;
+                offset
+            }
+        };
+        self.address = Some((number, from));
+        self.rename_at_address(instruction, renamed, free, offset - from);
+        Ok(true)
+    }
+
+    /// The base's host register and the displacement of a memory operand that is just that, at its full size.
+    fn plain_base(&self, instruction: &Instruction) -> Option<(Reg, i32)> {
+        let base = instruction.memory_base();
+        if !analysis::is_based(instruction) || is_spilled(base) || self.request.key.code32() {
+            return None;
+        }
+        let displacement = i32::try_from(instruction.memory_displacement64() as i64).ok()?;
+        Some((host_register(number(base)?), displacement))
+    }
+
+    /// Makes the memory operand one at ADDRESS plus ADDEND plus a displacement.
+    fn rename_at_address(
+        &mut self,
+        instruction: &Instruction,
+        renamed: &mut Instruction,
+        free: &mut Vec<Reg>,
+        displacement: i32,
+    ) {
         renamed.set_memory_base(Register::R14);
         renamed.set_memory_index(Register::R13);
-        renamed.set_memory_displacement64(0);
-        renamed.set_memory_displ_size(0);
+        renamed.set_memory_displacement64(displacement as i64 as u64);
+        renamed.set_memory_displ_size(u32::from(displacement != 0));
         free.retain(|&host| host == TEMPORARY);
         if spilled_operands(instruction) > 1 {
             self.e.lea(Width::W64, ADDRESS, indexed(ADDRESS, ADDEND, 0, 0));
+            self.address = None;
             renamed.set_memory_index(Register::None);
             free.push(ADDEND);
         }
-        Ok(())
     }
 
     /// Replaces guest registers that are elsewhere. Returns the scratch registers to be stored back, with the guest
@@ -345,8 +453,10 @@ impl Builder<'_> {
                 }
                 None => {
                     let host = free.pop().ok_or(NotRenamed)?;
-                    if host == ADDEND {
-                        self.addend = Addend::Anything;
+                    match host {
+                        ADDEND => self.addend = Addend::Anything,
+                        ADDRESS => self.address = None,
+                        _ => {}
                     }
                     // A full write needs no old value.
                     if access != OpAccess::Write || register.size() < 4 {
@@ -385,11 +495,42 @@ impl Builder<'_> {
         encoded.map(|_| ()).map_err(|_| NotRenamed)
     }
 
+    /// LEA of registers that all live in host registers: whether it was emitted, as itself.
+    fn short_lea(&mut self, instruction: &Instruction) -> bool {
+        let destination = instruction.op0_register();
+        let (base, index) = (instruction.memory_base(), instruction.memory_index());
+        let in_host = |register: Register| register.is_gpr() && !is_spilled(register);
+        // What lies above the result's 32 bits does not matter; addresses of 32 bits are not as wide as 64.
+        let width = match (destination.size(), base.size(), index.size()) {
+            (4, ..) => Width::W32,
+            (8, 0 | 8, 0 | 8) => Width::W64,
+            _ => return false,
+        };
+        let usable = |register: Register| register == Register::None || in_host(register);
+        if !in_host(destination) || !usable(base) || !usable(index) {
+            return false;
+        }
+        let host = |register: Register| number(register).map(host_register);
+        let Some(target) = host(destination) else { return false };
+        let displacement = instruction.memory_displacement64() as i32;
+        let scale = instruction.memory_index_scale().trailing_zeros() as u8;
+        match (host(base), host(index)) {
+            (Some(base), None) => self.e.lea(width, target, at(base, displacement)),
+            (Some(base), Some(index)) => self.e.lea(width, target, indexed(base, index, scale, displacement)),
+            (None, Some(index)) => self.e.lea_index(width, target, index, scale, displacement),
+            (None, None) => return false,
+        }
+        true
+    }
+
     fn lea(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
         let instruction = &decoded.instruction;
         let destination = instruction.op0_register();
-        self.offset(instruction)?;
         let guest = number(destination).ok_or(NotRenamed)?;
+        if self.short_lea(instruction) {
+            return Ok(());
+        }
+        self.offset(instruction)?;
         if is_spilled(destination) {
             match destination.size() {
                 8 => self.e.store(Width::W64, context::spilled(guest), ADDRESS),
@@ -416,7 +557,7 @@ impl Builder<'_> {
     pub fn stack_operand(&mut self, decoded: &Decoded, offset: i32, write: bool) -> Mem {
         if decoded.stack_delta.is_some() {
             self.load_stack_addend();
-            return indexed(GUEST_RSP, ADDEND, 0, offset);
+            return indexed(GUEST_RSP, ADDEND, 0, offset + self.stack_moved);
         }
         self.e.lea(self.width(), ADDRESS, at(GUEST_RSP, offset));
         self.check(self.stack_step(), write, decoded.live_before);
@@ -457,20 +598,21 @@ impl Builder<'_> {
                 }
             }
         }
-        self.e.lea(width, GUEST_RSP, at(GUEST_RSP, -step));
+        self.stack_moved -= step;
         Ok(())
     }
 
     pub fn pop(&mut self, decoded: &Decoded) {
         let place = self.stack_operand(decoded, 0, false);
         let guest = number(decoded.instruction.op0_register()).unwrap_or_default();
-        self.e.load(self.width(), TEMPORARY, place);
-        self.e.lea(self.width(), GUEST_RSP, at(GUEST_RSP, self.stack_step()));
+        let target = if guest >= 12 { TEMPORARY } else { host_register(guest) };
+        self.e.load(self.width(), target, place);
         if guest >= 12 {
             self.e.store(Width::W64, context::spilled(guest), TEMPORARY);
-        } else {
-            // POP RSP gets the popped value, not the incremented one.
-            self.e.copy(Width::W64, host_register(guest), TEMPORARY);
+        }
+        // POP RSP gets the popped value, not the incremented one.
+        if target != GUEST_RSP {
+            self.stack_moved += self.stack_step();
         }
     }
 
@@ -493,7 +635,8 @@ impl Builder<'_> {
         self.e.load(Width::W64, TEMPORARY, page_base());
         self.e.lea(Width::W64, TEMPORARY, at(TEMPORARY, self.next_guest as i32));
         self.e.store(width, place, TEMPORARY);
-        self.e.lea(width, GUEST_RSP, at(GUEST_RSP, -step));
+        self.stack_moved -= step;
+        self.move_stack();
     }
 }
 

@@ -21,13 +21,13 @@ use super::site::{SiteKind, Undo};
 const R11: Reg = Reg(11);
 
 /// A field of the state, whose address TEMPORARY holds.
-fn state(offset: usize) -> Mem {
+pub(super) fn state(offset: usize) -> Mem {
     at(TEMPORARY, offset as i32)
 }
 fn segment(register: SegReg) -> usize {
     offset_of!(CpuState, seg) + register as usize * size_of::<Segment>()
 }
-const RFLAGS: usize = offset_of!(CpuState, rflags);
+pub(super) const RFLAGS: usize = offset_of!(CpuState, rflags);
 const MSR: usize = offset_of!(CpuState, msr);
 
 impl Builder<'_> {
@@ -39,7 +39,7 @@ impl Builder<'_> {
         self.leave_from(fixup, SiteKind::InterpretLast);
     }
 
-    fn load_state(&mut self) {
+    pub(super) fn load_state(&mut self) {
         self.e.load(Width::W64, TEMPORARY, context::state());
     }
 
@@ -116,6 +116,14 @@ impl Builder<'_> {
         self.e.load(Width::W64, TEMPORARY, context::target());
         self.e.store(width, place, TEMPORARY);
         self.e.lea(width, context::GUEST_RSP, at(context::GUEST_RSP, -step));
+    }
+
+    /// INVLPG: leaves with the address, and comes back.
+    pub fn invlpg(&mut self, decoded: &Decoded) -> Result<(), NotRenamed> {
+        self.address(&decoded.instruction)?;
+        let site = self.new_site(SiteKind::Invlpg { next: self.next_guest as u16, next_host: None });
+        self.leave_code(site);
+        Ok(())
     }
 
     /// SWAPGS.
@@ -261,7 +269,7 @@ impl Builder<'_> {
     }
 
     /// Copies CS and SS from the context to the state, whose address TEMPORARY holds. Changes ADDRESS.
-    fn load_selectors(&mut self, from: Mem, cpl: u8) {
+    pub(super) fn load_selectors(&mut self, from: Mem, cpl: u8) {
         for (register, offset) in
             [(SegReg::Cs, offset_of!(Selectors, cs)), (SegReg::Ss, offset_of!(Selectors, ss))]
         {
@@ -306,6 +314,8 @@ impl Builder<'_> {
         const SPECIAL: Rflags = Rflags::TF.union(Rflags::AC).union(Rflags::RF).union(Rflags::VM);
         self.flags_aside = true;
         self.interpret_if_zero(context::fast_system_calls(), true);
+        // It can be taken if interrupts are enabled now.
+        self.interpret_if_zero(context::pending(), false);
         // Only what the context holds is loaded below.
         self.e.compare_imm8(context::vectors(), VECTORS_IN_STATE);
         let elsewhere = self.e.jump_if(condition::E);
@@ -330,17 +340,22 @@ impl Builder<'_> {
         self.e.store(Width::W64, state(RFLAGS), ADDRESS);
         self.flags_word(R11);
         self.load_selectors(context::sysret(), 3);
+        self.load_missing_vectors();
+        self.e.copy(Width::W64, ADDRESS, reg::RCX);
+        self.go_to_class(USER);
+    }
+
+    /// Loads the vector registers that user mode has, from the context, unless they are. Changes the host's flags.
+    pub(super) fn load_missing_vectors(&mut self) {
         self.e.compare_zero8(context::vectors());
         let loaded = self.e.jump_if(condition::E);
         let call = self.e.call();
         self.bind_shared(call, self.request.shared.load_vectors);
         self.e.bind(loaded);
-        self.e.copy(Width::W64, ADDRESS, reg::RCX);
-        self.go_to_class(USER);
     }
 
     /// Puts the arithmetic flags of a register aside. Changes ADDEND.
-    fn flags_word(&mut self, flags: Reg) {
+    pub(super) fn flags_word(&mut self, flags: Reg) {
         self.addend = Addend::Anything;
         // Bit 11 to bit 0, the low byte to bits 8 to 15.
         self.e.copy(Width::W32, ADDEND, flags);
@@ -351,7 +366,7 @@ impl Builder<'_> {
     }
 
     /// Goes on at ADDRESS in another privilege class. The guest's flags must be aside.
-    fn go_to_class(&mut self, class: u8) {
+    pub(super) fn go_to_class(&mut self, class: u8) {
         self.switch_class(class);
         self.e.compare_zero8(context::event());
         let event = self.e.jump_if(condition::NE);

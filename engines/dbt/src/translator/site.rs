@@ -44,17 +44,13 @@ pub enum SiteKind {
         /// The code that leaves, which that jump goes to as long as it isn't linked.
         stub: u32,
     },
-    /// A window of the block doesn't lie in one page of the inline TLB.
+    /// A window does not lie in one page that the inline TLB, or its slot, knows. The context's `address` is its start.
     Window {
-        /// Number of the register that it lies near.
-        root: u8,
         /// It is written.
         write: bool,
         /// Bytes.
         size: u16,
-        /// First byte, from the register's value.
-        low: i32,
-        /// Code of the check.
+        /// Code of the instruction from its start.
         retry: u32,
         /// Displacement of the jump that is taken where it lies in two pages.
         patch: u32,
@@ -79,6 +75,13 @@ pub enum SiteKind {
         /// Its code, if the block goes on there.
         next_host: Option<u32>,
     },
+    /// INVLPG, and the block goes on.
+    Invlpg {
+        /// Offset in the page of the next instruction.
+        next: u16,
+        /// Its code.
+        next_host: Option<u32>,
+    },
     /// CPUID whose result isn't remembered yet.
     Cpuid {
         /// Offset in the page of the next instruction.
@@ -88,6 +91,8 @@ pub enum SiteKind {
     },
     /// The interpreter executes the instruction.
     InterpretLast,
+    /// The interpreter executes the IRETQ.
+    InterruptReturn,
     /// A jump within the page whose target was not translated yet.
     Jump {
         /// Offset in the page of the target.
@@ -114,6 +119,11 @@ pub enum SiteKind {
     Event {
         /// Offset in the page.
         target: i32,
+    },
+    /// So many PAUSE were executed that the host may have something better to do.
+    Pause {
+        /// Code behind the PAUSE.
+        resume: u32,
     },
     /// The block needs the vector or x87 registers loaded.
     LoadVectors,

@@ -1,7 +1,7 @@
 //! The inline TLBs of the address spaces that the guest used last.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use super::context::{NO_STACK_PAGE, SLOTS, Slot, TLB_EMPTY, TLB_ENTRIES, TlbEntry};
 use super::windows::{Mapping, SPACES};
@@ -9,6 +9,8 @@ use super::windows::{Mapping, SPACES};
 const CLASSES: usize = 3;
 const WORDS: usize = TLB_ENTRIES / 64;
 const PAGE_MASK: u64 = !0xfff;
+/// A bit for each entry, by address space and privilege class.
+type Bits = [[[AtomicU64; WORDS]; CLASSES]; SPACES];
 
 /// The inline TLBs, as other threads may see them, with a record of which entries were ever filled.
 pub struct SharedTlbs {
@@ -17,13 +19,24 @@ pub struct SharedTlbs {
     slots: AtomicUsize,
     /// How often stack windows and slots were emptied.
     resets: AtomicU64,
-    touched: Box<[[[AtomicU64; WORDS]; CLASSES]; SPACES]>,
+    /// An entry for stores made room for another since the processor last looked for a block: what was read of it may
+    /// still be used.
+    evicted: AtomicBool,
+    touched: Box<Bits>,
+    /// Those of them that may hold pages that are not global.
+    local: Box<Bits>,
 }
 
 impl SharedTlbs {
     fn new(mapping: Arc<Mapping>) -> Self {
-        let tlbs =
-            Self { mapping, slots: AtomicUsize::new(0), resets: AtomicU64::new(0), touched: Box::default() };
+        let tlbs = Self {
+            mapping,
+            slots: AtomicUsize::new(0),
+            resets: AtomicU64::new(0),
+            evicted: AtomicBool::new(false),
+            touched: Box::default(),
+            local: Box::default(),
+        };
         for space in 0..SPACES {
             for tlb in &tlbs.mapping.tlbs(space).class {
                 tlb.entries.iter().for_each(TlbEntry::clear);
@@ -34,8 +47,18 @@ impl SharedTlbs {
 
     /// Every entry that may be in use, of one class in one address space.
     fn used(&self, space: usize, class: usize) -> impl Iterator<Item = (usize, &TlbEntry)> {
+        self.marked(&self.touched, space, class)
+    }
+
+    /// Every entry whose bit is set.
+    fn marked<'a>(
+        &'a self,
+        bits: &'a Bits,
+        space: usize,
+        class: usize,
+    ) -> impl Iterator<Item = (usize, &'a TlbEntry)> {
         let entries = &self.mapping.tlbs(space).class[class].entries;
-        self.touched[space][class].iter().enumerate().flat_map(move |(word, bits)| {
+        bits[space][class].iter().enumerate().flat_map(move |(word, bits)| {
             let mut bits = bits.load(Ordering::SeqCst);
             std::iter::from_fn(move || {
                 let index = word * 64 + bits.trailing_zeros() as usize;
@@ -48,6 +71,11 @@ impl SharedTlbs {
     /// How often stack windows and slots were emptied: what a block has checked at its start holds until then.
     pub fn resets(&self) -> u64 {
         self.resets.load(Ordering::SeqCst)
+    }
+
+    /// A block is entered: no other one is in the middle of anything.
+    pub fn enter_block(&self) {
+        self.evicted.store(false, Ordering::SeqCst);
     }
 
     /// The mapping of what translated code works on.
@@ -72,6 +100,15 @@ impl SharedTlbs {
         self.slots().iter().for_each(|slot| slot.page.store(NO_STACK_PAGE, Ordering::SeqCst));
     }
 
+    /// Empties stack window and slots if one of them holds the page of a linear address.
+    fn forget_windows_to(&self, linear: u64) {
+        let page = linear & PAGE_MASK;
+        let stack = self.mapping.stack_page().load(Ordering::SeqCst);
+        if stack == page || self.slots().iter().any(|slot| slot.page.load(Ordering::SeqCst) == page) {
+            self.forget_windows();
+        }
+    }
+
     /// Whether stores to the page of RAM at this host address may go by the stack window or a slot.
     fn has_window(&self, host: u64) -> bool {
         let stack = self.mapping.stack_page().load(Ordering::SeqCst);
@@ -82,7 +119,7 @@ impl SharedTlbs {
     /// Makes stores to the page of RAM at this host address go the slow way, once [`SharedTlbs::forget_windows`] was
     /// called too. Whether any went the quick way. May be called from any thread.
     pub fn forget_writes(&self, host: u64) -> bool {
-        let mut any = self.has_window(host);
+        let mut any = self.has_window(host) || self.evicted.load(Ordering::SeqCst);
         for (_, entry) in
             (0..SPACES).flat_map(|space| (0..CLASSES).flat_map(move |class| self.used(space, class)))
         {
@@ -98,6 +135,14 @@ impl SharedTlbs {
     fn clear(&self, space: usize, class: usize) {
         self.used(space, class).for_each(|(_, entry)| entry.clear());
         self.touched[space][class].iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        self.local[space][class].iter().for_each(|word| word.store(0, Ordering::Relaxed));
+    }
+
+    /// Empties what is not global.
+    fn clear_local(&self, space: usize, class: usize) {
+        let local = self.marked(&self.local, space, class).map(|(_, entry)| entry);
+        local.filter(|entry| entry.global.load(Ordering::Relaxed) == 0).for_each(TlbEntry::clear);
+        self.local[space][class].iter().for_each(|word| word.store(0, Ordering::Relaxed));
     }
 }
 
@@ -120,6 +165,8 @@ pub struct Spaces {
     shared: Arc<SharedTlbs>,
     /// Number of the address space, as the processor gives it; 0 for none.
     numbers: [u16; SPACES],
+    /// Their process-context identifiers.
+    pcids: [u16; SPACES],
     last_used: [u64; SPACES],
     clock: u64,
     current: usize,
@@ -133,6 +180,7 @@ impl Spaces {
         Self {
             shared: Arc::new(SharedTlbs::new(mapping)),
             numbers,
+            pcids: [0; SPACES],
             last_used: [0; SPACES],
             clock: 0,
             current: 0,
@@ -149,8 +197,9 @@ impl Spaces {
         self.current
     }
 
-    /// Makes the TLBs of an address space the current ones. What is global is taken along into new ones.
-    pub fn select(&mut self, number: u16) {
+    /// Makes the TLBs of an address space the current ones. The first ones of a PCID get what is global of those before;
+    /// later ones are its last ones, emptied but for what is global.
+    pub fn select(&mut self, number: u16, pcid: u16) {
         self.shared.forget_windows();
         if self.numbers[self.current] == number {
             return;
@@ -158,6 +207,13 @@ impl Spaces {
         self.clock += 1;
         self.last_used[self.current] = self.clock;
         if let Some(place) = self.numbers.iter().position(|&n| n == number) {
+            self.current = place;
+            return;
+        }
+        if let Some(place) = (0..SPACES).find(|&place| self.numbers[place] != 0 && self.pcids[place] == pcid)
+        {
+            (0..CLASSES).for_each(|class| self.shared.clear_local(place, class));
+            self.numbers[place] = number;
             self.current = place;
             return;
         }
@@ -172,6 +228,7 @@ impl Spaces {
             self.take_global(before, place, class);
         }
         self.numbers[place] = number;
+        self.pcids[place] = pcid;
         self.current = place;
     }
 
@@ -196,7 +253,7 @@ impl Spaces {
     }
 
     /// Empties everything.
-    pub fn flush_all(&mut self, number: u16) {
+    pub fn flush_all(&mut self, number: u16, pcid: u16) {
         self.shared.forget_windows();
         for space in 0..SPACES {
             if self.numbers[space] != 0 {
@@ -206,11 +263,12 @@ impl Spaces {
         }
         self.current = 0;
         self.numbers[0] = number;
+        self.pcids[0] = pcid;
     }
 
     /// Forgets the page of a linear address in every address space.
     pub fn flush_page(&mut self, linear: u64) {
-        self.shared.forget_windows();
+        self.shared.forget_windows_to(linear);
         let page = linear >> 12;
         for space in 0..SPACES {
             for tlb in &self.shared.mapping.tlbs(space).class {
@@ -228,10 +286,14 @@ impl Spaces {
         let number = page.linear >> 12;
         let index = number as usize % TLB_ENTRIES;
         self.shared.touched[self.current][class][index / 64].fetch_or(1 << (index % 64), Ordering::SeqCst);
+        if !page.global {
+            self.shared.local[self.current][class][index / 64].fetch_or(1 << (index % 64), Ordering::Relaxed);
+        }
         let entry = &self.shared.mapping.tlbs(self.current).class[class].entries[index];
-        if entry.addend.load(Ordering::Relaxed) != page.addend || entry.read.load(Ordering::Relaxed) != number
-        {
-            entry.write.store(TLB_EMPTY, Ordering::Relaxed);
+        let other = entry.addend.load(Ordering::Relaxed) != page.addend
+            || entry.read.load(Ordering::Relaxed) != number;
+        if other && entry.write.swap(TLB_EMPTY, Ordering::Relaxed) != TLB_EMPTY {
+            self.shared.evicted.store(true, Ordering::SeqCst);
         }
         entry.addend.store(page.addend, Ordering::Relaxed);
         entry.global.store(page.global.into(), Ordering::Relaxed);

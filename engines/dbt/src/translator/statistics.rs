@@ -38,6 +38,7 @@ counters! {
     events: "events looked for",
     access: "exits: inline TLB misses",
     access_slow: "of those: accesses that the interpreter made",
+    page_faults: "page faults of translated code",
     stack: "exits: stack window misses",
     window: "exits: window misses",
     hot: "lines of code found hot",
@@ -47,6 +48,8 @@ counters! {
     link: "exits: jumps between pages to be linked",
     lookup: "exits: jump cache misses",
     event: "exits: events",
+    pause: "exits: PAUSE, many times",
+    naps: "of those: sleeps in favour of other virtual processors",
     vectors: "exits: vector or x87 registers to be loaded",
     host_fault: "exits: faults raised by the host in the guest's instructions",
     tlb_flushes: "TLB flushes",
@@ -63,13 +66,16 @@ impl Statistics {
             SiteKind::Stack { .. } => &mut self.stack,
             SiteKind::Window { .. } => &mut self.window,
             SiteKind::String { .. } => &mut self.string,
-            SiteKind::Interpret { .. } | SiteKind::Cpuid { .. } | SiteKind::InterpretLast => {
-                &mut self.interpret
-            }
+            SiteKind::Interpret { .. }
+            | SiteKind::Cpuid { .. }
+            | SiteKind::Invlpg { .. }
+            | SiteKind::InterpretLast
+            | SiteKind::InterruptReturn => &mut self.interpret,
             SiteKind::Jump { .. } => &mut self.jump,
             SiteKind::Link { .. } => &mut self.link,
             SiteKind::Lookup(_) => &mut self.lookup,
             SiteKind::Event { .. } => &mut self.event,
+            SiteKind::Pause { .. } => &mut self.pause,
             SiteKind::LoadVectors => &mut self.vectors,
         };
         *counter += 1;

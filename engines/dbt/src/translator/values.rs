@@ -1,15 +1,20 @@
-//! What general registers hold, as far as it is another one's value at the block's start plus a constant.
+//! What general registers hold, as far as two of them, or one at two times, differ by a constant.
 
-use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::analysis::{Class, Decoded};
 
 /// Constants larger than this are not followed.
 const LIMIT: i32 = 1 << 20;
 
-/// Each register's value, by its number: a register at the block's start, and what is added to it (modulo 2^32 in 32-bit
-/// code).
-pub struct Values([Option<(u8, i32)>; 16]);
+/// A register's value: the number of something unknown, and what is added to it (modulo 2^32 in 32-bit code).
+pub type Value = (u32, i32);
+
+/// Each register's value, by its number.
+pub struct Values {
+    registers: [Value; 16],
+    next: u32,
+}
 
 fn number(register: Register) -> usize {
     register.full_register() as usize - Register::RAX as usize
@@ -18,41 +23,48 @@ fn number(register: Register) -> usize {
 impl Values {
     /// The values at the block's start.
     pub fn at_start() -> Self {
-        Self(std::array::from_fn(|number| Some((number as u8, 0))))
+        Self { registers: std::array::from_fn(|number| (number as u32, 0)), next: 16 }
     }
 
-    /// The value of a 64-bit register, if it is known.
-    pub fn of(&self, register: Register) -> Option<(u8, i32)> {
-        self.0[number(register)]
+    /// The value of a 64-bit register.
+    pub fn of(&self, register: Register) -> Value {
+        self.registers[number(register)]
     }
 
-    /// Goes on to after the instruction.
-    pub fn follow(&mut self, decoded: &Decoded, factory: &mut InstructionInfoFactory) {
+    /// Goes on to after the instruction. Whether anything is known of what it did.
+    pub fn follow(&mut self, decoded: &Decoded) -> bool {
         let instruction = &decoded.instruction;
         let next = match decoded.class {
             Class::Copy => self.moved(instruction, decoded.stack_step as usize),
-            Class::Nothing | Class::JumpIf | Class::Jump => return,
             Class::Push | Class::Pushf | Class::Pop => {
-                self.0[number(Register::RSP)] = None;
+                self.change(1 << number(Register::RSP));
                 None
             }
+            Class::Nothing | Class::JumpIf => return true,
             _ => {
-                self.0.fill(None);
-                return;
+                self.change(u16::MAX);
+                return false;
             }
         };
-        for used in factory.info(instruction).used_registers() {
-            if used.register().is_gpr() && !matches!(used.access(), OpAccess::Read | OpAccess::CondRead) {
-                self.0[number(used.register())] = None;
-            }
-        }
+        self.change(decoded.written);
         if let Some((number, value)) = next {
-            self.0[number] = Some(value);
+            self.registers[number] = value;
+        }
+        true
+    }
+
+    /// Some registers get values of which nothing is known.
+    fn change(&mut self, registers: u16) {
+        for (number, value) in self.registers.iter_mut().enumerate() {
+            if registers >> number & 1 != 0 {
+                *value = (self.next, 0);
+                self.next += 1;
+            }
         }
     }
 
     /// Where an instruction gives a register of this size another one's value plus a constant: the register, and the value.
-    fn moved(&self, instruction: &Instruction, size: usize) -> Option<(usize, (u8, i32))> {
+    fn moved(&self, instruction: &Instruction, size: usize) -> Option<(usize, Value)> {
         let whole = |register: Register| register.is_gpr() && register.size() == size;
         if instruction.op0_kind() != OpKind::Register || !whole(instruction.op0_register()) {
             return None;
@@ -82,7 +94,7 @@ impl Values {
             }
             _ => return None,
         };
-        let (root, delta) = self.of(from)?;
+        let (root, delta) = self.of(from);
         let delta = i32::try_from(i64::from(delta).checked_add(moved)?).ok()?;
         (delta.abs() < LIMIT).then_some((number(target), (root, delta)))
     }

@@ -13,7 +13,7 @@ use bivisor_x86::cpu::{Access, Cpu};
 use bivisor_x86::env::Env;
 use bivisor_x86::paging::Place;
 use bivisor_x86::registers::{Cr4, Rflags};
-use bivisor_x86::state::{CpuState, Mode};
+use bivisor_x86::state::{CpuState, Mode, TableRegister};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::analysis;
@@ -26,6 +26,7 @@ use super::exits::Next;
 use super::fault::{self, FAULT_SITE, Running};
 use super::key::{Key, USER};
 use super::names::Names;
+use super::pause::Spinning;
 use super::site::{Site, SiteKind};
 use super::spaces::{SharedTlbs, Spaces};
 use super::statistics::Statistics;
@@ -33,15 +34,12 @@ use super::windows::Windows;
 use crate::code_tracker::{self, CodeWrite};
 use crate::env::VcpuEnv;
 use crate::host_cpu;
+use crate::host_thread::HostThread;
 use crate::interp_vcpu::{self, ended};
 use crate::peers::Peer;
 use crate::trace::Trace;
 
 pub(super) const PAGE_MASK: u64 = !0xfff;
-/// Biases of the jump cache are counted in this.
-const BIAS_UNIT: u64 = 1 << 48;
-/// The largest bias: bit 63 is [`EVENT_BIT`].
-const LAST_BIAS: u64 = 0x7fff * BIAS_UNIT;
 /// Instructions that are interpreted at a time where nothing can be translated.
 const INTERPRETED: u64 = 64;
 /// A page whose code was written this often is interpreted for a while.
@@ -65,7 +63,9 @@ const HOT_BEFORE: u64 = 256;
 /// See [`HOT_BEFORE`].
 const HOT_BEHIND: u64 = 512;
 /// Misses of a slot between two ticks of the guest from which on it is not worth its while.
-const ROAMING_MISSES: u64 = 2_000;
+const ROAMING_MISSES: u64 = 20_000;
+/// So often a window may lie where the inline TLB can't be used, until its accesses are checked one by one.
+const FAILURES: u32 = 200;
 /// Words of the filter of pages with code: linear page numbers are reduced to its bits.
 const FILTER_WORDS: usize = 1024;
 
@@ -106,8 +106,9 @@ pub struct DbtVcpu {
     pub(super) flushes: u64,
     /// [`SharedTlbs::resets`] when translated code was last entered at a block's start.
     resets: u64,
-    /// Instruction pointer and count of the last string instruction whose pages were entered into the inline TLB.
-    pub(super) last_string: (u64, u64),
+    /// Instruction pointer, count and destination of the last string instruction whose pages were entered into the inline
+    /// TLB.
+    pub(super) last_string: (u64, u64, u64),
     /// Host time stamp when the guest was last looked at for hot code.
     sampled: u64,
     /// How often the guest was found executing in these regions of RAM lately.
@@ -118,9 +119,13 @@ pub struct DbtVcpu {
     always_hot: bool,
     /// Instructions, by offset in RAM, that access too many pages for a slot.
     roaming: FxHashSet<u64>,
-    /// Blocks, by offset in RAM, whose windows lie where the inline TLB can't be used: a device, or written code.
-    windowless: FxHashSet<u64>,
+    /// Instructions, by offset in RAM, whose window lies where the inline TLB can't be used: a device, or written code.
+    alone: FxHashSet<u64>,
+    /// How often that was so, of others.
+    failures: FxHashMap<u64, u32>,
     pub(super) statistics: Statistics,
+    pub(super) thread: Arc<HostThread>,
+    pub(super) spinning: Spinning,
     /// While it is on, every block is entered by the dispatcher, which tells it.
     trace: Trace,
     names: Names,
@@ -130,6 +135,8 @@ pub struct DbtVcpu {
     otherwise: u32,
     /// STAR, EFER and CR0 that the context's system calls are for.
     system_calls_for: Option<(u64, u64, u64)>,
+    /// GDTR that the remembered IRETQs are for.
+    pub(super) returns_for: TableRegister,
     /// CR4 and XCR0 that the remembered results of CPUID are for.
     cpuid_for: (u64, u64),
 }
@@ -142,6 +149,7 @@ struct Observer {
     /// Host address of RAM.
     ram: u64,
     tlbs: Arc<SharedTlbs>,
+    thread: Arc<HostThread>,
 }
 
 impl Waker for Observer {
@@ -161,6 +169,9 @@ impl Peer for Observer {
     }
     fn passages(&self) -> &AtomicU64 {
         self.tlbs.mapping().passages()
+    }
+    fn thread(&self) -> &HostThread {
+        &self.thread
     }
     fn waker(&self) -> &dyn Waker {
         self
@@ -193,7 +204,9 @@ impl DbtVcpu {
         let mut windows = Windows::new().map_err(no_memory)?;
         windows.context().reset(&raw mut cpu.state);
         let spaces = Spaces::new(Arc::clone(windows.mapping()), cpu.address_space());
-        let observer = Arc::new(Observer { ram: ram.as_ptr() as u64, tlbs: Arc::clone(spaces.shared()) });
+        let thread = Arc::new(HostThread::default());
+        let tlbs = Arc::clone(spaces.shared());
+        let observer = Arc::new(Observer { ram: ram.as_ptr() as u64, tlbs, thread: thread.clone() });
         env.set_observer(observer.clone());
         env.add_peer(observer);
         Ok(Self {
@@ -216,19 +229,23 @@ impl DbtVcpu {
             fault_address: Box::new(0),
             flushes: 0,
             resets: 0,
-            last_string: (0, 0),
+            last_string: (0, 0, 0),
             sampled: 0,
             seen: FxHashMap::default(),
             hot: FxHashMap::default(),
             always_hot,
             roaming: FxHashSet::default(),
-            windowless: FxHashSet::default(),
+            alone: FxHashSet::default(),
+            failures: FxHashMap::default(),
             global_kernel: false,
             otherwise: 0,
             statistics: Statistics::default(),
+            thread,
+            spinning: Spinning::default(),
             trace: Trace::default(),
             names: Names::default(),
             system_calls_for: None,
+            returns_for: TableRegister::default(),
             cpuid_for: (0, 0),
         })
     }
@@ -286,7 +303,7 @@ impl DbtVcpu {
         if changes.flushed {
             self.flushes += 1;
             self.statistics.tlb_flushes += 1;
-            self.spaces.flush_all(self.cpu.address_space());
+            self.spaces.flush_all(self.cpu.address_space(), self.cpu.pcid());
             self.forget_jumps();
         } else {
             if let Some(linear) = changes.page {
@@ -299,7 +316,7 @@ impl DbtVcpu {
             if changes.switched {
                 self.flushes += 1;
                 self.statistics.switches += 1;
-                self.spaces.select(self.cpu.address_space());
+                self.spaces.select(self.cpu.address_space(), self.cpu.pcid());
                 self.unlink(false);
             }
         }
@@ -326,7 +343,7 @@ impl DbtVcpu {
         (page / 64 % FILTER_WORDS, 1 << (page % 64))
     }
 
-    fn may_hold_code(&self, linear: u64) -> bool {
+    pub(super) fn may_hold_code(&self, linear: u64) -> bool {
         let (word, bit) = Self::filter_place(linear);
         self.code_filter[word] & bit != 0
     }
@@ -399,19 +416,19 @@ impl DbtVcpu {
     // ---- translated code ----
 
     /// The block for the processor's instruction pointer, translated now if need be; `None` where it must be
-    /// interpreted.
-    pub(super) fn block(&mut self, key: Key) -> Option<u32> {
+    /// interpreted. `loop_head`: a jump backwards leads there.
+    pub(super) fn block(&mut self, key: Key, loop_head: bool) -> Option<u32> {
         let rip = self.cpu.state.rip;
         let Ok(Place::Ram(offset)) = self.cpu.probe(&mut self.env, rip, Access::Execute) else { return None };
         match self.cache.find(offset, key) {
             Some(number) => {
                 let expected = self.cache.block(number)?.second;
                 if expected.is_some() && self.second_page(rip) != expected {
-                    return self.translate(offset, key);
+                    return self.translate(offset, key, loop_head);
                 }
                 Some(number)
             }
-            None => self.translate(offset, key),
+            None => self.translate(offset, key, loop_head),
         }
     }
 
@@ -427,7 +444,7 @@ impl DbtVcpu {
         }
     }
 
-    pub(super) fn translate(&mut self, offset: u64, key: Key) -> Option<u32> {
+    pub(super) fn translate(&mut self, offset: u64, key: Key, loop_head: bool) -> Option<u32> {
         let page = offset & PAGE_MASK;
         if let Some(volatility) = self.volatile.get_mut(&page)
             && volatility.entries_left > 0
@@ -444,7 +461,7 @@ impl DbtVcpu {
         self.follow_changes();
         let mut bytes = [0; PAGE + OVERHANG];
         self.env.load_bytes(page, &mut bytes[..PAGE]);
-        if let Some(translation) = block::translate(&self.request(&bytes[..PAGE], offset, key)) {
+        if let Some(translation) = block::translate(&self.request(&bytes[..PAGE], offset, key, loop_head)) {
             return self.insert(offset, key, None, translation);
         }
         // The first instruction may cross into the next page.
@@ -455,7 +472,7 @@ impl DbtVcpu {
         self.env.mark_code(second);
         self.follow_changes();
         self.env.load_bytes(second, &mut bytes[PAGE..]);
-        let translation = block::translate(&self.request(&bytes, offset, key))?;
+        let translation = block::translate(&self.request(&bytes, offset, key, loop_head))?;
         self.insert(offset, key, Some(second), translation)
     }
 
@@ -478,7 +495,7 @@ impl DbtVcpu {
         number
     }
 
-    fn request<'a>(&'a self, page: &'a [u8], offset: u64, key: Key) -> Request<'a> {
+    fn request<'a>(&'a self, page: &'a [u8], offset: u64, key: Key, loop_head: bool) -> Request<'a> {
         Request {
             page,
             offset: (offset & !PAGE_MASK) as usize,
@@ -493,6 +510,8 @@ impl DbtVcpu {
             first_slot: self.is_hot(offset, key).then(|| self.cache.slots().len() as u32),
             page_offset: offset & PAGE_MASK,
             roaming: &self.roaming,
+            alone: &self.alone,
+            loop_head,
         }
     }
 
@@ -500,7 +519,6 @@ impl DbtVcpu {
     fn is_hot(&self, offset: u64, key: Key) -> bool {
         let lines = self.hot.get(&(offset & PAGE_MASK)).copied().unwrap_or(0);
         key.class() == USER
-            && !self.windowless.contains(&offset)
             && (self.always_hot || lines & code_tracker::lines(offset, 1) != 0)
             && self.cache.slots().len() + SLOTS_OF_A_BLOCK < SLOTS
     }
@@ -549,12 +567,19 @@ impl DbtVcpu {
         self.cache.free_slots();
     }
 
-    /// A window of the block can't be used: it is translated anew without.
-    pub(super) fn drop_windows(&mut self, block: u32) {
-        let Some(offset) = self.cache.block(block).map(|block| block.offset) else { return };
-        self.windowless.insert(offset);
-        let lines = code_tracker::lines(offset, 1);
-        self.cache.drop_lines(offset & PAGE_MASK, lines, self.windows.context());
+    /// The window that begins with a site's instruction can't be used. If that is so often, there will be none.
+    pub(super) fn window_failed(&mut self, site: &Site) {
+        let Some(start) = self.cache.block(site.block).map(|block| block.offset) else { return };
+        let place = start & PAGE_MASK | u64::from(site.guest);
+        let failures = self.failures.entry(place).or_default();
+        *failures += 1;
+        if *failures < FAILURES {
+            return;
+        }
+        self.failures.remove(&place);
+        self.alone.insert(place);
+        let lines = code_tracker::lines(start, 1);
+        self.cache.drop_lines(start & PAGE_MASK, lines, self.windows.context());
     }
 
     /// Instructions that miss their slots too often get none from now on.
@@ -578,13 +603,8 @@ impl DbtVcpu {
         if let Some(&bias) = self.biases.get(&space) {
             return bias;
         }
-        if self.last_bias >= LAST_BIAS {
-            self.biases.clear();
-            self.forgotten += 1;
-            self.context().flush_jumps();
-            self.last_bias = 0;
-        }
-        self.last_bias += BIAS_UNIT;
+        // Bit 63, which is [`EVENT_BIT`], is not reached.
+        self.last_bias += 1;
         self.biases.insert(space, self.last_bias);
         self.last_bias
     }
@@ -640,6 +660,7 @@ impl DbtVcpu {
         let pending = self.env.has_event();
         let tsc_offset = self.env.tsc_offset();
         self.update_system_calls();
+        self.update_returns();
         let bases = self.cpu.state.cr4_has(Cr4::FSGSBASE);
         let (fs, gs) = (self.cpu.state.seg[4].base, self.cpu.state.seg[5].base);
         let context = self.windows.context();
@@ -735,9 +756,10 @@ impl DbtVcpu {
         }
         self.statistics.dispatched += 1;
         self.trace.note(&mut self.cpu, &mut self.env);
+        self.cpu.drop_idle_resume_flag();
         let key = Key::of(&self.cpu);
         let translatable = key.code32() || self.cpu.state.mode() == Mode::Long64;
-        let block = if translatable && self.cpu.runs_plainly() { self.block(key) } else { None };
+        let block = if translatable && self.cpu.runs_plainly() { self.block(key, false) } else { None };
         let Some(block) = block.and_then(|number| self.cache.block(number)) else {
             let statistics = &mut self.statistics;
             *(if translatable { &mut statistics.not_translated } else { &mut statistics.other_modes }) += 1;
@@ -756,10 +778,10 @@ impl DbtVcpu {
         context.page_base = rip & PAGE_MASK;
         context.address = rip;
         if remember {
-            let complement = rip.wrapping_add(bias).wrapping_neg();
-            context.jumps[jump_index(rip)] = JumpEntry { complement, host };
+            context.jumps[jump_index(rip)] = JumpEntry { rip, bias, host, padding: 0 };
         }
         self.resets = self.spaces.shared().resets();
+        self.spaces.shared().enter_block();
         let mut place = if crosses { lookup_entry } else { entry };
         let mut load = Load::Mode;
         loop {
@@ -811,7 +833,8 @@ impl DbtVcpu {
         }
         let key = Key::of(&self.cpu);
         let generation = self.cache.next_site();
-        let Some(block) = self.block(key) else { return };
+        let loop_head = matches!(site.kind, SiteKind::Jump { backwards: true, .. });
+        let Some(block) = self.block(key, loop_head) else { return };
         // Not if all blocks were dropped to make room for this one.
         if self.cache.next_site() < generation || self.cache.block(site.block).is_none() {
             return;
@@ -864,6 +887,7 @@ impl Vcpu for DbtVcpu {
             return Ok(exit);
         }
         fault::set_running(Some(self.running()));
+        self.thread.begin();
         let exit = loop {
             match self.turn() {
                 Ok(None) => {}
@@ -871,6 +895,7 @@ impl Vcpu for DbtVcpu {
                 Err(error) => break Err(error),
             }
         };
+        self.thread.end();
         fault::set_running(None);
         exit
     }
