@@ -89,8 +89,8 @@ impl<'a> Comparison<'a> {
             rules.ignored_flags |= undefined_flags(&instruction);
         }
         // Which byte of a large operand faults first, or which of two operands, is the processor's own affair.
-        let is_fault = |vector| matches!(vector, 12 | 13 | 14 | 17);
-        let are_faults = is_fault(one.vector) && is_fault(other.vector);
+        let is_operand_fault = |vector| matches!(vector, 12 | 13 | 14 | 17);
+        let are_faults = is_operand_fault(one.vector) && is_operand_fault(other.vector);
         if is_state_operand(&instruction) {
             // Where 32-bit addresses end, a page may come before the segment's limit.
             rules.any_exception = self.trial.mode.is_32bit && are_faults;
