@@ -20,6 +20,9 @@ struct Arguments {
     /// Where the random numbers start.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Seeds to try, this one and those that follow, with the instructions shared out between them.
+    #[arg(long, default_value_t = 1, requires = "blocks", value_parser = clap::value_parser!(u64).range(1..))]
+    seeds: u64,
     /// Differences to report in full for each mnemonic, or for each of the kinds that sequences show.
     #[arg(long, default_value_t = 1)]
     reports: u64,
@@ -121,6 +124,7 @@ fn run(arguments: &Arguments) -> std::io::Result<bool> {
 /// Prints what there is to say of sequences.
 struct Printer<'a> {
     arguments: &'a Arguments,
+    seed: u64,
     start: Instant,
     shown: u64,
     by_title: BTreeMap<String, u64>,
@@ -134,7 +138,7 @@ impl Listener for Printer<'_> {
         let count = self.by_title.entry(title.clone()).or_default();
         *count += 1;
         if *count <= self.arguments.reports {
-            println!("\r--- {title}; trial {trial} of seed {}\n{report}", self.arguments.seed);
+            println!("\r--- {title}; trial {trial} of seed {}\n{report}", self.seed);
         }
     }
 
@@ -164,14 +168,27 @@ impl Printer<'_> {
 
 /// The same for sequences.
 fn run_blocks(arguments: &Arguments) -> std::io::Result<bool> {
+    let mut agrees = true;
+    for seed in arguments.seed..arguments.seed.saturating_add(arguments.seeds) {
+        agrees &= run_seed(arguments, seed)?;
+    }
+    if arguments.seeds > 1 {
+        let result = if agrees { "no difference" } else { "differences" };
+        eprintln!("{result} in {} instructions of {} seeds", arguments.count, arguments.seeds);
+    }
+    Ok(agrees)
+}
+
+/// The same for the sequences of one seed.
+fn run_seed(arguments: &Arguments, seed: u64) -> std::io::Result<bool> {
     let options = Options {
         engine: if arguments.engine == Engine::Dbt { EngineKind::Dbt } else { EngineKind::Interp },
         against: if arguments.against == Side::Native { Against::Native } else { Against::Interp },
-        seed: arguments.seed,
+        seed,
         first: arguments.first,
         dead_flags_ignored: arguments.dead_flags_ignored,
         explained: arguments.explained,
     };
-    let mut printer = Printer { arguments, start: Instant::now(), shown: 0, by_title: BTreeMap::new() };
-    isolate::run(options, arguments.count, &mut printer, Printer::finished)
+    let mut printer = Printer { arguments, seed, start: Instant::now(), shown: 0, by_title: BTreeMap::new() };
+    isolate::run(options, arguments.count.div_ceil(arguments.seeds), &mut printer, Printer::finished)
 }

@@ -110,6 +110,7 @@ pub fn initial_state(page_tables: u64) -> CpuState {
     state.msr.efer = (Efer::SCE | Efer::LME | Efer::LMA | Efer::NXE).bits();
     let null = Segment { attributes: Segment::UNUSABLE, ..Segment::default() };
     state.seg = [null; 6];
+    state.ldtr = null;
     let user = |selector, attributes| Segment { base: 0, limit: u32::MAX, selector, attributes };
     state.seg[SegReg::Cs as usize] = user(USER_CS, 0xa0fb);
     state.seg[SegReg::Ss as usize] = user(USER_SS, 0xc0f3);

@@ -1,13 +1,14 @@
 //! Sequences on which the translator once differed from the host's processor.
 
 use bivisor_oracle::blocks::guest::EngineKind;
-use bivisor_oracle::blocks::layout::CONTROL;
+use bivisor_oracle::blocks::layout::{CONTROL, READ_ONLY};
 use bivisor_oracle::blocks::monitor::{MONITOR, START};
 use bivisor_oracle::blocks::{Against, Blocks, Options};
 use bivisor_oracle::layout::{CODE, DATA};
 
 const RAX: usize = 0;
 const RCX: usize = 1;
+const RBX: usize = 3;
 const RSP: usize = 4;
 const RBP: usize = 5;
 const RSI: usize = 6;
@@ -33,6 +34,14 @@ fn both_sides(dead_flags_ignored: bool) -> Blocks {
 #[track_caller]
 fn agrees(code: &[u8], origin: usize, registers: &[(usize, u64)]) {
     if let Some(report) = both_sides(false).reproduce(code, false, origin, registers) {
+        panic!("{report}");
+    }
+}
+
+/// The same with 32-bit code.
+#[track_caller]
+fn agrees_in_32_bits(code: &[u8], registers: &[(usize, u64)]) {
+    if let Some(report) = both_sides(false).reproduce(code, true, 0, registers) {
         panic!("{report}");
     }
 }
@@ -133,4 +142,31 @@ fn an_indirect_call_that_misses_the_stack_goes_where_it_should() {
 fn a_string_instruction_goes_down_from_the_highest_address() {
     // std; rep lodsb
     agrees(&[0xfd, 0xf3, 0xac], 0, &[(RCX, 5), (RSI, u64::MAX)]);
+}
+
+#[test]
+fn arpl_writes_only_if_it_must() {
+    for source in [0, 1, 2, 3] {
+        // arpl [eax], bx: in a page that is not there, in one that may only be read; the same by CS
+        agrees_in_32_bits(&[0x63, 0x18], &[(RAX, 0x1000), (RBX, source)]);
+        agrees_in_32_bits(&[0x63, 0x18], &[(RAX, READ_ONLY + 2), (RBX, source)]);
+        agrees_in_32_bits(&[0x2e, 0x63, 0x18], &[(RAX, DATA), (RBX, source)]);
+    }
+}
+
+#[test]
+fn eight_vector_registers_are_zeroed_in_32_bit_code() {
+    // vzeroupper; vzeroall
+    agrees_in_32_bits(&[0xc5, 0xf8, 0x77], &[]);
+    agrees_in_32_bits(&[0xc5, 0xfc, 0x77], &[]);
+    agrees(&[0xc5, 0xf8, 0x77], 0, &[]);
+    agrees(&[0xc5, 0xfc, 0x77], 0, &[]);
+}
+
+#[test]
+fn moves_of_eight_bytes_are_undefined_in_32_bit_code() {
+    // vpinsrq xmm0, xmm0, rax, 1; vpextrq rax, xmm0, 1
+    agrees_in_32_bits(&[0xc4, 0xe3, 0xf9, 0x22, 0xc0, 1], &[]);
+    agrees_in_32_bits(&[0x2e, 0xc4, 0xe3, 0xf9, 0x16, 0xc0, 1], &[]);
+    agrees(&[0xc4, 0xe3, 0xf9, 0x22, 0xc0, 1], 0, &[]);
 }

@@ -1,6 +1,6 @@
 //! From bytes to an [`Op`].
 
-use iced_x86::{Code, CpuidFeature, Decoder, DecoderError, DecoderOptions, Instruction, OpKind};
+use iced_x86::{Code, CodeSize, CpuidFeature, Decoder, DecoderError, DecoderOptions, Instruction, OpKind};
 
 use crate::cpuid::{CpuModel, Vendor};
 use crate::interp::op::{Handler, MAX_INSTRUCTION_LENGTH, Op, Then};
@@ -37,7 +37,9 @@ impl InstructionDecoder {
         let mut op = Op::new(instruction, own);
         if invalid && instruction.len() >= MAX_INSTRUCTION_LENGTH {
             op.handler = Handler::TooLong;
-        } else if is_prefetch_of_register(&instruction) && model.vendor == Vendor::Amd {
+        } else if is_quadword_move(&instruction, bytes)
+            || (is_prefetch_of_register(&instruction) && model.vendor == Vendor::Amd)
+        {
             op.handler = Handler::Undefined;
             op.then = Then::Anything;
         } else if op.handler != Handler::Nop && !model.offers_instruction(&instruction) {
@@ -63,6 +65,7 @@ pub fn decoder_options(model: &CpuModel) -> u32 {
 pub fn is_peculiar(instruction: &Instruction, bytes: &[u8], model: &CpuModel) -> bool {
     (instruction.code() == Code::Pause && is_exchange(bytes))
         || (is_prefetch_of_register(instruction) && model.vendor == Vendor::Amd)
+        || is_quadword_move(instruction, bytes)
 }
 
 /// Whether what iced-x86 takes for PAUSE has REX.B: then it is XCHG R8, RAX, and F3 means nothing.
@@ -77,6 +80,15 @@ fn decode_exchange(bytes: &[u8], options: u32) -> Instruction {
         *to = if *from == 0xf3 { 0x3e } else { *from };
     }
     Decoder::with_ip(64, own.get(..bytes.len()).unwrap_or(&own), 0, options).decode()
+}
+
+/// Whether these are VPINSRQ or VPEXTRQ outside of 64-bit mode, where they are undefined (SDM Vol. 2B, PINSRB/PINSRD/PINSRQ).
+fn is_quadword_move(instruction: &Instruction, bytes: &[u8]) -> bool {
+    let is_prefix = |byte: &&u8| matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 | 0x67);
+    // W of the VEX prefix's third byte, which iced-x86 does not look at there.
+    instruction.code_size() != CodeSize::Code64
+        && matches!(instruction.code(), Code::VEX_Vpinsrd_xmm_xmm_rm32_imm8 | Code::VEX_Vpextrd_rm32_xmm_imm8)
+        && bytes.iter().skip_while(is_prefix).nth(2).is_some_and(|byte| byte & 0x80 != 0)
 }
 
 /// Whether this is PREFETCH with a register operand, a hint for Intel and undefined for AMD.

@@ -7,7 +7,7 @@ use crate::env::Env;
 use crate::exception::Exception;
 use crate::interp::op::Op;
 use crate::interp::operand::{sign_extend, truncate};
-use crate::interp::vector::area;
+use crate::interp::vector::area::{self, XMM, YMM_HIGH};
 use crate::registers::{Cr0, Cr4, gpr};
 use crate::state::{MXCSR_MASK, MXCSR_RESET, Mode, SegReg, XCR0_AVX, XCR0_SSE, XCR0_X87};
 
@@ -17,12 +17,8 @@ const LEGACY_SIZE: usize = 512;
 const HEADER_END: usize = 576;
 /// Offset of ST(0) in the legacy region; the others follow every 16 bytes.
 const ST: usize = 32;
-/// Offset of XMM0.
-const XMM: usize = 160;
 /// Offset behind XMM15.
 const XMM_END: usize = 416;
-/// Offset of AVX state in the standard format, and, being the only component, in the compacted one.
-const YMM: usize = 576;
 /// Bytes of AVX state.
 const YMM_SIZE: usize = 256;
 /// XCOMP_BV bit of the compacted format.
@@ -398,7 +394,7 @@ impl Cpu {
         if any(XMM, XMM_END) {
             in_use |= XCR0_SSE;
         }
-        if any(YMM, YMM + YMM_SIZE) {
+        if any(YMM_HIGH, YMM_HIGH + YMM_SIZE) {
             in_use |= XCR0_AVX;
         }
         in_use
@@ -429,7 +425,7 @@ impl Cpu {
             self.write_bytes(env, segment, offset.wrapping_add(area::MXCSR as u64), &x87[area::MXCSR..ST])?;
         }
         let count = self.vector_registers();
-        for (component, at) in [(XCR0_SSE, XMM), (XCR0_AVX, YMM)] {
+        for (component, at) in [(XCR0_SSE, XMM), (XCR0_AVX, YMM_HIGH)] {
             if written & component != 0 {
                 let state = self.state.xsave;
                 let bytes = &state.bytes[at..at + 16 * count];
@@ -447,12 +443,12 @@ impl Cpu {
         self.check_xsave()?;
         let (segment, offset) = self.area_address(op, 64)?;
         let requested = self.requested_components();
-        let mut image = [0; YMM + YMM_SIZE];
+        let mut image = [0; YMM_HIGH + YMM_SIZE];
         self.read_bytes(env, segment, offset, &mut image[..HEADER_END])?;
         let (present, is_compacted) = checked_header(&image[LEGACY_SIZE..HEADER_END], self.state.xcr0)?;
         if requested & present & XCR0_AVX != 0 {
-            let at = offset.wrapping_add(YMM as u64);
-            self.read_bytes(env, segment, at, &mut image[YMM..])?;
+            let at = offset.wrapping_add(YMM_HIGH as u64);
+            self.read_bytes(env, segment, at, &mut image[YMM_HIGH..])?;
         }
         let mxcsr = if is_compacted {
             match (requested & XCR0_SSE != 0, present & XCR0_SSE != 0) {
@@ -476,7 +472,7 @@ impl Cpu {
             self.set_fpu_bytes(area::MXCSR, &mxcsr.to_le_bytes());
         }
         let size = 16 * self.vector_registers();
-        for (component, at) in [(XCR0_SSE, XMM), (XCR0_AVX, YMM)] {
+        for (component, at) in [(XCR0_SSE, XMM), (XCR0_AVX, YMM_HIGH)] {
             if requested & component != 0 {
                 let zero = [0; YMM_SIZE];
                 let bytes = if present & component != 0 { &image[at..at + size] } else { &zero[..size] };
@@ -560,7 +556,7 @@ mod tests {
         area.bytes[area::FDP..area::FDP + 4].copy_from_slice(&0x6789au32.to_le_bytes());
         area.bytes[ST..ST + 10].fill(0x77);
         area.bytes[XMM..XMM_END].fill(0x5a);
-        area.bytes[YMM..].fill(0xa5);
+        area.bytes[YMM_HIGH..].fill(0xa5);
         area
     }
 

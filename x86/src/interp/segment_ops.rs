@@ -248,19 +248,15 @@ impl Cpu {
         Ok(())
     }
 
-    /// ARPL: raises the RPL of the destination to that of the source; whether it had to.
+    /// ARPL: raises the RPL of the destination to that of the source; whether it had to. Only then it writes.
     fn adjust_rpl<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<bool, Exception> {
         let level = self.register(op.instruction.op1_register()) & 3;
-        let adjusted = |selector: u64| if selector & 3 < level { selector & !3 | level } else { selector };
-        let old = if op.instruction.op0_kind() == OpKind::Register {
-            let old = self.register(op.instruction.op0_register());
-            self.set_register(op.instruction.op0_register(), adjusted(old));
-            old
-        } else {
-            let (seg, offset) = self.effective_address(op);
-            self.read_modify_write(env, seg, offset, 2, false, &mut |old| adjusted(old))?
-        };
-        Ok(old & 3 < level)
+        let selector = self.read_operand(env, op, 0)?;
+        let is_lower = selector & 3 < level;
+        if is_lower {
+            self.write_operand(env, op, 0, selector & !3 | level)?;
+        }
+        Ok(is_lower)
     }
 
     fn exec_load_table<E: Env>(&mut self, env: &mut E, op: &Op) -> Result<(), Exception> {
@@ -481,6 +477,11 @@ mod tests {
         assert!(machine.cpu.state.has_flags(Rflags::ZF));
         machine.exec(&[0x63, 0xd8]).unwrap();
         assert!(!machine.cpu.state.has_flags(Rflags::ZF));
+        // By CS, which can't be written: it is only where the level is too low.
+        machine.env.store8(0x9000, 3);
+        machine.exec(&[0x2e, 0x63, 0x1d, 0, 0x90, 0, 0]).unwrap();
+        machine.env.store8(0x9000, 0);
+        assert_eq!(machine.exec(&[0x2e, 0x63, 0x1d, 0, 0x90, 0, 0]), fault(vector::GP, 0));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::registers::{Cr0, Cr4};
 use crate::state::{Mode, SegReg, XCR0_AVX, XCR0_SSE};
 
 /// Offsets in the XSAVE area (SDM Vol. 1, section 10.5.1, table 10-2).
-pub(super) mod area {
+pub mod area {
     /// x87 control word.
     pub const FCW: usize = 0;
     /// x87 status word.
@@ -28,6 +28,11 @@ pub(super) mod area {
     pub const FDP: usize = 16;
     /// MXCSR.
     pub const MXCSR: usize = 24;
+    /// XMM registers, 16 bytes each.
+    pub const XMM: usize = 160;
+    /// Upper halves of the YMM registers, 16 bytes each, in the standard format and, being the only further component, in the
+    /// compacted one.
+    pub const YMM_HIGH: usize = 576;
 }
 
 /// The unit that an instruction belongs to: selects the checks before it.
@@ -282,11 +287,24 @@ impl Cpu {
                 let value = self.fpu_word(area::FSW);
                 self.write_operand(env, op, 0, value.into())?;
             }
+            // In 64-bit mode it is all sixteen registers.
+            Mnemonic::Vzeroupper | Mnemonic::Vzeroall if !self.in_64bit_mode() => {
+                self.zero_eight_registers(mnemonic == Mnemonic::Vzeroall);
+            }
             _ if unit == Unit::X87 && self.exec_environment_op(env, op)? => {}
             _ if self.exec_vector_memory_op(env, op)? => {}
             _ => self.execute_on_host(env, op, unit)?,
         }
         Ok(true)
+    }
+
+    /// VZEROUPPER outside of 64-bit mode, or VZEROALL.
+    fn zero_eight_registers(&mut self, with_lower: bool) {
+        const SIZE: usize = 8 * 16;
+        self.set_fpu_bytes(area::YMM_HIGH, &[0; SIZE]);
+        if with_lower {
+            self.set_fpu_bytes(area::XMM, &[0; SIZE]);
+        }
     }
 
     /// LDMXCSR: reserved bits raise #GP (SDM Vol. 1, section 10.2.3).

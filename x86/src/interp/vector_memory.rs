@@ -8,13 +8,10 @@ use crate::env::Env;
 use crate::exception::Exception;
 use crate::interp::op::Op;
 use crate::interp::operand::{memory_segment, sign_extend, truncate};
+use crate::interp::vector::area::{XMM, YMM_HIGH};
 use crate::state::SegReg;
 
-/// Offset of XMM0 in the XSAVE area.
-const XMM: usize = 160;
-/// Offset of the upper half of YMM0.
-const YMM_HIGH: usize = 576;
-/// Offset of ST(0), whose low 64 bits are MM0.
+/// Offset in the XSAVE area of ST(0), whose low 64 bits are MM0.
 const MM: usize = 32;
 
 impl Cpu {

@@ -40,6 +40,10 @@ pub fn widened(instruction: &Instruction, key: Key) -> Widened {
 
 /// The 64-bit instruction that does what this 32-bit one does; `None` if it is left to the interpreter.
 fn widen(instruction: &Instruction) -> Option<Instruction> {
+    // They zero eight registers, not sixteen.
+    if matches!(instruction.mnemonic(), Mnemonic::Vzeroupper | Mnemonic::Vzeroall) {
+        return None;
+    }
     let mut wide = *instruction;
     for operand in 0..instruction.op_count() {
         match instruction.op_kind(operand) {

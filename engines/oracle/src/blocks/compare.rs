@@ -89,12 +89,15 @@ impl<'a> Comparison<'a> {
             rules.ignored_flags |= undefined_flags(&instruction);
         }
         // Which byte of a large operand faults first, or which of two operands, is the processor's own affair.
+        let is_operand_fault = |vector| matches!(vector, 12 | 13 | 14 | 17);
+        let are_faults = is_operand_fault(one.vector) && is_operand_fault(other.vector);
         if is_state_operand(&instruction) {
+            // Where 32-bit addresses end, a page may come before the segment's limit.
+            rules.any_exception = self.trial.mode.is_32bit && are_faults;
             (rules.fault_slack, rules.hidden_error) = (0x400, 1);
         } else if compares_strings(&instruction) {
             (rules.fault_slack, rules.hidden_error) = (u64::MAX, 1);
-            let is_fault = |vector| matches!(vector, 12 | 13 | 14 | 17);
-            rules.any_exception = is_fault(one.vector) && is_fault(other.vector);
+            rules.any_exception = are_faults;
         }
         rules.any_mxcsr = same_mxcsr(&one.xsave, &instruction, one, other);
         rules

@@ -94,7 +94,7 @@ pub const SFMASK: u64 = 0x4_0700;
 pub const EFER: u64 = 0xd01;
 
 /// Instructions that the supervisor executes for each run: what a count of steps has too many.
-pub const INSTRUCTIONS: u64 = 69;
+pub const INSTRUCTIONS: u64 = 72;
 /// Further ones for privileged runs.
 pub const PRIVILEGED_INSTRUCTIONS: u64 = 152;
 
@@ -176,6 +176,9 @@ std::arch::global_asm!(
     "mov eax, 7",
     "xor edx, edx",
     "xrstor64 [rbx + {vectors}]",
+    "mov eax, {data}",
+    "mov ds, eax",
+    "mov es, eax",
     "cmp dword ptr [rbx + {privileged}], 0",
     "je 13f",
     "load_msr 0xc0000082, {system} + 16",

@@ -112,8 +112,6 @@ unsafe fn run_child(shared: *mut Shared) -> ! {
             current: None,
         };
         CHILD.store(state, Ordering::Relaxed);
-        // 32-bit code uses these segments, and 64-bit code does not look at them.
-        std::arch::asm!("mov ds, {0:e}", "mov es, {0:e}", in(reg) u32::from(USER_SS), options(nomem, nostack));
         child::live_in_handler(entry, &[child::NUDGE], FS_BASE, GS_BASE)
     }
 }
@@ -157,6 +155,11 @@ unsafe extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: 
 /// # Safety
 /// The pages of the trial must be mapped, writable, and referred to by nobody else.
 unsafe fn load_input(child: &mut ChildState, frame: &mut Frame<'_>, input: &Input, shared: &Shared) {
+    // 32-bit code uses these segments, and code that was overwritten may load them. 64-bit code does not look at them.
+    // SAFETY: the selector is that of the flat data segment which SS has.
+    unsafe {
+        std::arch::asm!("mov ds, {0:e}", "mov es, {0:e}", in(reg) u32::from(USER_SS), options(nomem, nostack));
+    }
     frame.load(&input.xsave, &input.gpr, input.rflags, input.rip, input.cs as u16);
     let image = &shared.images[input.image as usize % IMAGES];
     // SAFETY: the pages are mapped, with these sizes, and nothing refers to them.

@@ -35,7 +35,7 @@ const GATHERS: [(Code, bool); 16] = [
 impl Builder<'_> {
     /// One of the special things.
     pub fn special(&mut self) {
-        match self.random.below(43) {
+        match self.random.below(46) {
             0..=8 => self.push_and_pop(),
             9..=13 => self.stack_frame(),
             14..=16 => self.repeated(),
@@ -50,6 +50,7 @@ impl Builder<'_> {
             32..=35 => self.locked(),
             36..=38 => self.segment_access(),
             39 => self.single_step(),
+            40..=42 => self.bit_string(),
             _ => self.nudge(),
         }
     }
@@ -150,7 +151,8 @@ impl Builder<'_> {
             let direction = self.random.pick(&[0xfc, 0xfd]);
             self.emit(&[direction], None);
         }
-        let limit = self.random.pick(&[80, 12, 12, 12, 12, 12]);
+        // The longest cover more than a page.
+        let limit = self.random.pick(&[700, 80, 12, 12, 12, 12, 12, 12, 12, 12]);
         let count = self.random.below(limit) as u32;
         self.assemble(made(Instruction::with2(Code::Mov_r32_imm32, Register::ECX, count)));
         let prefix = self.random.pick(&[0xf2, 0xf3, 0xf3]);
@@ -160,6 +162,30 @@ impl Builder<'_> {
             1 if !self.mode.is_32bit => self.emit(&[prefix, 0x48, opcode], None),
             _ => self.emit(&[0x66, prefix, opcode], None),
         }
+    }
+
+    /// BT and its kin by a register, whose bits lie before or behind the operand, often in another page.
+    fn bit_string(&mut self) {
+        let codes = [
+            [Code::Bt_rm16_r16, Code::Bt_rm32_r32, Code::Bt_rm64_r64],
+            [Code::Bts_rm16_r16, Code::Bts_rm32_r32, Code::Bts_rm64_r64],
+            [Code::Btr_rm16_r16, Code::Btr_rm32_r32, Code::Btr_rm64_r64],
+            [Code::Btc_rm16_r16, Code::Btc_rm32_r32, Code::Btc_rm64_r64],
+        ];
+        let (operation, size) = (self.random.below(4) as usize, self.random.below(3) as usize);
+        let index = self.any_free();
+        let limit = self.random.pick(&[0x100, 0x2000, 0x8000]);
+        let bit = self.random.below(2 * limit) as i32 - limit as i32;
+        self.assemble(made(Instruction::with2(Code::Mov_rm64_imm32, r64(index), bit)));
+        let pointer = self.any_pointer().filter(|&pointer| pointer != index);
+        let operand = match pointer {
+            Some(pointer) if !self.random.once_in(3) => from(pointer, 4 * self.random.below(16) as i64),
+            _ => at(self.data_address()),
+        };
+        let register = [word(index), r32(index), r64(index)][size];
+        let mut instruction = made(Instruction::with2(codes[operation][size], operand, register));
+        instruction.set_has_lock_prefix(operation != 0 && self.random.once_in(4));
+        self.assemble(instruction);
     }
 
     fn division(&mut self) {

@@ -2,6 +2,7 @@
 //! other: the seed and a number make one.
 
 use bivisor_x86::cpuid::CpuModel;
+use bivisor_x86::interp::vector::area::{XMM, YMM_HIGH};
 use bivisor_x86::registers::{Cr4, Rflags};
 use bivisor_x86::state::XsaveArea;
 
@@ -18,6 +19,8 @@ use crate::random::Random;
 const LENGTH: u64 = 40;
 /// Exceptions of vector units are unmasked once in so many inputs.
 const UNMASKED: u64 = 12;
+/// Bytes of the sixteen XMM registers, or of the upper halves of the YMM registers.
+const VECTORS: usize = 256;
 
 /// Runs one after the other of sequences in the same code pages.
 #[derive(Clone, Debug)]
@@ -56,8 +59,8 @@ impl Trial {
 }
 
 impl Trial {
-    /// One sequence of these bytes at an offset in the code pages, run twice with these general registers, and with
-    /// everything else zero or as after a reset.
+    /// One sequence of these bytes at an offset in the code pages, run twice with these general registers, something in
+    /// the vector registers, and everything else zero or as after a reset.
     pub fn of_code(code: &[u8], mode: Mode, origin: usize, registers: &[(usize, u64)]) -> Self {
         let mut decoder = mode.decoder(code, CODE);
         let mut items = Vec::new();
@@ -68,10 +71,13 @@ impl Trial {
             items.push(Item::Instruction { bytes, field: None });
         }
         items.push(Item::Instruction { bytes: vec![FILLER], field: None });
+        let mut xsave = XsaveArea::default().bytes;
+        xsave[XMM..XMM + VECTORS].fill(0x11);
+        xsave[YMM_HIGH..YMM_HIGH + VECTORS].fill(0x22);
         let mut gpr = [0; 16];
         registers.iter().for_each(|(number, value)| gpr[*number] = *value);
         let input = Input {
-            xsave: XsaveArea::default().bytes,
+            xsave,
             gpr,
             rflags: (Rflags::IF | Rflags::FIXED).bits(),
             rip: 0,
