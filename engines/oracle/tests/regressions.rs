@@ -13,6 +13,8 @@ const RSP: usize = 4;
 const RBP: usize = 5;
 const RSI: usize = 6;
 const RDI: usize = 7;
+const R11: usize = 11;
+const R14: usize = 14;
 const STACK: u64 = DATA + 0x800;
 /// An address that is not canonical.
 const NOWHERE: u64 = 1 << 62;
@@ -169,4 +171,20 @@ fn moves_of_eight_bytes_are_undefined_in_32_bit_code() {
     agrees_in_32_bits(&[0xc4, 0xe3, 0xf9, 0x22, 0xc0, 1], &[]);
     agrees_in_32_bits(&[0x2e, 0xc4, 0xe3, 0xf9, 0x16, 0xc0, 1], &[]);
     agrees(&[0xc4, 0xe3, 0xf9, 0x22, 0xc0, 1], 0, &[]);
+}
+
+#[test]
+fn what_must_be_aligned_is_looked_at_before_its_page() {
+    // cmpxchg16b [r11], where no page is; with alignment checks: mov eax, [r11]
+    agrees(&[0x49, 0x0f, 0xc7, 0x0b], 0, &[(R11, 0x7f)]);
+    agrees(&[0x49, 0x0f, 0xc7, 0x0b], 0, &[(R11, 0x70)]);
+    let checked = [0x9c, 0x81, 0x0c, 0x24, 0, 0, 4, 0, 0x9d, 0x41, 0x8b, 0x03];
+    agrees(&checked, 0, &[(R11, 0x7f), (RSP, STACK)]);
+}
+
+#[test]
+fn flags_that_come_back_leave_the_address_of_a_window_alone() {
+    // andps xmm4, [r14+40h]; cmovbe r9, r12; sub bl, [r14]; adc r13d, edx
+    let code = [0x41, 0x0f, 0x54, 0x66, 0x40, 0x4d, 0x0f, 0x46, 0xcc, 0x41, 0x2a, 0x1e, 0x41, 0x11, 0xd5];
+    agrees(&code, 0, &[(RAX, READ_ONLY), (R14, DATA + 0x740)]);
 }

@@ -8,6 +8,7 @@ use bivisor_x86::env::Env;
 use bivisor_x86::exception::{Exception, vector};
 use bivisor_x86::memory::is_canonical;
 use bivisor_x86::paging::Place;
+use bivisor_x86::registers::Rflags;
 use bivisor_x86::state::{SegReg, Segment};
 use iced_x86::{Code, Decoder, DecoderOptions};
 
@@ -47,8 +48,13 @@ impl DbtVcpu {
                 let linear = self.context().address;
                 match self.fill_or_fault(linear, size, write) {
                     Ok(true) => return self.resume(retry, &site),
-                    // Of vector instructions the interpreter knows whether another fault comes first.
-                    Err(exception) if exception.vector == vector::PF && !site.vector => {
+                    // Of what must be aligned the interpreter knows whether another fault comes first.
+                    Err(exception)
+                        if exception.vector == vector::PF
+                            && !site.vector
+                            && size <= 8
+                            && !self.cpu.state.has_flags(Rflags::AC) =>
+                    {
                         return self.deliver(exception);
                     }
                     _ => {}

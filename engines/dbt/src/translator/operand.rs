@@ -278,6 +278,9 @@ impl Builder<'_> {
         let flags_needed = reads_or_keeps_flags(decoded);
         if flags_needed {
             let scratch = [TEMPORARY, ADDRESS].into_iter().find(|host| free.contains(host));
+            if self.flags_aside && scratch == Some(ADDRESS) {
+                self.address = None;
+            }
             self.bring_flags_back_by(scratch);
         }
         let host = self.e.position() as u32;
