@@ -1,4 +1,6 @@
 //! What the machine's devices are backed by on Linux.
 
 pub mod console;
+pub mod disk;
+pub mod rate;
 pub mod terminal;
