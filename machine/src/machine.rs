@@ -247,7 +247,9 @@ impl Machine {
 
     /// The host is about to let the processors execute for the first time.
     pub fn start(&self) -> Result<(), TransitionError> {
-        self.transition(Transition::Start)
+        self.transition(Transition::Start)?;
+        self.pc.resume();
+        Ok(())
     }
     /// Makes all processors return from their engines ([`crate::engine::Exit::Kicked`]); their threads then wait
     /// while [`Machine::lifecycle`] says [`Lifecycle::Paused`].
@@ -258,7 +260,9 @@ impl Machine {
     }
     /// The processors may go on.
     pub fn resume(&self) -> Result<(), TransitionError> {
-        self.transition(Transition::Resume)
+        self.transition(Transition::Resume)?;
+        self.pc.resume();
+        Ok(())
     }
     /// Ends the machine: all processors return from their engines.
     pub fn stop(&self) {
@@ -298,13 +302,13 @@ impl Machine {
         }
     }
 
-    /// Returns when nothing that the guest asked devices for is still going on, and what it wrote to disks is safe. All
-    /// processors must stand still.
+    /// Returns when nothing that the guest asked devices for is still going on; nothing comes into the machine either until
+    /// it goes on. All processors must stand still.
     pub fn drain(&self) {
         self.pc.drain();
     }
 
-    /// Everything that the devices hold. All processors must stand still.
+    /// Everything that the devices hold. All processors must stand still; devices are drained.
     pub fn save(&self) -> SavedMachine {
         let offset = self.interrupts.apics().first().map_or(0, |apic| apic.tsc_offset());
         save(&self.interrupts, &self.pc, self.clock.tsc().wrapping_add(offset))

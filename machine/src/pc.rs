@@ -210,9 +210,14 @@ impl Pc {
         self.power.press_power_button();
     }
 
-    /// Returns when nothing that the guest asked devices for is still going on. The processors must stand still.
+    /// Returns when nothing that the guest asked devices for is still going on; nothing comes in either until
+    /// [`Pc::resume`]. The processors must stand still.
     pub fn drain(&self) {
         self.functions.iter().for_each(|function| function.drain());
+    }
+    /// Lets devices go on.
+    pub fn resume(&self) {
+        self.functions.iter().for_each(|function| function.resume());
     }
 
     /// Everything that the devices hold.

@@ -362,3 +362,7 @@ fn status(result: Result<(), BlockError>) -> u8 {
         Err(_) => IO_ERROR,
     }
 }
+
+#[cfg(test)]
+#[path = "block_tests.rs"]
+mod tests;

@@ -47,8 +47,11 @@ pub trait VirtioDevice: Send + Sync {
     /// Back to the state before [`VirtioDevice::activate`]. All queues are closed already; returns when nothing that the
     /// driver asked for is still going on.
     fn reset(&self) {}
-    /// Returns when nothing that the driver asked for is still going on. The processors stand still.
+    /// Returns when nothing that the driver asked for is still going on; nothing of the host's side comes into RAM either
+    /// from then on, until [`VirtioDevice::resume`]. The processors stand still.
     fn drain(&self) {}
+    /// The processors are about to go on.
+    fn resume(&self) {}
     /// What it keeps besides its rings. Called after [`VirtioDevice::drain`].
     fn save(&self) -> SavedDevice {
         SavedDevice::default()

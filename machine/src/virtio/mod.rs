@@ -15,9 +15,13 @@
 //! Locks: a device's own, then a queue's, then the transport's, then the PCI endpoint's, then the interrupt
 //! controllers'. No lock is held while the host's side is called, but a device's own.
 
+pub mod balloon;
 pub mod block;
 pub mod chain;
+pub mod console;
 pub mod device;
+pub mod entropy;
+pub mod net;
 pub mod pci;
 pub mod queue;
 pub mod ring;

@@ -306,9 +306,13 @@ impl VirtioFunction {
             .then_some((offset.into(), length as usize))
     }
 
-    /// Returns when nothing that the driver asked for is still going on. The processors must stand still.
+    /// See [`VirtioDevice::drain`].
     pub fn drain(&self) {
         self.device.drain();
+    }
+    /// See [`VirtioDevice::resume`].
+    pub fn resume(&self) {
+        self.device.resume();
     }
 
     /// Everything that the function holds. The processors must stand still.
