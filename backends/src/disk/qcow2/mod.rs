@@ -2,9 +2,12 @@
 
 mod check;
 mod header;
+#[cfg(test)]
+mod tests;
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use imago::qcow2::Qcow2 as Image;
@@ -53,6 +56,15 @@ impl Qcow2 {
             .and_then(|data| access(data, writes, backing))
             .map_err(|source| DiskError::Read { path: path.to_owned(), source })?;
         Ok(Self { image, file, cluster_size: header.cluster_size() })
+    }
+}
+
+impl Qcow2 {
+    /// The part of a range that is whole clusters, the disk's last one counted as whole; empty if there is none.
+    fn whole_clusters(&self, offset: u64, length: u64) -> Range<u64> {
+        let end = offset + length;
+        let last = if end == self.size() { end } else { end - end % self.cluster_size };
+        offset.next_multiple_of(self.cluster_size)..last
     }
 }
 
@@ -178,21 +190,32 @@ impl Content for Qcow2 {
 
     #[allow(unsafe_code, reason = "imago has no safe call for images that several threads use")]
     fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
+        let whole = self.whole_clusters(offset, length);
+        if whole.is_empty() {
+            return Ok(());
+        }
         // SAFETY: the store runs nothing else within the clusters of a range that is discarded (`granularity`).
-        match unsafe { self.image.discard_to_any_unsafe(offset, length) } {
+        match unsafe { self.image.discard_to_any_unsafe(whole.start, whole.end - whole.start) } {
             // Version 2 has no way to say so.
             Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
             result => result,
         }
     }
 
+    /// Only whole clusters are left to imago: its way with parts of them overflows near a small disk's end.
     fn write_zeroes(&self, offset: u64, length: u64, _unmap: bool) -> io::Result<()> {
-        match self.image.write_zeroes(offset, length) {
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
-                write_zeroes_slowly(self, offset, length)
-            }
-            result => result,
+        let (whole, end) = (self.whole_clusters(offset, length), offset + length);
+        if whole.is_empty() {
+            return write_zeroes_slowly(self, offset, length);
         }
+        write_zeroes_slowly(self, offset, whole.start - offset)?;
+        match self.image.write_zeroes(whole.start, whole.end - whole.start) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                write_zeroes_slowly(self, whole.start, whole.end - whole.start)?;
+            }
+            result => result?,
+        }
+        write_zeroes_slowly(self, whole.end, end - whole.end)
     }
 
     fn granularity(&self) -> u64 {
