@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use bivisor_backends::console::ConsoleSpec;
+use bivisor_backends::disk::DiskSpec;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{EngineChoice, GdbSpec, MemorySize};
@@ -74,6 +75,10 @@ pub struct RunArgs {
     /// What executes the guest's instructions [default: auto]
     #[arg(long, value_enum, value_name = "ENGINE")]
     pub engine: Option<EngineChoice>,
+    /// Disk, again for each: an image or block device, then options such as format=raw|qcow2, readonly, snapshot,
+    /// serial=TEXT
+    #[arg(long = "disk", value_name = "PATH[,OPTION]…")]
+    pub disks: Vec<DiskSpec>,
     /// Where the guest's first serial port leads: stdio, pty, file=PATH or unix=PATH [default: stdio]
     #[arg(long, value_name = "CONSOLE")]
     pub console: Option<ConsoleSpec>,
@@ -110,7 +115,7 @@ mod tests {
     #[test]
     fn every_option_of_run_is_understood() {
         let line = "bivisor run vm.toml --kernel k --initrd i --append -x --memory 1G --cpus 4 --engine interp \
-                    --console unix=s --no-reboot --testdev --stats --trace t --perf-map --gdb :1234";
+                    --disk a.img,readonly --disk b.img --console unix=s --no-reboot --testdev --stats --trace t --perf-map --gdb :1234";
         let Command::Run(run) = Cli::try_parse_from(line.split_whitespace()).unwrap().command else {
             panic!("not run");
         };
@@ -119,5 +124,7 @@ mod tests {
         assert_eq!(run.cpus, Some(4));
         assert!(run.no_reboot && run.testdev && run.stats && run.perf_map);
         assert_eq!(run.trace, Some(PathBuf::from("t")));
+        assert!(run.disks[0].read_only);
+        assert_eq!(run.disks[1], DiskSpec::new("b.img"));
     }
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use bivisor_backends::console::ConsoleSpec;
+use bivisor_backends::disk::DiskSpec;
 use clap::ValueEnum;
 use serde::Deserialize;
 use toml::Spanned;
@@ -134,6 +135,8 @@ pub struct VmConfig {
     pub cpus: u32,
     /// Engine.
     pub engine: EngineChoice,
+    /// Disks, in the order in which the guest sees them.
+    pub disks: Vec<DiskSpec>,
     /// Console.
     pub console: ConsoleSpec,
     /// End at a reset.
@@ -205,6 +208,8 @@ struct FileConfig {
     memory: Option<Spanned<String>>,
     cpus: Option<Spanned<i64>>,
     engine: Option<Spanned<String>>,
+    #[serde(default)]
+    disk: Vec<Spanned<toml::Table>>,
     console: Option<Spanned<String>>,
     no_reboot: Option<bool>,
     testdev: Option<bool>,
@@ -248,6 +253,7 @@ impl VmConfig {
             memory: settings.memory.unwrap_or(DEFAULT_MEMORY),
             cpus: settings.cpus.unwrap_or(1),
             engine: settings.engine.unwrap_or_default(),
+            disks: settings.disks,
             console: settings.console.unwrap_or(ConsoleSpec::Stdio),
             no_reboot: settings.no_reboot,
             testdev: settings.testdev,
@@ -281,6 +287,7 @@ struct Settings {
     memory: Option<MemorySize>,
     cpus: Option<u32>,
     engine: Option<EngineChoice>,
+    disks: Vec<DiskSpec>,
     console: Option<ConsoleSpec>,
     no_reboot: bool,
     testdev: bool,
@@ -311,6 +318,14 @@ impl Settings {
             memory: source.value("memory", file.memory, MemorySize::from_str)?,
             cpus: source.value("cpus", file.cpus, parse_cpus)?,
             engine: source.value("engine", file.engine, parse_engine)?,
+            disks: file
+                .disk
+                .iter()
+                .map(|disk| {
+                    disk_of(disk.get_ref(), folder)
+                        .map_err(|message| source.error(disk.span().start, format!("disk: {message}")))
+                })
+                .collect::<Result<_, _>>()?,
             console: source.value("console", file.console, ConsoleSpec::from_str)?.map(|c| match c {
                 ConsoleSpec::File(path) => ConsoleSpec::File(folder.join(path)),
                 ConsoleSpec::Unix(path) => ConsoleSpec::Unix(folder.join(path)),
@@ -342,6 +357,7 @@ impl Settings {
         set(&mut self.cpus, &args.cpus);
         set(&mut self.engine, &args.engine);
         set(&mut self.console, &args.console);
+        self.disks.extend_from_slice(&args.disks);
         set(&mut self.trace, &args.trace);
         set(&mut self.gdb, &args.gdb);
         self.no_reboot |= args.no_reboot;
@@ -378,6 +394,24 @@ impl Source<'_> {
             .map(Some)
             .map_err(|message| self.error(at, format!("{key}: {message}")))
     }
+}
+
+/// A disk as a table: its path, and the options of `--disk`.
+fn disk_of(table: &toml::Table, folder: &Path) -> Result<DiskSpec, String> {
+    let Some(toml::Value::String(path)) = table.get("path") else {
+        return Err("a disk needs a path: say path = \"FILE\"".into());
+    };
+    let mut disk = DiskSpec::new(folder.join(path));
+    for (key, value) in table.iter().filter(|(key, _)| *key != "path") {
+        let text = match value {
+            toml::Value::String(text) => text.clone(),
+            toml::Value::Boolean(true) => "on".into(),
+            toml::Value::Boolean(false) => "off".into(),
+            other => other.to_string(),
+        };
+        disk.set(key, Some(&text))?;
+    }
+    Ok(disk)
 }
 
 fn parse_engine(text: &str) -> Result<EngineChoice, String> {
@@ -453,6 +487,22 @@ mod tests {
         assert_eq!((config.engine, config.console), (EngineChoice::Interp, ConsoleSpec::Pty));
         assert!(config.no_reboot && config.testdev && config.stats && config.perf_map);
         assert_eq!((config.trace, config.gdb), (Some("/t".into()), Some(GdbSpec::Port(1234))));
+    }
+
+    #[test]
+    fn disks_of_a_file_come_before_those_of_options() {
+        let text =
+            "kernel = \"k\"\n[[disk]]\npath = \"/a\"\nreadonly = true\niops = 5\n[[disk]]\npath = \"/b\"\n";
+        let disks = parse(text, "--disk c,snapshot").unwrap().disks;
+        assert_eq!(
+            disks.iter().map(|disk| disk.path.to_str()).collect::<Vec<_>>(),
+            [Some("/a"), Some("/b"), Some("c")]
+        );
+        assert!(disks[0].read_only && disks[2].snapshot && !disks[1].read_only);
+        assert_eq!(disks[0].limit.operations, Some(5));
+        for wrong in ["[[disk]]\nformat = \"raw\"", "[[disk]]\npath = \"a\"\nreadonly = 3"] {
+            assert!(matches!(parse(wrong, ""), Err(ConfigError::File { line: 1, .. })), "{wrong}");
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Bivisor as a Linux program: a type 2 hypervisor.
 
+mod backends;
 mod cli;
 mod config;
 mod debugger;

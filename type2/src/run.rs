@@ -8,6 +8,7 @@ use bivisor_backends::terminal::{self, message};
 use bivisor_machine::host::MachineEvent;
 use bivisor_machine::sync::set_yield;
 
+use crate::backends::Backends;
 use crate::cli::RunArgs;
 use crate::config::VmConfig;
 use crate::debugger::{Debugger, Stop};
@@ -67,7 +68,8 @@ pub fn run(args: &RunArgs, verbose: bool) -> Result<u8, Failure> {
     let trace = config.trace.as_ref().map(|path| TraceFile::create(path, events.clone()));
     let trace = trace.transpose().map_err(Failure::host)?;
     let perf_map = config.perf_map.then(PerfMap::create).transpose().map_err(Failure::host)?;
-    let parts = Parts { config, guest, clock, console, trace, perf_map, log, events };
+    let backends = Backends::open(&config)?;
+    let parts = Parts { config, guest, clock, console, backends, trace, perf_map, log, events };
     let ending = supervise(&parts, &happenings, debugger.as_ref());
 
     if let (Some(debugger), Ok(ending)) = (&debugger, &ending) {

@@ -71,7 +71,12 @@ pub struct DiskSpec {
     pub discard: bool,
     /// Limits.
     pub limit: RateLimit,
+    /// The serial number that the guest sees: up to 20 printable characters.
+    pub serial: String,
 }
+
+/// Characters of a serial number at most.
+const SERIAL_SIZE: usize = 20;
 
 impl DiskSpec {
     /// A disk with nothing said but its file.
@@ -86,10 +91,15 @@ impl DiskSpec {
             on_full: OnFull::default(),
             discard: true,
             limit: RateLimit::default(),
+            serial: String::new(),
         }
     }
 
-    fn set(&mut self, key: &str, value: Option<&str>) -> Result<(), String> {
+    /// Sets an option by its word, as it stands behind the path.
+    ///
+    /// # Errors
+    /// It means nothing; a sentence says what would.
+    pub fn set(&mut self, key: &str, value: Option<&str>) -> Result<(), String> {
         match key {
             "format" => {
                 self.format = match needed(key, value, "raw or qcow2")? {
@@ -128,9 +138,16 @@ impl DiskSpec {
             }
             "bps" => self.limit.bytes = Some(amount(key, value)?),
             "iops" => self.limit.operations = Some(amount(key, value)?),
+            "serial" => {
+                let text = needed(key, value, "up to 20 characters")?;
+                if text.len() > SERIAL_SIZE || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+                    return Err(unknown(key, text, "up to 20 letters, digits or signs"));
+                }
+                self.serial = text.into();
+            }
             other => {
                 return Err(format!(
-                    "a disk has no option '{other}': there are format, readonly, snapshot, cache, backing, on_full, discard, bps and iops (a comma in a path is written twice)"
+                    "a disk has no option '{other}': there are format, readonly, snapshot, cache, backing, on_full, discard, bps, iops and serial (a comma in a path is written twice)"
                 ));
             }
         }
@@ -214,7 +231,7 @@ mod tests {
     fn every_option_is_understood() {
         let spec: DiskSpec =
             "a,,b.img,format=qcow2,readonly,snapshot=on,cache=none,backing=/base,on_full=error,\
-                              discard=off,bps=50M,iops=1000"
+                              discard=off,bps=50M,iops=1000,serial=d-1"
                 .parse()
                 .unwrap();
         assert_eq!((spec.path, spec.format), (PathBuf::from("a,b.img"), Some(Format::Qcow2)));
@@ -222,6 +239,7 @@ mod tests {
         assert_eq!((spec.cache, spec.backing), (CacheMode::None, Backing::In("/base".into())));
         assert_eq!(spec.on_full, OnFull::Error);
         assert_eq!(spec.limit, RateLimit { bytes: Some(50 << 20), operations: Some(1000) });
+        assert_eq!(spec.serial, "d-1");
         assert_eq!("disk".parse(), Ok(DiskSpec::new("disk")));
         assert_eq!("d,backing=on".parse::<DiskSpec>().unwrap().backing, Backing::Beside);
     }
@@ -241,6 +259,7 @@ mod tests {
             ("d,bps=99999999999G", "K, M or G"),
             ("d,colour=red", "no option 'colour'"),
             ("d,format=raw,backing=on", "no backing file"),
+            ("d,serial=123456789012345678901", "up to 20"),
         ] {
             let error = text.parse::<DiskSpec>().unwrap_err();
             assert!(error.contains(part), "{text}: {error}");
