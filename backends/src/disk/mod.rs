@@ -4,6 +4,7 @@ mod content;
 mod error;
 mod lock;
 mod overlay;
+mod qcow2;
 mod raw;
 mod spec;
 mod store;
@@ -21,6 +22,7 @@ use rustix::fs::OFlags;
 
 use content::Content;
 use overlay::Overlay;
+use qcow2::Qcow2;
 use raw::Raw;
 use store::{Policy, Store};
 
@@ -80,10 +82,10 @@ fn open_content(spec: &DiskSpec, writes: bool) -> Result<Box<dyn Content>, DiskE
             let direct = (spec.cache == CacheMode::None).then(|| open_direct(path, &file, writes)).flatten();
             Ok(Box::new(Raw::new(file, size, direct)))
         }
-        Format::Qcow2 => Err(DiskError::Image {
-            path: path.clone(),
-            cause: "it is a qcow2 image; convert it with `qemu-img convert -O raw`".into(),
-        }),
+        Format::Qcow2 => {
+            let direct = (spec.cache == CacheMode::None).then(|| open_direct(path, &file, writes)).flatten();
+            Ok(Box::new(Qcow2::open(path, file, size, direct, writes, &spec.backing)?))
+        }
     }
 }
 

@@ -14,9 +14,9 @@ use super::store::{Policy, Store};
 use super::*;
 use crate::rate::RateLimit;
 
-type Outcome = (Result<(), BlockError>, Vec<u8>);
+pub(super) type Outcome = (Result<(), BlockError>, Vec<u8>);
 
-fn submit(store: &dyn BlockStore, operation: BlockOperation) -> Receiver<Outcome> {
+pub(super) fn submit(store: &dyn BlockStore, operation: BlockOperation) -> Receiver<Outcome> {
     let (tell, hear) = channel();
     store.submit(operation, Box::new(move |result, buffer| tell.send((result, buffer)).unwrap()));
     hear
@@ -32,7 +32,7 @@ fn read(store: &dyn BlockStore, offset: u64, length: usize) -> Vec<u8> {
     buffer
 }
 
-fn write(store: &dyn BlockStore, offset: u64, buffer: Vec<u8>) {
+pub(super) fn write(store: &dyn BlockStore, offset: u64, buffer: Vec<u8>) {
     assert_eq!(wait(store, BlockOperation::Write { offset, buffer }).0, Ok(()));
 }
 
@@ -41,11 +41,11 @@ fn silent() -> DiskEvents {
     Arc::new(|event| panic!("unexpected: {event}"))
 }
 
-fn open_text(text: &str) -> Result<Arc<dyn BlockStore>, DiskError> {
+pub(super) fn open_text(text: &str) -> Result<Arc<dyn BlockStore>, DiskError> {
     open(&text.parse().unwrap(), silent())
 }
 
-fn error_of(text: &str) -> String {
+pub(super) fn error_of(text: &str) -> String {
     match open_text(text) {
         Ok(_) => panic!("{text} was opened"),
         Err(error) => error.to_string(),
