@@ -1,4 +1,5 @@
 //! What the machine's devices are backed by on Linux.
 
 pub mod console;
+pub mod net;
 pub mod terminal;
