@@ -2,5 +2,6 @@
 
 pub mod console;
 pub mod disk;
+pub mod net;
 pub mod rate;
 pub mod terminal;

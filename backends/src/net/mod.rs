@@ -1,0 +1,74 @@
+//! Networks: where the guest's network interfaces lead to.
+
+mod spec;
+pub mod user;
+
+use std::io;
+use std::net::SocketAddr;
+
+pub use spec::{NetSpec, NetworkSpec};
+pub use user::{Forward, Transport, UserConfig, UserNetwork};
+
+/// Why a network could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// A port of the host's is taken.
+    #[error("cannot forward {transport} {address}: another program has that port; choose another one")]
+    PortTaken {
+        /// tcp or udp.
+        transport: &'static str,
+        /// Where we would listen.
+        address: SocketAddr,
+    },
+    /// A port of the host's is for root.
+    #[error(
+        "cannot forward {transport} {address}: ports below 1024 are for privileged programs; choose a higher one"
+    )]
+    PortPrivileged {
+        /// tcp or udp.
+        transport: &'static str,
+        /// Where we would listen.
+        address: SocketAddr,
+    },
+    /// An address is not the host's.
+    #[error(
+        "cannot forward {transport} {address}: the host has no such address; say 127.0.0.1, 0.0.0.0 or one of its own"
+    )]
+    NoSuchAddress {
+        /// tcp or udp.
+        transport: &'static str,
+        /// Where we would listen.
+        address: SocketAddr,
+    },
+    /// The host doesn't let us listen.
+    #[error("cannot forward {transport} {address}: {error}")]
+    Listen {
+        /// tcp or udp.
+        transport: &'static str,
+        /// Where we would listen.
+        address: SocketAddr,
+        /// What the host said.
+        #[source]
+        error: io::Error,
+    },
+    /// The host has no descriptors or threads to give.
+    #[error("cannot start the network: {0}")]
+    Start(#[source] io::Error),
+}
+
+impl NetError {
+    fn listen(transport: Transport, address: SocketAddr, error: io::Error) -> Self {
+        let transport = match transport {
+            Transport::Tcp => "tcp",
+            Transport::Udp => "udp",
+        };
+        match error.kind() {
+            io::ErrorKind::AddrInUse => Self::PortTaken { transport, address },
+            io::ErrorKind::AddrNotAvailable => Self::NoSuchAddress { transport, address },
+            io::ErrorKind::PermissionDenied if address.port() < 1024 => {
+                Self::PortPrivileged { transport, address }
+            }
+            _ => Self::Listen { transport, address, error },
+        }
+    }
+}

@@ -1,0 +1,330 @@
+//! A network in user space, without privilege: a router with DHCP and a name server, behind which the guest's
+//! connections are sockets of this process.
+//!
+//! A frame of the guest's is dealt with by whoever brings it, under the network's lock: what it carries goes from the
+//! frame into a socket at once. Everything for the guest is put together and delivered by the network's own thread,
+//! which waits for sockets and timers by epoll. Nothing is delivered under the lock.
+
+mod config;
+mod core;
+mod dhcp;
+mod dns;
+mod forward;
+mod frame;
+mod icmp;
+mod table;
+mod tcp;
+mod udp;
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bivisor_machine::packet::{Offload, PacketPort, PacketReceiver, PortFeatures};
+use rustix::buffer::spare_capacity;
+use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use smoltcp::wire::{EthernetFrame, EthernetProtocol, IpProtocol, Ipv4Packet};
+
+use self::core::{Core, Target};
+use super::NetError;
+use forward::Listener;
+use frame::Frame;
+use tcp::Tcp;
+use udp::Udp;
+
+pub use config::{Forward, IPV6_PREFIX, Transport, UserConfig};
+
+/// Events taken from epoll at once.
+const EVENTS: usize = 256;
+
+/// A user-mode network with one guest. Dropping it ends all connections.
+pub struct UserNetwork {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    receiver: Mutex<Option<Arc<dyn PacketReceiver>>>,
+    wake: OwnedFd,
+    /// How often the guest has said that it has room.
+    rooms: AtomicU64,
+}
+
+struct State {
+    core: Core,
+    tcp: Tcp,
+    udp: Udp,
+    listeners: Vec<Listener>,
+    /// The thread sleeps, or is about to.
+    asleep: bool,
+    /// The guest took no frame, and has not said since that it has room.
+    stalled: bool,
+    ended: bool,
+}
+
+impl UserNetwork {
+    /// Starts a network: opens its forwarded ports and starts its thread.
+    ///
+    /// # Errors
+    /// A port that can't be had, or a host without descriptors or threads.
+    pub fn new(config: UserConfig) -> Result<Self, NetError> {
+        let listeners = config
+            .forwards
+            .iter()
+            .map(|forward| Listener::open(&config, *forward))
+            .collect::<Result<Vec<_>, _>>()?;
+        let core = Core::new(config).map_err(NetError::Start)?;
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|error| NetError::Start(error.into()))?;
+        core.watch(&wake, Target::Wake).map_err(|error| NetError::Start(error.into()))?;
+        for (index, listener) in listeners.iter().enumerate() {
+            listener.watch(&core, index).map_err(NetError::Start)?;
+        }
+        let epoll = core.epoll().map_err(NetError::Start)?;
+        let state = State {
+            core,
+            tcp: Tcp::default(),
+            udp: Udp::default(),
+            listeners,
+            asleep: false,
+            stalled: false,
+            ended: false,
+        };
+        let shared = Arc::new(Shared {
+            state: Mutex::new(state),
+            receiver: Mutex::new(None),
+            wake,
+            rooms: AtomicU64::new(0),
+        });
+        let thread = shared.clone();
+        thread::Builder::new()
+            .name("net-user".into())
+            .spawn(move || thread.run(&epoll))
+            .map_err(NetError::Start)?;
+        Ok(Self { shared })
+    }
+
+    /// Where the forwarded ports are, in the order of the configuration: the port is the real one where 0 was asked.
+    pub fn forwarded(&self) -> Vec<SocketAddr> {
+        self.shared.lock().listeners.iter().filter_map(Listener::address).collect()
+    }
+}
+
+impl Drop for UserNetwork {
+    fn drop(&mut self) {
+        // The ports are free when this returns; the thread ends by itself, for it may be the one that drops us.
+        let mut state = self.shared.lock();
+        state.ended = true;
+        state.listeners.clear();
+        state.udp.clear();
+        let State { core, tcp, .. } = &mut *state;
+        tcp.clear(core);
+        drop(state);
+        self.shared.wake();
+    }
+}
+
+impl PacketPort for UserNetwork {
+    fn features(&self) -> PortFeatures {
+        PortFeatures { checksum: true, segments: true, gives_partial_checksums: true, gives_segments: true }
+    }
+
+    fn attach(&self, receiver: Option<Arc<dyn PacketReceiver>>, accepted: PortFeatures) {
+        let gone = receiver.is_none();
+        *self.shared.receiver.lock().unwrap_or_else(PoisonError::into_inner) = receiver;
+        let mut state = self.shared.lock();
+        state.stalled = false;
+        // Large segments go with partial checksums (virtio 1.2, 5.1.3.1).
+        let segments = accepted.gives_segments && accepted.gives_partial_checksums;
+        state.core.accepted = PortFeatures { gives_segments: segments, ..accepted };
+        if gone {
+            state.core.outbox.clear();
+        }
+        drop(state);
+        self.shared.wake();
+    }
+
+    fn send(&self, frame: &[u8], _offload: &Offload) {
+        let mut state = self.shared.lock();
+        state.core.now = Instant::now();
+        state.input(frame);
+        let wake = state.asleep && (state.core.hurry || (state.is_busy() && !state.stalled));
+        if wake {
+            state.asleep = false;
+        }
+        drop(state);
+        if wake {
+            self.shared.wake();
+        }
+    }
+
+    fn ready(&self) {
+        self.shared.rooms.fetch_add(1, Ordering::Release);
+        let mut state = self.shared.lock();
+        let was = state.stalled;
+        state.stalled = false;
+        drop(state);
+        if was {
+            self.shared.wake();
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake(&self) {
+        // Fails only where the counter is full, which wakes as well.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// The thread.
+    fn run(&self, epoll: &OwnedFd) {
+        let mut events = Vec::with_capacity(EVENTS);
+        let mut frames = VecDeque::new();
+        while let Some(timeout) = self.turn(&mut events, &mut frames) {
+            let timeout = timeout.map(|timeout| Timespec {
+                tv_sec: timeout.as_secs() as i64,
+                tv_nsec: timeout.subsec_nanos().into(),
+            });
+            // An interruption is an empty answer.
+            let _ = epoll::wait(epoll, spare_capacity(&mut events), timeout.as_ref());
+        }
+    }
+
+    /// One look at everything. The answer: how long there is nothing to do; none: the network has ended.
+    fn turn(&self, events: &mut Vec<epoll::Event>, frames: &mut VecDeque<Frame>) -> Option<Option<Duration>> {
+        let mut state = self.lock();
+        if state.ended {
+            return None;
+        }
+        state.core.now = Instant::now();
+        for event in events.drain(..) {
+            match Target::decode(event.data) {
+                Target::Wake => {
+                    // Its count says nothing.
+                    let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+                }
+                target => state.event(target),
+            }
+        }
+        state.timers();
+        if !state.stalled && frames.is_empty() {
+            state.work();
+            state.core.take_outbox(frames);
+        }
+        let busy = !state.stalled && (!frames.is_empty() || state.is_busy());
+        let stalled = state.stalled;
+        state.asleep = !busy;
+        state.core.hurry = false;
+        let timeout = if busy { Some(Duration::ZERO) } else { state.core.until_timer() };
+        drop(state);
+        if !stalled {
+            self.deliver(frames);
+        }
+        Some(timeout)
+    }
+
+    /// Hands frames to the guest, as far as it takes them.
+    fn deliver(&self, frames: &mut VecDeque<Frame>) {
+        let Some(receiver) = self.receiver.lock().unwrap_or_else(PoisonError::into_inner).clone() else {
+            frames.clear();
+            return;
+        };
+        while let Some(frame) = frames.front() {
+            let rooms = self.rooms.load(Ordering::Acquire);
+            if !receiver.receive(frame.bytes(), frame.offload()) {
+                let mut state = self.lock();
+                if self.rooms.load(Ordering::Acquire) == rooms {
+                    state.stalled = true;
+                    return;
+                }
+                continue;
+            }
+            frames.pop_front();
+        }
+    }
+}
+
+impl State {
+    /// There is something to do that needs no event.
+    fn is_busy(&self) -> bool {
+        self.tcp.is_busy()
+            || self.udp.is_busy()
+            || !self.core.outbox.is_empty()
+            || self.listeners.iter().any(Listener::is_busy)
+    }
+
+    fn event(&mut self, target: Target) {
+        match target {
+            Target::Wake => {}
+            Target::Listener(index) => {
+                if let Some(listener) = self.listeners.get_mut(index as usize) {
+                    listener.event();
+                }
+            }
+            Target::Tcp(id) => self.tcp.event(&mut self.core, id),
+            Target::Udp(id) => self.udp.event(id),
+        }
+    }
+
+    fn timers(&mut self) {
+        while let Some(target) = self.core.due() {
+            match target {
+                Target::Tcp(id) => self.tcp.timeout(&mut self.core, id, self.stalled),
+                Target::Udp(id) => self.udp.timeout(&mut self.core, id),
+                target => self.event(target),
+            }
+        }
+    }
+
+    fn work(&mut self) {
+        self.tcp.work(&mut self.core);
+        self.udp.work(&mut self.core);
+        for (index, listener) in self.listeners.iter_mut().enumerate() {
+            listener.work(&mut self.core, index, &mut self.tcp, &mut self.udp);
+        }
+    }
+
+    /// A frame of the guest's.
+    fn input(&mut self, bytes: &[u8]) {
+        let Ok(frame) = EthernetFrame::new_checked(bytes) else { return };
+        let (source, dest) = (frame.src_addr(), frame.dst_addr());
+        if !source.is_unicast() || (dest.is_unicast() && dest != self.core.link.ours) {
+            return;
+        }
+        self.core.link.guest = source;
+        self.core.guest_known = true;
+        match frame.ethertype() {
+            EthernetProtocol::Arp => icmp::arp(&mut self.core, frame.payload()),
+            EthernetProtocol::Ipv4 => self.ipv4(frame.payload()),
+            _ => {}
+        }
+    }
+
+    fn ipv4(&mut self, bytes: &[u8]) {
+        let Ok(packet) = Ipv4Packet::new_checked(bytes) else { return };
+        if packet.version() != 4 || !packet.verify_checksum() {
+            return;
+        }
+        if packet.more_frags() || packet.frag_offset() != 0 {
+            return;
+        }
+        let (source, dest) = (packet.src_addr(), packet.dst_addr());
+        let core = &mut self.core;
+        match packet.next_header() {
+            IpProtocol::Tcp if !source.is_unspecified() => {
+                self.tcp.input(core, source.into(), dest.into(), packet.payload());
+            }
+            IpProtocol::Udp => self.udp.input(core, source.into(), dest.into(), packet.payload()),
+            IpProtocol::Icmp => icmp::input(core, source, dest, packet.payload()),
+            _ => {}
+        }
+    }
+}

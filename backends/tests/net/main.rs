@@ -1,0 +1,4 @@
+//! Networks without a virtual machine: smoltcp's interface is the guest behind the packet port.
+
+mod guest;
+mod user;

@@ -1,0 +1,276 @@
+//! The user-mode network.
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bivisor_backends::net::{Forward, Transport, UserConfig, UserNetwork};
+use smoltcp::socket::tcp;
+use smoltcp::wire::{Ipv4Address, Ipv4Cidr};
+
+use crate::guest::Guest;
+
+const GATEWAY: Ipv4Address = Ipv4Address::new(10, 0, 2, 2);
+const DNS: Ipv4Address = Ipv4Address::new(10, 0, 2, 3);
+
+fn loopback() -> UserConfig {
+    UserConfig { host_loopback: true, ..UserConfig::default() }
+}
+
+fn guest(config: UserConfig) -> Guest {
+    Guest::new(Arc::new(UserNetwork::new(config).unwrap())).configured()
+}
+
+/// A server that sends back what it gets, until its peer closes.
+fn echo_server() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            thread::spawn(move || {
+                let mut bytes = [0; 65536];
+                while let Ok(count @ 1..) = stream.read(&mut bytes) {
+                    if stream.write_all(&bytes[..count]).is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+    });
+    port
+}
+
+/// Bytes that differ from place to place.
+fn pattern(length: usize) -> Vec<u8> {
+    (0..length as u32).map(|at| (at.wrapping_mul(2654435761) >> 13) as u8).collect()
+}
+
+#[test]
+fn dhcp_gives_address_router_and_name_server() {
+    let mut guest = Guest::new(Arc::new(UserNetwork::new(UserConfig::default()).unwrap()));
+    let config = guest.dhcp();
+    assert_eq!(config.address, Ipv4Cidr::new(Ipv4Address::new(10, 0, 2, 15), 24));
+    assert_eq!(config.router, Some(GATEWAY));
+    assert_eq!(config.dns_servers[..], [DNS]);
+}
+
+#[test]
+fn dhcp_in_another_network() {
+    let config = UserConfig { network: Ipv4Addr::new(192, 168, 76, 0), ..UserConfig::default() };
+    let mut guest = Guest::new(Arc::new(UserNetwork::new(config).unwrap()));
+    assert_eq!(guest.dhcp().address, Ipv4Cidr::new(Ipv4Address::new(192, 168, 76, 15), 24));
+}
+
+#[test]
+fn tcp_echo_both_ways() {
+    let port = echo_server();
+    let mut guest = guest(loopback());
+    let handle = guest.tcp(65536);
+    assert!(guest.connect(handle, (GATEWAY, port), 40000));
+    let data = pattern(1 << 20);
+    let (mut sent, mut back) = (0, Vec::new());
+    guest.until("echo", |guest| {
+        let socket = guest.tcp_socket(handle);
+        if socket.can_send() && sent < data.len() {
+            sent += socket.send_slice(&data[sent..]).unwrap();
+        }
+        while socket.can_recv() {
+            socket.recv(|bytes| (bytes.len(), back.extend_from_slice(bytes))).unwrap();
+        }
+        back.len() == data.len()
+    });
+    assert!(back == data, "the bytes that came back differ");
+    guest.tcp_socket(handle).close();
+    guest.until("close", |guest| {
+        matches!(guest.tcp_socket(handle).state(), tcp::State::TimeWait | tcp::State::Closed)
+    });
+}
+
+#[test]
+fn refused_connections_are_refused() {
+    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let mut guest = guest(loopback());
+    let handle = guest.tcp(4096);
+    let began = Instant::now();
+    assert!(!guest.connect(handle, (GATEWAY, free), 40001));
+    assert!(began.elapsed() < Duration::from_secs(2));
+}
+
+#[test]
+fn loopback_is_closed_unless_allowed() {
+    let port = echo_server();
+    let mut guest = guest(UserConfig::default());
+    for (number, address) in
+        [GATEWAY, Ipv4Address::LOCALHOST, Ipv4Address::new(169, 254, 169, 254)].into_iter().enumerate()
+    {
+        let handle = guest.tcp(4096);
+        // smoltcp itself sends nothing to a loopback address.
+        if !address.is_loopback() {
+            assert!(!guest.connect(handle, (address, port), 41000 + number as u16), "{address}");
+        }
+    }
+}
+
+#[test]
+fn forwarded_tcp_reaches_the_guest() {
+    let forward =
+        Forward { transport: Transport::Tcp, host: "127.0.0.1:0".parse().unwrap(), guest: None, port: 22 };
+    let network =
+        Arc::new(UserNetwork::new(UserConfig { forwards: vec![forward], ..UserConfig::default() }).unwrap());
+    let address = network.forwarded()[0];
+    let mut guest = Guest::new(network).configured();
+    let handle = guest.tcp(65536);
+    guest.tcp_socket(handle).listen(22).unwrap();
+    let client = thread::spawn(move || {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.write_all(b"who is there?").unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    });
+    let mut asked = Vec::new();
+    guest.until("the question", |guest| {
+        let socket = guest.tcp_socket(handle);
+        if socket.can_recv() {
+            socket.recv(|bytes| (bytes.len(), asked.extend_from_slice(bytes))).unwrap();
+        }
+        // Half closed: everything has come, and the answer may still go.
+        socket.state() == tcp::State::CloseWait && !socket.can_recv()
+    });
+    assert_eq!(asked, b"who is there?");
+    guest.tcp_socket(handle).send_slice(b"the guest").unwrap();
+    guest.tcp_socket(handle).close();
+    guest.until("the end", |_| client.is_finished());
+    assert_eq!(client.join().unwrap(), "the guest");
+}
+
+#[test]
+fn udp_and_back() {
+    let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let port = server.local_addr().unwrap().port();
+    thread::spawn(move || {
+        let mut bytes = [0; 2000];
+        while let Ok((count, from)) = server.recv_from(&mut bytes) {
+            bytes[..count].reverse();
+            server.send_to(&bytes[..count], from).unwrap();
+        }
+    });
+    let mut guest = guest(loopback());
+    let handle = guest.udp(5000);
+    guest.udp_socket(handle).send_slice(b"stressed", (GATEWAY, port)).unwrap();
+    let mut answer = Vec::new();
+    guest.until("an answer", |guest| match guest.udp_socket(handle).recv() {
+        Ok((bytes, from)) => {
+            assert_eq!(from.endpoint, (GATEWAY, port).into());
+            answer.extend_from_slice(bytes);
+            true
+        }
+        Err(_) => false,
+    });
+    assert_eq!(answer, b"desserts");
+}
+
+#[test]
+fn forwarded_udp_reaches_the_guest() {
+    let forward =
+        Forward { transport: Transport::Udp, host: "127.0.0.1:0".parse().unwrap(), guest: None, port: 53 };
+    let network =
+        Arc::new(UserNetwork::new(UserConfig { forwards: vec![forward], ..UserConfig::default() }).unwrap());
+    let address = network.forwarded()[0];
+    let mut guest = Guest::new(network).configured();
+    let handle = guest.udp(53);
+    guest.poll();
+    let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+    client.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    client.connect(address).unwrap();
+    // The guest's Ethernet address is asked for first; a datagram that comes before it is known may be lost.
+    let mut from = None;
+    for _ in 0..3 {
+        client.send(b"ping").unwrap();
+        let end = Instant::now() + Duration::from_millis(300);
+        while from.is_none() && Instant::now() < end {
+            guest.poll();
+            if let Ok((bytes, meta)) = guest.udp_socket(handle).recv() {
+                assert_eq!(bytes, b"ping");
+                from = Some(meta.endpoint);
+            }
+            guest.wire.queue.wait(Duration::from_millis(1));
+        }
+    }
+    guest.udp_socket(handle).send_slice(b"pong", from.expect("the datagram")).unwrap();
+    guest.poll();
+    let mut bytes = [0; 16];
+    let count = client.recv(&mut bytes).unwrap();
+    assert_eq!(&bytes[..count], b"pong");
+}
+
+/// A query for an A record.
+fn query(id: u16, name: &str) -> Vec<u8> {
+    let mut bytes = id.to_be_bytes().to_vec();
+    bytes.extend([1, 0, 0, 1, 0, 0, 0, 0, 0, 0]);
+    for label in name.split('.') {
+        bytes.push(label.len() as u8);
+        bytes.extend(label.as_bytes());
+    }
+    bytes.extend([0, 0, 1, 0, 1]);
+    bytes
+}
+
+/// A name server that knows one answer.
+fn name_server(answer: [u8; 4]) -> SocketAddr {
+    let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let address = server.local_addr().unwrap();
+    thread::spawn(move || {
+        let mut bytes = [0; 2000];
+        while let Ok((count, from)) = server.recv_from(&mut bytes) {
+            let mut reply = bytes[..count].to_vec();
+            reply[2] |= 0x80;
+            reply[7] = 1;
+            reply.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4]);
+            reply.extend(answer);
+            server.send_to(&reply, from).unwrap();
+        }
+    });
+    address
+}
+
+fn ask(guest: &mut Guest, port: u16, name: &str) -> Vec<u8> {
+    let handle = guest.udp(port);
+    guest.udp_socket(handle).send_slice(&query(port, name), (DNS, 53)).unwrap();
+    let mut answer = Vec::new();
+    guest.until("a name's address", |guest| match guest.udp_socket(handle).recv() {
+        Ok((bytes, _)) => {
+            answer.extend_from_slice(bytes);
+            true
+        }
+        Err(_) => false,
+    });
+    assert_eq!(answer[..2], port.to_be_bytes());
+    answer
+}
+
+#[test]
+fn names_are_looked_up() {
+    let server = name_server([192, 0, 2, 7]);
+    let mut guest = guest(UserConfig { resolvers: vec![server], ..UserConfig::default() });
+    let answer = ask(&mut guest, 6000, "www.example.com");
+    assert_eq!(answer[answer.len() - 4..], [192, 0, 2, 7]);
+    let answer = ask(&mut guest, 6001, "Host.Internal");
+    assert_eq!(answer[answer.len() - 4..], [10, 0, 2, 2]);
+}
+
+#[test]
+fn a_restricted_guest_resolves_nothing() {
+    let server = name_server([192, 0, 2, 7]);
+    let config =
+        UserConfig { resolvers: vec![server], restrict: true, host_loopback: true, ..UserConfig::default() };
+    let mut guest = guest(config);
+    let answer = ask(&mut guest, 6000, "www.example.com");
+    assert_eq!(answer[3] & 15, 5, "refused");
+    let handle = guest.tcp(4096);
+    assert!(!guest.connect(handle, (GATEWAY, echo_server()), 42000));
+}
