@@ -2,14 +2,23 @@
 
 use std::sync::Arc;
 
+use bivisor_backends::console::{Console, ConsoleEvent, InputSink};
 use bivisor_backends::disk;
 use bivisor_backends::terminal::message;
 use bivisor_machine::block::BlockStore;
+use bivisor_machine::memory::GuestMemory;
+use bivisor_machine::packet::PacketPort;
+use bivisor_machine::virtio::balloon::Balloon;
 use bivisor_machine::virtio::block::Block;
+use bivisor_machine::virtio::console::Console as VirtioConsole;
 use bivisor_machine::virtio::device::VirtioDevice;
+use bivisor_machine::virtio::entropy::{Entropy, EntropySource};
+use bivisor_machine::virtio::net::Net;
+use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::config::VmConfig;
 use crate::error::Failure;
+use crate::host::memory::Returned;
 
 /// An opened disk.
 struct Disk {
@@ -17,16 +26,53 @@ struct Disk {
     serial: String,
 }
 
+/// An opened network interface.
+struct Interface {
+    port: Arc<dyn PacketPort>,
+    mac: [u8; 6],
+    mtu: Option<u16>,
+}
+
 /// Everything that was opened for a machine.
 pub struct Backends {
     disks: Vec<Disk>,
+    interfaces: Vec<Interface>,
+    console: Option<Console>,
+    rng: bool,
+    balloon: bool,
+}
+
+/// The host system's randomness.
+struct HostRandom;
+
+impl EntropySource for HostRandom {
+    fn fill(&self, to: &mut [u8]) -> usize {
+        getrandom(to, GetRandomFlags::empty()).unwrap_or(0)
+    }
+}
+
+/// The guest's end of the virtio console.
+struct ConsoleInput(Arc<VirtioConsole>);
+
+impl InputSink for ConsoleInput {
+    fn receive(&self, bytes: &[u8]) -> usize {
+        self.0.receive(bytes)
+    }
+}
+
+/// An Ethernet address of no maker's (the second bit of the first byte), for one interface.
+fn random_mac() -> [u8; 6] {
+    let mut mac = [0; 6];
+    HostRandom.fill(&mut mac);
+    mac[0] = mac[0] & !0b11 | 0b10;
+    mac
 }
 
 impl Backends {
     /// Opens what the configuration names.
     ///
     /// # Errors
-    /// In a sentence each: a disk that can't be opened, or is in use.
+    /// In a sentence each: a disk that can't be opened, or is in use; a port that is taken.
     pub fn open(config: &VmConfig) -> Result<Self, Failure> {
         let disks = config.disks.iter().map(|spec| {
             let path = spec.path.display().to_string();
@@ -34,15 +80,51 @@ impl Backends {
             let store = disk::open(spec, events).map_err(Failure::configuration)?;
             Ok(Disk { store, serial: spec.serial.clone() })
         });
-        Ok(Self { disks: disks.collect::<Result<_, Failure>>()? })
+        let interfaces = config.nets.iter().map(|spec| {
+            let port = spec.open().map_err(Failure::configuration)?;
+            Ok(Interface { port, mac: spec.mac.unwrap_or_else(random_mac), mtu: spec.mtu() })
+        });
+        let lost = Arc::new(|event| {
+            if let ConsoleEvent::Lost(error) = event {
+                message(&format!("bivisor: the virtio console is gone: {error}\n"));
+            }
+        });
+        let console = config.virtio_console.as_ref().map(|spec| Console::open(spec, lost));
+        Ok(Self {
+            disks: disks.collect::<Result<_, Failure>>()?,
+            interfaces: interfaces.collect::<Result<_, Failure>>()?,
+            console: console.transpose().map_err(Failure::host)?,
+            rng: config.rng,
+            balloon: config.balloon,
+        })
+    }
+
+    /// Where the virtio console is, if a user must know it.
+    pub fn console_address(&self) -> Option<&str> {
+        self.console.as_ref()?.address()
     }
 
     /// New devices for a machine with so many processors, in the order of their slots.
-    pub fn devices(&self, cpus: u32) -> Vec<Arc<dyn VirtioDevice>> {
-        // More processors than queues share them.
-        let queues = u16::try_from(cpus).unwrap_or(u16::MAX);
-        let disk =
-            |disk: &Disk| Block::new(disk.store.clone(), &disk.serial, queues) as Arc<dyn VirtioDevice>;
-        self.disks.iter().map(disk).collect()
+    pub fn devices(&self, cpus: u32, memory: &Arc<GuestMemory>) -> Vec<Arc<dyn VirtioDevice>> {
+        let mut devices: Vec<Arc<dyn VirtioDevice>> = Vec::new();
+        for Disk { store, serial } in &self.disks {
+            // More processors than queues share them.
+            devices.push(Block::new(store.clone(), serial, u16::try_from(cpus).unwrap_or(u16::MAX)));
+        }
+        for Interface { port, mac, mtu } in &self.interfaces {
+            devices.push(Net::new(port.clone(), *mac, *mtu));
+        }
+        if let Some(console) = &self.console {
+            let device = VirtioConsole::new(console.line());
+            console.input().connect(Arc::new(ConsoleInput(device.clone())));
+            devices.push(device);
+        }
+        if self.rng {
+            devices.push(Entropy::new(Arc::new(HostRandom)));
+        }
+        if self.balloon {
+            devices.push(Balloon::new(Arc::new(Returned(memory.clone()))));
+        }
+        devices
     }
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use bivisor_backends::console::ConsoleSpec;
 use bivisor_backends::disk::DiskSpec;
+use bivisor_backends::net::NetSpec;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{EngineChoice, GdbSpec, MemorySize};
@@ -79,6 +80,18 @@ pub struct RunArgs {
     /// serial=TEXT
     #[arg(long = "disk", value_name = "PATH[,OPTION]…")]
     pub disks: Vec<DiskSpec>,
+    /// Network interface, again for each: user, then options such as hostfwd=tcp:127.0.0.1:2222-:22
+    #[arg(long = "net", value_name = "NETWORK[,OPTION]…")]
+    pub nets: Vec<NetSpec>,
+    /// Where a virtio console of the guest (hvc0) leads: as --console
+    #[arg(long, value_name = "CONSOLE")]
+    pub virtio_console: Option<ConsoleSpec>,
+    /// Give the guest a source of the host's randomness
+    #[arg(long)]
+    pub rng: bool,
+    /// Give the guest a memory balloon, by which pages that it does not need go back to the host
+    #[arg(long)]
+    pub balloon: bool,
     /// Where the guest's first serial port leads: stdio, pty, file=PATH or unix=PATH [default: stdio]
     #[arg(long, value_name = "CONSOLE")]
     pub console: Option<ConsoleSpec>,
@@ -115,7 +128,7 @@ mod tests {
     #[test]
     fn every_option_of_run_is_understood() {
         let line = "bivisor run vm.toml --kernel k --initrd i --append -x --memory 1G --cpus 4 --engine interp \
-                    --disk a.img,readonly --disk b.img --console unix=s --no-reboot --testdev --stats --trace t --perf-map --gdb :1234";
+                    --disk a.img,readonly --disk b.img --net user --virtio-console pty --rng --balloon --console unix=s --no-reboot --testdev --stats --trace t --perf-map --gdb :1234";
         let Command::Run(run) = Cli::try_parse_from(line.split_whitespace()).unwrap().command else {
             panic!("not run");
         };
@@ -124,7 +137,8 @@ mod tests {
         assert_eq!(run.cpus, Some(4));
         assert!(run.no_reboot && run.testdev && run.stats && run.perf_map);
         assert_eq!(run.trace, Some(PathBuf::from("t")));
-        assert!(run.disks[0].read_only);
+        assert_eq!((run.nets.len(), run.virtio_console), (1, Some(ConsoleSpec::Pty)));
+        assert!(run.disks[0].read_only && run.rng && run.balloon);
         assert_eq!(run.disks[1], DiskSpec::new("b.img"));
     }
 }

@@ -9,6 +9,7 @@ use std::str::FromStr;
 
 use bivisor_backends::console::ConsoleSpec;
 use bivisor_backends::disk::DiskSpec;
+use bivisor_backends::net::NetSpec;
 use clap::ValueEnum;
 use serde::Deserialize;
 use toml::Spanned;
@@ -137,6 +138,14 @@ pub struct VmConfig {
     pub engine: EngineChoice,
     /// Disks, in the order in which the guest sees them.
     pub disks: Vec<DiskSpec>,
+    /// Network interfaces, in the order in which the guest sees them.
+    pub nets: Vec<NetSpec>,
+    /// Virtio console.
+    pub virtio_console: Option<ConsoleSpec>,
+    /// A source of randomness.
+    pub rng: bool,
+    /// A memory balloon.
+    pub balloon: bool,
     /// Console.
     pub console: ConsoleSpec,
     /// End at a reset.
@@ -182,6 +191,11 @@ pub enum ConfigError {
     /// Both a kernel and an image.
     #[error("both the image '{0}' and a kernel are given: leave one of them away")]
     KernelAndImage(String),
+    /// Both consoles at the terminal.
+    #[error(
+        "only one console can be at the terminal: say --virtio-console pty or unix=PATH, or --console so"
+    )]
+    TwoTerminals,
     /// A command line with a NUL character.
     #[error("the kernel command line contains a NUL character: leave it away")]
     NulInAppend,
@@ -210,6 +224,11 @@ struct FileConfig {
     engine: Option<Spanned<String>>,
     #[serde(default)]
     disk: Vec<Spanned<toml::Table>>,
+    #[serde(default)]
+    net: Vec<Spanned<String>>,
+    virtio_console: Option<Spanned<String>>,
+    rng: Option<bool>,
+    balloon: Option<bool>,
     console: Option<Spanned<String>>,
     no_reboot: Option<bool>,
     testdev: Option<bool>,
@@ -247,6 +266,10 @@ impl VmConfig {
         if settings.append.as_deref().is_some_and(|text| text.contains('\0')) {
             return Err(ConfigError::NulInAppend);
         }
+        let console = settings.console.unwrap_or(ConsoleSpec::Stdio);
+        if settings.virtio_console == Some(ConsoleSpec::Stdio) && console == ConsoleSpec::Stdio {
+            return Err(ConfigError::TwoTerminals);
+        }
         Ok(Self {
             boot,
             append: settings.append,
@@ -254,7 +277,11 @@ impl VmConfig {
             cpus: settings.cpus.unwrap_or(1),
             engine: settings.engine.unwrap_or_default(),
             disks: settings.disks,
-            console: settings.console.unwrap_or(ConsoleSpec::Stdio),
+            nets: settings.nets,
+            virtio_console: settings.virtio_console,
+            rng: settings.rng,
+            balloon: settings.balloon,
+            console,
             no_reboot: settings.no_reboot,
             testdev: settings.testdev,
             stats: settings.stats,
@@ -288,6 +315,10 @@ struct Settings {
     cpus: Option<u32>,
     engine: Option<EngineChoice>,
     disks: Vec<DiskSpec>,
+    nets: Vec<NetSpec>,
+    virtio_console: Option<ConsoleSpec>,
+    rng: bool,
+    balloon: bool,
     console: Option<ConsoleSpec>,
     no_reboot: bool,
     testdev: bool,
@@ -326,11 +357,19 @@ impl Settings {
                         .map_err(|message| source.error(disk.span().start, format!("disk: {message}")))
                 })
                 .collect::<Result<_, _>>()?,
-            console: source.value("console", file.console, ConsoleSpec::from_str)?.map(|c| match c {
-                ConsoleSpec::File(path) => ConsoleSpec::File(folder.join(path)),
-                ConsoleSpec::Unix(path) => ConsoleSpec::Unix(folder.join(path)),
-                other => other,
-            }),
+            nets: file
+                .net
+                .into_iter()
+                .filter_map(|net| source.value("net", Some(net), NetSpec::from_str).transpose())
+                .collect::<Result<_, _>>()?,
+            virtio_console: source
+                .value("virtio-console", file.virtio_console, ConsoleSpec::from_str)?
+                .map(|console| console_in(console, folder)),
+            rng: file.rng.unwrap_or(false),
+            balloon: file.balloon.unwrap_or(false),
+            console: source
+                .value("console", file.console, ConsoleSpec::from_str)?
+                .map(|console| console_in(console, folder)),
             no_reboot: file.no_reboot.unwrap_or(false),
             testdev: file.testdev.unwrap_or(false),
             stats: file.stats.unwrap_or(false),
@@ -357,7 +396,11 @@ impl Settings {
         set(&mut self.cpus, &args.cpus);
         set(&mut self.engine, &args.engine);
         set(&mut self.console, &args.console);
+        set(&mut self.virtio_console, &args.virtio_console);
         self.disks.extend_from_slice(&args.disks);
+        self.nets.extend_from_slice(&args.nets);
+        self.rng |= args.rng;
+        self.balloon |= args.balloon;
         set(&mut self.trace, &args.trace);
         set(&mut self.gdb, &args.gdb);
         self.no_reboot |= args.no_reboot;
@@ -393,6 +436,15 @@ impl Source<'_> {
         parse(value.get_ref().borrow())
             .map(Some)
             .map_err(|message| self.error(at, format!("{key}: {message}")))
+    }
+}
+
+/// A console whose path is relative to a folder.
+fn console_in(console: ConsoleSpec, folder: &Path) -> ConsoleSpec {
+    match console {
+        ConsoleSpec::File(path) => ConsoleSpec::File(folder.join(path)),
+        ConsoleSpec::Unix(path) => ConsoleSpec::Unix(folder.join(path)),
+        other => other,
     }
 }
 
@@ -487,6 +539,18 @@ mod tests {
         assert_eq!((config.engine, config.console), (EngineChoice::Interp, ConsoleSpec::Pty));
         assert!(config.no_reboot && config.testdev && config.stats && config.perf_map);
         assert_eq!((config.trace, config.gdb), (Some("/t".into()), Some(GdbSpec::Port(1234))));
+    }
+
+    #[test]
+    fn other_devices_of_a_file() {
+        let text =
+            "kernel = \"k\"\nnet = [\"user\"]\nvirtio-console = \"unix=/s\"\nrng = true\nballoon = true\n";
+        let config = parse(text, "--net user,mac=52:54:00:00:00:01").unwrap();
+        assert_eq!(config.nets.iter().map(|net| net.mac.is_some()).collect::<Vec<_>>(), [false, true]);
+        assert_eq!(config.virtio_console, Some(ConsoleSpec::Unix("/s".into())));
+        assert!(config.rng && config.balloon);
+        assert!(matches!(parse("\nnet = [\"wire\"]", ""), Err(ConfigError::File { line: 2, .. })));
+        assert!(matches!(parse("virtio-console = \"stdio\"", ""), Err(ConfigError::TwoTerminals)));
     }
 
     #[test]

@@ -91,10 +91,13 @@ pub fn run(args: &RunArgs, verbose: bool) -> Result<u8, Failure> {
 }
 
 /// Tells what a user must know to use the console.
-fn greet(console: &Console) {
+fn greet(parts: &Parts) {
+    if let Some(address) = parts.backends.console_address() {
+        message(&format!("bivisor: the virtio console is at {address}\n"));
+    }
     if terminal::is_raw() {
         message("bivisor: Ctrl-A x ends the machine, Ctrl-A h tells more\n");
-    } else if let Some(address) = console.address() {
+    } else if let Some(address) = parts.console.address() {
         message(&format!("bivisor: the console is at {address}\n"));
     }
 }
@@ -109,7 +112,7 @@ fn supervise(
     loop {
         let session = Arc::new(Session::new(parts)?);
         if !std::mem::replace(&mut greeted, true) {
-            greet(&parts.console);
+            greet(parts);
         }
         match debugger {
             Some(debugger) => debugger.session_started(&session).map_err(Failure::engine)?,

@@ -27,6 +27,7 @@ const GROUP: usize = 32;
 mod feature {
     pub const CSUM: u64 = 1 << 0;
     pub const GUEST_CSUM: u64 = 1 << 1;
+    pub const MTU: u64 = 1 << 3;
     pub const MAC: u64 = 1 << 5;
     pub const GUEST_TSO4: u64 = 1 << 7;
     pub const GUEST_TSO6: u64 = 1 << 8;
@@ -54,6 +55,7 @@ const LINK_UP: u8 = 1;
 pub struct Net {
     port: Arc<dyn PacketPort>,
     mac: [u8; 6],
+    mtu: Option<u16>,
     receiver: Arc<Receiver>,
     /// The frame that is being sent: by one thread at a time.
     frame: Mutex<Vec<u8>>,
@@ -70,9 +72,10 @@ struct Receiver {
 }
 
 impl Net {
-    /// A network interface with this Ethernet address at a port.
-    pub fn new(port: Arc<dyn PacketPort>, mac: [u8; 6]) -> Arc<Self> {
-        Arc::new(Self { port, mac, receiver: Arc::default(), frame: Mutex::default() })
+    /// A network interface with this Ethernet address at a port. `mtu`: the largest packet, without its Ethernet header,
+    /// if the guest is to be told.
+    pub fn new(port: Arc<dyn PacketPort>, mac: [u8; 6], mtu: Option<u16>) -> Arc<Self> {
+        Arc::new(Self { port, mac, mtu, receiver: Arc::default(), frame: Mutex::default() })
     }
 
     fn send_all(&self, queue: &Arc<Virtqueue>) {
@@ -106,6 +109,7 @@ impl VirtioDevice for Net {
         feature::MAC
             | feature::STATUS
             | feature::MRG_RXBUF
+            | when(self.mtu.is_some(), feature::MTU)
             | when(port.checksum, feature::CSUM)
             | when(port.checksum && port.segments, feature::HOST_SEGMENTS)
             | when(port.gives_partial_checksums, feature::GUEST_CSUM)
@@ -116,7 +120,9 @@ impl VirtioDevice for Net {
     }
     fn config_read(&self, offset: usize, to: &mut [u8]) {
         let [a, b, c, d, e, f] = self.mac;
-        read_config(&[a, b, c, d, e, f, LINK_UP, 0], offset, to);
+        let [low, high] = self.mtu.unwrap_or_default().to_le_bytes();
+        // Address, status, pairs of queues, MTU.
+        read_config(&[a, b, c, d, e, f, LINK_UP, 0, 1, 0, low, high], offset, to);
     }
     fn activate(&self, features: u64, queues: &[Option<Arc<Virtqueue>>]) {
         *self.receiver.queue.lock() = queues.get(usize::from(RECEIVE)).cloned().flatten();

@@ -59,7 +59,7 @@ const EVERYTHING: u64 = feature::CSUM
 fn rigs(features: u64) -> [Rig; 3] {
     Bench::all_kinds(features).map(|bench| {
         let port = Arc::new(Port { features: ALL, ..Port::default() });
-        let device = Net::new(port.clone(), [2, 0, 0, 0, 0, 1]);
+        let device = Net::new(port.clone(), [2, 0, 0, 0, 0, 1], None);
         let (receive_queue, receive) = bench.queue(RECEIVE, 16);
         let (send_queue, send) = bench.queue(SEND, 16);
         device.activate(bench.features, &[Some(receive_queue.clone()), Some(send_queue.clone())]);
@@ -209,11 +209,17 @@ fn nothing_comes_in_while_the_machine_stands_still_or_after_a_reset() {
 
 #[test]
 fn only_what_the_port_can_do_is_offered() {
-    let features = |features| Net::new(Arc::new(Port { features, ..Port::default() }), [0; 6]).features();
+    let features =
+        |features| Net::new(Arc::new(Port { features, ..Port::default() }), [0; 6], None).features();
     assert_eq!(features(ALL), EVERYTHING);
     let plain = feature::MAC | feature::STATUS | feature::MRG_RXBUF;
     assert_eq!(features(PortFeatures::default()), plain);
     // Segments are cut by their checksums.
     let segments = PortFeatures { segments: true, gives_segments: true, ..PortFeatures::default() };
     assert_eq!(features(segments), plain);
+    let with_mtu = Net::new(Arc::new(Port::default()), [2, 3, 4, 5, 6, 7], Some(0x5dc));
+    assert_eq!(with_mtu.features(), plain | feature::MTU);
+    let mut config = [0xee; 14];
+    with_mtu.config_read(0, &mut config);
+    assert_eq!(config, [2, 3, 4, 5, 6, 7, 1, 0, 1, 0, 0xdc, 5, 0xee, 0xee]);
 }

@@ -141,7 +141,7 @@ impl Session {
                     log: parts.log.clone(),
                 }),
                 console: parts.console.line(),
-                devices: parts.backends.devices(config.cpus),
+                devices: parts.backends.devices(config.cpus, &memory),
             },
         )
         .map_err(Failure::configuration)?;
