@@ -402,3 +402,7 @@ impl Mmio for VirtioFunction {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "pci_tests.rs"]
+mod tests;
