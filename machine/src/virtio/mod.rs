@@ -28,6 +28,7 @@ pub mod ring;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod transport;
+pub mod vsock;
 
 /// Feature bits that belong to no kind of device (section 6).
 pub mod feature {
