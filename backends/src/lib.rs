@@ -5,3 +5,4 @@ pub mod disk;
 pub mod net;
 pub mod rate;
 pub mod terminal;
+pub mod vsock;

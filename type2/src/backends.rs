@@ -5,6 +5,7 @@ use std::sync::Arc;
 use bivisor_backends::console::{Console, ConsoleEvent, InputSink};
 use bivisor_backends::disk;
 use bivisor_backends::terminal::message;
+use bivisor_backends::vsock::VsockSockets;
 use bivisor_machine::block::BlockStore;
 use bivisor_machine::memory::GuestMemory;
 use bivisor_machine::packet::PacketPort;
@@ -14,11 +15,15 @@ use bivisor_machine::virtio::console::Console as VirtioConsole;
 use bivisor_machine::virtio::device::VirtioDevice;
 use bivisor_machine::virtio::entropy::{Entropy, EntropySource};
 use bivisor_machine::virtio::net::Net;
+use bivisor_machine::virtio::vsock::Vsock;
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::config::VmConfig;
 use crate::error::Failure;
 use crate::host::memory::Returned;
+
+/// The guest's context ID at its socket device, which only it sees.
+const GUEST_CID: u32 = 3;
 
 /// An opened disk.
 struct Disk {
@@ -38,6 +43,7 @@ pub struct Backends {
     disks: Vec<Disk>,
     interfaces: Vec<Interface>,
     console: Option<Console>,
+    sockets: Option<Arc<VsockSockets>>,
     rng: bool,
     balloon: bool,
 }
@@ -90,10 +96,12 @@ impl Backends {
             }
         });
         let console = config.virtio_console.as_ref().map(|spec| Console::open(spec, lost));
+        let sockets = config.vsock.as_ref().map(|path| VsockSockets::open(path).map(Arc::new));
         Ok(Self {
             disks: disks.collect::<Result<_, Failure>>()?,
             interfaces: interfaces.collect::<Result<_, Failure>>()?,
             console: console.transpose().map_err(Failure::host)?,
+            sockets: sockets.transpose().map_err(Failure::host)?,
             rng: config.rng,
             balloon: config.balloon,
         })
@@ -118,6 +126,9 @@ impl Backends {
             let device = VirtioConsole::new(console.line());
             console.input().connect(Arc::new(ConsoleInput(device.clone())));
             devices.push(device);
+        }
+        if let Some(sockets) = &self.sockets {
+            devices.push(Vsock::new(GUEST_CID, sockets.clone()));
         }
         if self.rng {
             devices.push(Entropy::new(Arc::new(HostRandom)));

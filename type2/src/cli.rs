@@ -86,6 +86,9 @@ pub struct RunArgs {
     /// Where a virtio console of the guest (hvc0) leads: as --console
     #[arg(long, value_name = "CONSOLE")]
     pub virtio_console: Option<ConsoleSpec>,
+    /// Unix socket that leads to the guest's stream sockets (AF_VSOCK), and whose path with _PORT leads to the host's
+    #[arg(long, value_name = "PATH")]
+    pub vsock: Option<PathBuf>,
     /// Give the guest a source of the host's randomness
     #[arg(long)]
     pub rng: bool,
@@ -128,7 +131,7 @@ mod tests {
     #[test]
     fn every_option_of_run_is_understood() {
         let line = "bivisor run vm.toml --kernel k --initrd i --append -x --memory 1G --cpus 4 --engine interp \
-                    --disk a.img,readonly --disk b.img --net user --virtio-console pty --rng --balloon --console unix=s --no-reboot --testdev --stats --trace t --perf-map --gdb :1234";
+                    --disk a.img,readonly --disk b.img --net user --virtio-console pty --vsock v --rng --balloon --console unix=s --no-reboot --testdev --stats --trace t --perf-map --gdb :1234";
         let Command::Run(run) = Cli::try_parse_from(line.split_whitespace()).unwrap().command else {
             panic!("not run");
         };
@@ -138,6 +141,7 @@ mod tests {
         assert!(run.no_reboot && run.testdev && run.stats && run.perf_map);
         assert_eq!(run.trace, Some(PathBuf::from("t")));
         assert_eq!((run.nets.len(), run.virtio_console), (1, Some(ConsoleSpec::Pty)));
+        assert_eq!(run.vsock, Some(PathBuf::from("v")));
         assert!(run.disks[0].read_only && run.rng && run.balloon);
         assert_eq!(run.disks[1], DiskSpec::new("b.img"));
     }

@@ -142,6 +142,8 @@ pub struct VmConfig {
     pub nets: Vec<NetSpec>,
     /// Virtio console.
     pub virtio_console: Option<ConsoleSpec>,
+    /// Unix socket that leads to the guest's stream sockets.
+    pub vsock: Option<PathBuf>,
     /// A source of randomness.
     pub rng: bool,
     /// A memory balloon.
@@ -227,6 +229,7 @@ struct FileConfig {
     #[serde(default)]
     net: Vec<Spanned<String>>,
     virtio_console: Option<Spanned<String>>,
+    vsock: Option<PathBuf>,
     rng: Option<bool>,
     balloon: Option<bool>,
     console: Option<Spanned<String>>,
@@ -279,6 +282,7 @@ impl VmConfig {
             disks: settings.disks,
             nets: settings.nets,
             virtio_console: settings.virtio_console,
+            vsock: settings.vsock,
             rng: settings.rng,
             balloon: settings.balloon,
             console,
@@ -317,6 +321,7 @@ struct Settings {
     disks: Vec<DiskSpec>,
     nets: Vec<NetSpec>,
     virtio_console: Option<ConsoleSpec>,
+    vsock: Option<PathBuf>,
     rng: bool,
     balloon: bool,
     console: Option<ConsoleSpec>,
@@ -365,6 +370,7 @@ impl Settings {
             virtio_console: source
                 .value("virtio-console", file.virtio_console, ConsoleSpec::from_str)?
                 .map(|console| console_in(console, folder)),
+            vsock: file.vsock.map(|path| folder.join(path)),
             rng: file.rng.unwrap_or(false),
             balloon: file.balloon.unwrap_or(false),
             console: source
@@ -397,6 +403,7 @@ impl Settings {
         set(&mut self.engine, &args.engine);
         set(&mut self.console, &args.console);
         set(&mut self.virtio_console, &args.virtio_console);
+        set(&mut self.vsock, &args.vsock);
         self.disks.extend_from_slice(&args.disks);
         self.nets.extend_from_slice(&args.nets);
         self.rng |= args.rng;
@@ -543,11 +550,11 @@ mod tests {
 
     #[test]
     fn other_devices_of_a_file() {
-        let text =
-            "kernel = \"k\"\nnet = [\"user\"]\nvirtio-console = \"unix=/s\"\nrng = true\nballoon = true\n";
+        let text = "kernel = \"k\"\nnet = [\"user\"]\nvirtio-console = \"unix=/s\"\nvsock = \"/v\"\nrng = true\nballoon = true\n";
         let config = parse(text, "--net user,mac=52:54:00:00:00:01").unwrap();
         assert_eq!(config.nets.iter().map(|net| net.mac.is_some()).collect::<Vec<_>>(), [false, true]);
         assert_eq!(config.virtio_console, Some(ConsoleSpec::Unix("/s".into())));
+        assert_eq!(config.vsock, Some("/v".into()));
         assert!(config.rng && config.balloon);
         assert!(matches!(parse("\nnet = [\"wire\"]", ""), Err(ConfigError::File { line: 2, .. })));
         assert!(matches!(parse("virtio-console = \"stdio\"", ""), Err(ConfigError::TwoTerminals)));

@@ -137,8 +137,7 @@ impl Guest {
         let mut vcpu = self.engine.create_vcpu(index, setup).unwrap();
         vcpu.set_state(&self.state).unwrap();
         while vcpu.run().unwrap() != Exit::Halt {}
-        let told = device.told.lock().unwrap().clone();
-        told
+        device.told.lock().unwrap().clone()
     }
 }
 
