@@ -302,6 +302,12 @@ impl Machine {
         }
     }
 
+    /// Ends what devices do after [`Machine::stop`], when no processor executes any more: what the guest has asked for is
+    /// done, and nothing that belongs to the host refers to this machine any more.
+    pub fn stop_devices(&self) {
+        self.pc.stop();
+    }
+
     /// Returns when nothing that the guest asked devices for is still going on; nothing comes into the machine either until
     /// it goes on. All processors must stand still.
     pub fn drain(&self) {

@@ -215,6 +215,11 @@ impl Pc {
     pub fn drain(&self) {
         self.functions.iter().for_each(|function| function.drain());
     }
+    /// Ends what devices do, and lets their hosts' sides go: the last slot first, so disks come after what may still
+    /// write to them. The processors must have stopped for good.
+    pub fn stop(&self) {
+        self.functions.iter().rev().for_each(|function| function.stop());
+    }
     /// Lets devices go on.
     pub fn resume(&self) {
         self.functions.iter().for_each(|function| function.resume());

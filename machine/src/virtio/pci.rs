@@ -315,6 +315,11 @@ impl VirtioFunction {
         self.device.resume();
     }
 
+    /// Ends what the device does, and lets its host's side go. The processors must have stopped for good.
+    pub fn stop(&self) {
+        self.reset();
+    }
+
     /// Everything that the function holds. The processors must stand still.
     pub fn save(&self) -> SavedFunction {
         self.drain();

@@ -362,3 +362,18 @@ fn another_machine_goes_on_where_this_one_was_saved() {
         assert!(machine_with(bench.memory.clone()).function.restore(&spoiled).is_err());
     }
 }
+
+#[test]
+fn a_device_that_was_stopped_does_nothing_more() {
+    let (m, bench) = machine();
+    m.enable();
+    let (_, mut receive) = bench.queue(0, 8);
+    let (_, mut send) = bench.queue(1, 8);
+    m.start(&[&receive, &send]);
+    receive.offer(&[], &[9]);
+    m.function.stop();
+    assert_eq!((m.console.receive(b"x"), m.common(STATUS, 1)), (0, 0));
+    send.offer(&[b"x"], &[]);
+    m.notify(1);
+    assert!(m.host.bytes().is_empty());
+}

@@ -263,7 +263,7 @@ impl Session {
             // A panic there has already been reported.
             let _ = thread.join();
         }
-        self.machine.drain();
+        self.machine.stop_devices();
     }
 }
 
