@@ -10,6 +10,7 @@ use bivisor_machine::virtio::device::VirtioDevice;
 
 use crate::config::VmConfig;
 use crate::error::Failure;
+use crate::guest::Guest;
 
 /// An opened disk.
 struct Disk {
@@ -23,15 +24,17 @@ pub struct Backends {
 }
 
 impl Backends {
-    /// Opens what the configuration names.
+    /// Opens the guest's own disks and what the configuration names.
     ///
     /// # Errors
     /// In a sentence each: a disk that can't be opened, or is in use.
-    pub fn open(config: &VmConfig) -> Result<Self, Failure> {
-        let disks = config.disks.iter().map(|spec| {
+    pub fn open(config: &VmConfig, guest: &Guest) -> Result<Self, Failure> {
+        let disks = guest.disks.iter().chain(&config.disks).map(|spec| {
+            let mut spec = spec.clone();
+            spec.snapshot |= config.snapshot && !spec.read_only;
             let path = spec.path.display().to_string();
             let events = Arc::new(move |event| message(&format!("bivisor: disk {path}: {event}\n")));
-            let store = disk::open(spec, events).map_err(Failure::configuration)?;
+            let store = disk::open(&spec, events).map_err(Failure::configuration)?;
             Ok(Disk { store, serial: spec.serial.clone() })
         });
         Ok(Self { disks: disks.collect::<Result<_, Failure>>()? })

@@ -137,6 +137,8 @@ pub struct VmConfig {
     pub engine: EngineChoice,
     /// Disks, in the order in which the guest sees them.
     pub disks: Vec<DiskSpec>,
+    /// What the guest writes to any disk is forgotten at the end.
+    pub snapshot: bool,
     /// Console.
     pub console: ConsoleSpec,
     /// End at a reset.
@@ -210,6 +212,7 @@ struct FileConfig {
     engine: Option<Spanned<String>>,
     #[serde(default)]
     disk: Vec<Spanned<toml::Table>>,
+    snapshot: Option<bool>,
     console: Option<Spanned<String>>,
     no_reboot: Option<bool>,
     testdev: Option<bool>,
@@ -254,6 +257,7 @@ impl VmConfig {
             cpus: settings.cpus.unwrap_or(1),
             engine: settings.engine.unwrap_or_default(),
             disks: settings.disks,
+            snapshot: settings.snapshot,
             console: settings.console.unwrap_or(ConsoleSpec::Stdio),
             no_reboot: settings.no_reboot,
             testdev: settings.testdev,
@@ -288,6 +292,7 @@ struct Settings {
     cpus: Option<u32>,
     engine: Option<EngineChoice>,
     disks: Vec<DiskSpec>,
+    snapshot: bool,
     console: Option<ConsoleSpec>,
     no_reboot: bool,
     testdev: bool,
@@ -331,6 +336,7 @@ impl Settings {
                 ConsoleSpec::Unix(path) => ConsoleSpec::Unix(folder.join(path)),
                 other => other,
             }),
+            snapshot: file.snapshot.unwrap_or(false),
             no_reboot: file.no_reboot.unwrap_or(false),
             testdev: file.testdev.unwrap_or(false),
             stats: file.stats.unwrap_or(false),
@@ -360,6 +366,7 @@ impl Settings {
         self.disks.extend_from_slice(&args.disks);
         set(&mut self.trace, &args.trace);
         set(&mut self.gdb, &args.gdb);
+        self.snapshot |= args.snapshot;
         self.no_reboot |= args.no_reboot;
         self.testdev |= args.testdev;
         self.stats |= args.stats;

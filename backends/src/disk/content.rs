@@ -28,6 +28,11 @@ pub(super) trait Content: Send + Sync {
     /// Makes the range read as zeroes, giving room back if `unmap`.
     fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()>;
 
+    /// Makes the disk larger, while no machine uses it; [`Content::size`] may stay as it was until it is opened anew.
+    fn grow(&self, _size: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// Changes of ranges within one unit of so many bytes must not run at once.
     fn granularity(&self) -> u64 {
         512

@@ -109,6 +109,10 @@ impl Content for Raw {
         }
     }
 
+    fn grow(&self, size: u64) -> io::Result<()> {
+        self.file.set_len(size)
+    }
+
     fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
         let zero_range =
             || fallocate(&self.file, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, offset, length);

@@ -218,6 +218,10 @@ impl Content for Qcow2 {
         write_zeroes_slowly(self, whole.end, end - whole.end)
     }
 
+    fn grow(&self, size: u64) -> io::Result<()> {
+        self.image.resize_grow(size, imago::format::PreallocateMode::None)
+    }
+
     fn granularity(&self) -> u64 {
         self.cluster_size
     }
