@@ -6,7 +6,7 @@ use std::io::{self, BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -26,10 +26,18 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(super) struct Work {
     images: PathBuf,
     folder: tempfile::TempDir,
-    /// The program that runs now, or 0.
-    child: Arc<AtomicI32>,
+    running: Arc<Running>,
     _watch: Watch,
     _lock: File,
+}
+
+/// What the thread that hears signals must know.
+#[derive(Default)]
+struct Running {
+    /// The program that runs now, or 0.
+    child: AtomicI32,
+    /// We have been told to end.
+    ending: AtomicBool,
 }
 
 impl Work {
@@ -46,16 +54,17 @@ impl Work {
             .tempdir_in(&images)
             .map_err(io_error("making a folder in", &images))?;
         let leftover = folder.path().to_owned();
-        let child = Arc::new(AtomicI32::new(0));
-        let running = child.clone();
+        let running = Arc::new(Running::default());
+        let heard = running.clone();
         let watch = signals::watch(move |signal| {
-            end_child(running.load(Ordering::SeqCst));
+            heard.ending.store(true, Ordering::SeqCst);
+            end_child(heard.child.load(Ordering::SeqCst));
             // Our death is the better part of what is left to do.
             let _ = fs::remove_dir_all(&leftover);
             std::process::exit(status::of_signal(signal).into());
         })
         .map_err(io_error("watching for signals while making", &images))?;
-        Ok(Self { images, folder, child, _watch: watch, _lock: lock })
+        Ok(Self { images, folder, running, _watch: watch, _lock: lock })
     }
 
     /// The folder, gone at the end.
@@ -84,7 +93,7 @@ impl Work {
         const KEPT: usize = 20;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.env("LC_ALL", "C.UTF-8").spawn()?;
-        self.child.store(child.id().cast_signed(), Ordering::SeqCst);
+        self.running.child.store(child.id().cast_signed(), Ordering::SeqCst);
         let mut lines = Vec::new();
         // Programs that draw bars end their lines with a carriage return.
         for line in child.stderr.take().into_iter().flat_map(|e| BufReader::new(e).split(b'\n')) {
@@ -99,7 +108,11 @@ impl Work {
             }
         }
         let status = child.wait()?;
-        self.child.store(0, Ordering::SeqCst);
+        self.running.child.store(0, Ordering::SeqCst);
+        while self.running.ending.load(Ordering::SeqCst) {
+            // The thread that heard the signal ends the process; why the program failed is nobody's concern.
+            thread::park();
+        }
         Ok((status, lines))
     }
 }
