@@ -150,7 +150,7 @@ fn what_cannot_be_imported_is_refused_and_leaves_nothing() {
     assert!(left.map(|entry| entry.unwrap().file_name()).all(|name| name == ".lock"));
     for (words, part) in [
         (vec!["--size", "1G"], "2G"),
-        (vec!["--packages", "-x"], "no name of a Debian package"),
+        (vec!["--packages=-x"], "no name of a Debian package"),
         (vec!["--suite", "no suite"], "no release"),
     ] {
         let all = [vec!["image", "build", "debian"], words.clone()].concat();

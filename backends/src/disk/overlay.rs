@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{FallocateFlags, fallocate};
 
-use super::content::Content;
+use super::content::{Content, read_cached};
 
 /// The piece of the disk that is either in the overlay or not.
 const UNIT: u64 = 4096;
@@ -94,6 +94,19 @@ impl Content for Overlay {
             (at, rest) = (stop, after);
         }
         Ok(())
+    }
+
+    fn read_at_once(&self, offset: u64, buffer: &mut [u8]) -> bool {
+        let mut units = offset / UNIT..(offset + buffer.len() as u64).div_ceil(UNIT);
+        let present = self.is_present(units.start);
+        if units.any(|unit| self.is_present(unit) != present) {
+            return false;
+        }
+        if present {
+            read_cached(&self.file, offset, buffer)
+        } else {
+            self.below.read_at_once(offset, buffer)
+        }
     }
 
     fn write(&self, offset: u64, buffer: &[u8]) -> io::Result<()> {

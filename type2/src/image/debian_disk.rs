@@ -231,18 +231,16 @@ fn bootstrap(
     command.arg("--dpkgopt=path-include=/usr/share/doc/*/copyright");
     if let Some(password) = password {
         let file = work.path().join("password");
-        let mut options = OpenOptions::new();
-        let mut open = options.create_new(true).write(true).mode(0o600).open(&file);
-        open.as_mut()
-            .map_err(|error| io::Error::from(error.kind()))
-            .and_then(|open| write!(open, "root:{password}\n"))
-            .map_err(io_error("writing", &file))?;
+        let write = || {
+            let mut open = OpenOptions::new().create_new(true).write(true).mode(0o600).open(&file)?;
+            writeln!(open, "root:{password}")
+        };
+        write().map_err(io_error("writing", &file))?;
         // mmdebstrap's own "upload" is done by its part outside the new system, which can read the file.
         command.arg(format!("--customize-hook=upload '{}' /run/password", quoted(&file)));
         command.arg("--customize-hook=chroot \"$1\" sh -c 'chpasswd < /run/password && rm /run/password'");
     }
     command.arg(suite).arg(work.path().join("root.tar"));
-    // "-" stands for a list of sources on standard input; lines as arguments need none.
     command.args(apt::debian_sources(suite).iter().map(Source::line));
     let bar = step("starting mmdebstrap");
     let what = || "making the Debian system (mmdebstrap)".to_owned();

@@ -78,7 +78,7 @@ impl Personality {
         }
         let host = self.host_name(image)?;
         let key = self.ssh_key()?;
-        let given = |index: usize| self.cloud_init.get(index).map(|path| read(path)).transpose();
+        let given = |index: usize| self.cloud_init.get(index).map(read).transpose();
         let meta = given(1)?.unwrap_or_else(|| meta_data(image, &host, key.as_deref()));
         let user = given(0)?.unwrap_or_else(|| "#cloud-config\n{}\n".into());
         let mut files = vec![("user-data", user), ("meta-data", meta)];
