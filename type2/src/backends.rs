@@ -20,6 +20,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::config::VmConfig;
 use crate::error::Failure;
+use crate::guest::Guest;
 use crate::host::memory::Returned;
 
 /// The guest's context ID at its socket device, which only it sees.
@@ -75,15 +76,17 @@ fn random_mac() -> [u8; 6] {
 }
 
 impl Backends {
-    /// Opens what the configuration names.
+    /// Opens the guest's own disks and what the configuration names.
     ///
     /// # Errors
     /// In a sentence each: a disk that can't be opened, or is in use; a port that is taken.
-    pub fn open(config: &VmConfig) -> Result<Self, Failure> {
-        let disks = config.disks.iter().map(|spec| {
+    pub fn open(config: &VmConfig, guest: &Guest) -> Result<Self, Failure> {
+        let disks = guest.disks.iter().chain(&config.disks).map(|spec| {
+            let mut spec = spec.clone();
+            spec.snapshot |= config.snapshot && !spec.read_only;
             let path = spec.path.display().to_string();
             let events = Arc::new(move |event| message(&format!("bivisor: disk {path}: {event}\n")));
-            let store = disk::open(spec, events).map_err(Failure::configuration)?;
+            let store = disk::open(&spec, events).map_err(Failure::configuration)?;
             Ok(Disk { store, serial: spec.serial.clone() })
         });
         let interfaces = config.nets.iter().map(|spec| {

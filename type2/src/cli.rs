@@ -8,6 +8,7 @@ use bivisor_backends::net::NetSpec;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{EngineChoice, GdbSpec, MemorySize};
+use crate::image::{DiskRecipe, ImportRequest};
 use crate::status;
 
 /// Virtual machines with or without virtualization hardware.
@@ -41,15 +42,23 @@ pub enum ImageCommand {
     /// Make an image
     #[command(subcommand)]
     Build(Recipe),
+    /// Make an image of a disk that others made, such as a distribution's cloud image
+    Import(Box<ImportRequest>),
     /// List images
     Ls,
+    /// Remove images, with all that guests wrote to their disks
+    Rm {
+        /// Their names
+        #[arg(value_name = "NAME", required = true)]
+        names: Vec<String>,
+    },
 }
 
 /// What `bivisor image build` can make.
-#[derive(Clone, Copy, Debug, Subcommand)]
+#[derive(Clone, Debug, Subcommand)]
 pub enum Recipe {
-    /// Debian's cloud kernel with a small initramfs: the default guest
-    Debian,
+    /// Debian's cloud kernel with a small initramfs, the default guest; or, with any option, a system on a disk
+    Debian(Box<DiskRecipe>),
 }
 
 /// `bivisor run`.
@@ -80,6 +89,9 @@ pub struct RunArgs {
     /// serial=TEXT
     #[arg(long = "disk", value_name = "PATH[,OPTION]…")]
     pub disks: Vec<DiskSpec>,
+    /// Forget at the end what the guest writes to its disks, the image's own too
+    #[arg(long)]
+    pub snapshot: bool,
     /// Network interface, again for each: user, then options such as hostfwd=tcp:127.0.0.1:2222-:22
     #[arg(long = "net", value_name = "NETWORK[,OPTION]…")]
     pub nets: Vec<NetSpec>,

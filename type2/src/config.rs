@@ -138,6 +138,8 @@ pub struct VmConfig {
     pub engine: EngineChoice,
     /// Disks, in the order in which the guest sees them.
     pub disks: Vec<DiskSpec>,
+    /// What the guest writes to any disk is forgotten at the end.
+    pub snapshot: bool,
     /// Network interfaces, in the order in which the guest sees them.
     pub nets: Vec<NetSpec>,
     /// Virtio console.
@@ -226,6 +228,7 @@ struct FileConfig {
     engine: Option<Spanned<String>>,
     #[serde(default)]
     disk: Vec<Spanned<toml::Table>>,
+    snapshot: Option<bool>,
     #[serde(default)]
     net: Vec<Spanned<String>>,
     virtio_console: Option<Spanned<String>>,
@@ -280,6 +283,8 @@ impl VmConfig {
             cpus: settings.cpus.unwrap_or(1),
             engine: settings.engine.unwrap_or_default(),
             disks: settings.disks,
+            snapshot: settings.snapshot,
+            console: settings.console.unwrap_or(ConsoleSpec::Stdio),
             nets: settings.nets,
             virtio_console: settings.virtio_console,
             vsock: settings.vsock,
@@ -319,6 +324,7 @@ struct Settings {
     cpus: Option<u32>,
     engine: Option<EngineChoice>,
     disks: Vec<DiskSpec>,
+    snapshot: bool,
     nets: Vec<NetSpec>,
     virtio_console: Option<ConsoleSpec>,
     vsock: Option<PathBuf>,
@@ -362,6 +368,12 @@ impl Settings {
                         .map_err(|message| source.error(disk.span().start, format!("disk: {message}")))
                 })
                 .collect::<Result<_, _>>()?,
+            console: source.value("console", file.console, ConsoleSpec::from_str)?.map(|c| match c {
+                ConsoleSpec::File(path) => ConsoleSpec::File(folder.join(path)),
+                ConsoleSpec::Unix(path) => ConsoleSpec::Unix(folder.join(path)),
+                other => other,
+            }),
+            snapshot: file.snapshot.unwrap_or(false),
             nets: file
                 .net
                 .into_iter()
@@ -410,6 +422,7 @@ impl Settings {
         self.balloon |= args.balloon;
         set(&mut self.trace, &args.trace);
         set(&mut self.gdb, &args.gdb);
+        self.snapshot |= args.snapshot;
         self.no_reboot |= args.no_reboot;
         self.testdev |= args.testdev;
         self.stats |= args.stats;

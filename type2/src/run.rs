@@ -68,7 +68,7 @@ pub fn run(args: &RunArgs, verbose: bool) -> Result<u8, Failure> {
     let trace = config.trace.as_ref().map(|path| TraceFile::create(path, events.clone()));
     let trace = trace.transpose().map_err(Failure::host)?;
     let perf_map = config.perf_map.then(PerfMap::create).transpose().map_err(Failure::host)?;
-    let backends = Backends::open(&config)?;
+    let backends = Backends::open(&config, &guest)?;
     let parts = Parts { config, guest, clock, console, backends, trace, perf_map, log, events };
     let ending = supervise(&parts, &happenings, debugger.as_ref());
 

@@ -1,6 +1,9 @@
 //! What a format of disk images offers: plain calls that may wait.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, IoSliceMut};
+
+use rustix::io::{ReadWriteFlags, preadv2};
 
 /// A disk's content. Calls come from several threads at once, but never with overlapping ranges (rounded to
 /// [`Content::granularity`]) when one of them changes something. Ranges lie inside the disk.
@@ -28,10 +31,21 @@ pub(super) trait Content: Send + Sync {
     /// Makes the range read as zeroes, giving room back if `unmap`.
     fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()>;
 
+    /// Makes the disk larger, while no machine uses it; [`Content::size`] may stay as it was until it is opened anew.
+    fn grow(&self, _size: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// Changes of ranges within one unit of so many bytes must not run at once.
     fn granularity(&self) -> u64 {
         512
     }
+}
+
+/// Fills a buffer from a file if the page cache has all of it.
+pub(super) fn read_cached(file: &File, offset: u64, buffer: &mut [u8]) -> bool {
+    let length = buffer.len();
+    preadv2(file, &mut [IoSliceMut::new(buffer)], offset, ReadWriteFlags::NOWAIT) == Ok(length)
 }
 
 /// Writes zeroes in pieces, where the host knows no better way.

@@ -3,6 +3,7 @@
 mod content;
 mod error;
 mod lock;
+mod offline;
 mod overlay;
 mod qcow2;
 mod raw;
@@ -27,6 +28,7 @@ use raw::Raw;
 use store::{Policy, Store};
 
 pub use error::DiskError;
+pub use offline::{Reader, Unused, check_unused, format_of, grow};
 pub use spec::{Backing, CacheMode, DiskSpec, Format, OnFull};
 pub use store::{DiskEvent, DiskEvents};
 

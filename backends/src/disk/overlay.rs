@@ -3,21 +3,24 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{FallocateFlags, fallocate};
 
-use super::content::Content;
+use super::content::{Content, read_cached};
 
 /// The piece of the disk that is either in the overlay or not.
 const UNIT: u64 = 4096;
+/// Units whose bits are kept together, and only once one of them is there: a disk may seem far larger than it is.
+const CHUNK: u64 = 64 * 4096;
 
 /// A content that is never written, under a file that takes all changes.
 pub(super) struct Overlay {
     below: Box<dyn Content>,
     file: File,
-    /// A bit for each unit that is in `file`.
-    present: Vec<AtomicU64>,
+    /// A bit for each unit that is in `file`, by chunks.
+    present: Vec<OnceLock<Box<[AtomicU64]>>>,
 }
 
 impl Overlay {
@@ -25,18 +28,21 @@ impl Overlay {
     pub(super) fn new(below: Box<dyn Content>, file: File) -> io::Result<Self> {
         let size = below.size();
         file.set_len(size)?;
-        let words = size.div_ceil(UNIT).div_ceil(64);
-        let present = (0..words).map(|_| AtomicU64::new(0)).collect();
+        let present = (0..size.div_ceil(UNIT * CHUNK)).map(|_| OnceLock::new()).collect();
         Ok(Self { below, file, present })
     }
 
     fn is_present(&self, unit: u64) -> bool {
         // Changes of one unit don't run at once with anything else there; the store's lock orders them.
-        self.present[(unit / 64) as usize].load(Ordering::Relaxed) & 1 << (unit % 64) != 0
+        self.present[(unit / CHUNK) as usize].get().is_some_and(|words| {
+            words[(unit % CHUNK / 64) as usize].load(Ordering::Relaxed) & 1 << (unit % 64) != 0
+        })
     }
 
     fn set_present(&self, unit: u64) {
-        self.present[(unit / 64) as usize].fetch_or(1 << (unit % 64), Ordering::Relaxed);
+        let words = self.present[(unit / CHUNK) as usize]
+            .get_or_init(|| (0..CHUNK / 64).map(|_| AtomicU64::new(0)).collect());
+        words[(unit % CHUNK / 64) as usize].fetch_or(1 << (unit % 64), Ordering::Relaxed);
     }
 
     /// Copies a unit from below that is about to be changed in part.
@@ -88,6 +94,19 @@ impl Content for Overlay {
             (at, rest) = (stop, after);
         }
         Ok(())
+    }
+
+    fn read_at_once(&self, offset: u64, buffer: &mut [u8]) -> bool {
+        let mut units = offset / UNIT..(offset + buffer.len() as u64).div_ceil(UNIT);
+        let present = self.is_present(units.start);
+        if units.any(|unit| self.is_present(unit) != present) {
+            return false;
+        }
+        if present {
+            read_cached(&self.file, offset, buffer)
+        } else {
+            self.below.read_at_once(offset, buffer)
+        }
     }
 
     fn write(&self, offset: u64, buffer: &[u8]) -> io::Result<()> {

@@ -2,13 +2,13 @@
 
 use std::cell::RefCell;
 use std::fs::File;
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::{FallocateFlags, fallocate};
-use rustix::io::{Errno, ReadWriteFlags, preadv2};
+use rustix::io::Errno;
 
-use super::content::{Content, write_zeroes_slowly};
+use super::content::{Content, read_cached, write_zeroes_slowly};
 
 /// A raw image.
 pub(super) struct Raw {
@@ -82,10 +82,7 @@ impl Content for Raw {
     }
 
     fn read_at_once(&self, offset: u64, buffer: &mut [u8]) -> bool {
-        let length = buffer.len();
-        self.direct.is_none()
-            && preadv2(&self.file, &mut [IoSliceMut::new(buffer)], offset, ReadWriteFlags::NOWAIT)
-                == Ok(length)
+        self.direct.is_none() && read_cached(&self.file, offset, buffer)
     }
 
     fn write(&self, offset: u64, buffer: &[u8]) -> io::Result<()> {
@@ -107,6 +104,10 @@ impl Content for Raw {
             Err(error) if !is_unsupported(error) => Err(error.into()),
             _ => Ok(()),
         }
+    }
+
+    fn grow(&self, size: u64) -> io::Result<()> {
+        self.file.set_len(size)
     }
 
     fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {

@@ -367,13 +367,17 @@ impl Store {
     fn read_at_once(&self, operation: &mut BlockOperation, range: Range) -> bool {
         let BlockOperation::Read { offset, buffer } = operation else { return false };
         {
-            let state = self.shared.lock();
-            let others = state.running.iter().chain(state.waiting.iter().map(|request| &request.range));
-            if state.limiter.is_some() || { others }.any(|other| range.disturbs(other)) {
+            let mut state = self.shared.lock();
+            let waiting = state.waiting.iter().map(|request| &request.range);
+            let disturbed = state.running.iter().chain(waiting).any(|other| range.disturbs(other));
+            if state.limiter.is_some() || disturbed {
                 return false;
             }
+            state.running.push(range);
         }
-        self.shared.content.read_at_once(*offset, buffer)
+        let served = self.shared.content.read_at_once(*offset, buffer);
+        self.shared.settle(range, false);
+        served
     }
 }
 

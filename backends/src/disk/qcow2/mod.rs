@@ -12,9 +12,9 @@ use std::path::{Path, PathBuf};
 
 use imago::qcow2::Qcow2 as Image;
 use imago::raw::Raw as RawImage;
-use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpenOptions};
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Mapping, StorageOpenOptions};
 
-use super::content::{Content, write_zeroes_slowly};
+use super::content::{Content, read_cached, write_zeroes_slowly};
 use super::error::DiskError;
 use super::spec::{Backing, Format};
 use super::{lock, open_file};
@@ -31,6 +31,8 @@ pub(super) struct Qcow2 {
     /// The same file, for what imago would do holding a lock.
     file: File,
     cluster_size: u64,
+    /// All data is in this file, and the page cache may have it.
+    cached: bool,
 }
 
 impl Qcow2 {
@@ -48,6 +50,7 @@ impl Qcow2 {
             Some(name) => Some(Chain { backing, depth: 1 }.open(path, name)?),
             None => None,
         };
+        let cached = backing.is_none() && direct.is_none();
         let data = match direct {
             Some(file) => Ok(file),
             None => file.try_clone(),
@@ -55,7 +58,7 @@ impl Qcow2 {
         let image = data
             .and_then(|data| access(data, writes, backing))
             .map_err(|source| DiskError::Read { path: path.to_owned(), source })?;
-        Ok(Self { image, file, cluster_size: header.cluster_size() })
+        Ok(Self { image, file, cluster_size: header.cluster_size(), cached })
     }
 }
 
@@ -179,6 +182,22 @@ impl Content for Qcow2 {
         self.image.read(buffer, offset)
     }
 
+    fn read_at_once(&self, offset: u64, buffer: &mut [u8]) -> bool {
+        if !self.cached {
+            return false;
+        }
+        match self.image.get_mapping(offset, buffer.len() as u64) {
+            Ok((Mapping::Raw { offset, .. }, length)) if length == buffer.len() as u64 => {
+                read_cached(&self.file, offset, buffer)
+            }
+            Ok((Mapping::Zero { .. }, length)) if length == buffer.len() as u64 => {
+                buffer.fill(0);
+                true
+            }
+            _ => false,
+        }
+    }
+
     fn write(&self, offset: u64, buffer: &[u8]) -> io::Result<()> {
         self.image.write(buffer, offset)
     }
@@ -216,6 +235,10 @@ impl Content for Qcow2 {
             result => result?,
         }
         write_zeroes_slowly(self, whole.end, end - whole.end)
+    }
+
+    fn grow(&self, size: u64) -> io::Result<()> {
+        self.image.resize_grow(size, imago::format::PreallocateMode::None)
     }
 
     fn granularity(&self) -> u64 {

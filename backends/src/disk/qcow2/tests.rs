@@ -72,6 +72,33 @@ fn a_qcow2_disk_behaves_and_is_found_right_again() {
 }
 
 #[test]
+fn a_disk_grows_and_keeps_what_it_has() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    for qcow2 in [true, false] {
+        if qcow2 {
+            create(&path, 64 << 10, |image| image.cluster_size(512));
+        } else {
+            fs::write(&path, vec![0; 64 << 10]).unwrap();
+        }
+        let spec: disk::DiskSpec = path.to_str().unwrap().parse().unwrap();
+        let mut model = vec![0; 64 << 10];
+        check_against_model(&*open_text(path.to_str().unwrap()).unwrap(), &mut model, 2, 20);
+        assert!(disk::grow(&spec, 512).unwrap_err().to_string().contains("smaller"));
+        disk::grow(&spec, 2 << 20).unwrap();
+        model.resize(2 << 20, 0);
+        check_against_model(&*open_text(path.to_str().unwrap()).unwrap(), &mut model, 3, 40);
+        let reader = disk::Reader::open(&spec).unwrap();
+        let mut bytes = vec![0; 2 << 20];
+        reader.read(0, &mut bytes).unwrap();
+        assert!(bytes == model && reader.read(1, &mut bytes).is_err());
+        assert!(disk::check_unused(&spec).is_err());
+        drop(reader);
+        drop(disk::check_unused(&spec).unwrap());
+    }
+}
+
+#[test]
 fn a_flush_leaves_a_whole_image_behind() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("disk.qcow2");
