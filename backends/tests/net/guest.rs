@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use bivisor_machine::packet::{Offload, PacketPort, PacketReceiver, PortFeatures};
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
-use smoltcp::phy::{ChecksumCapabilities, Device, DeviceCapabilities, Medium, RxToken, TxToken};
+use smoltcp::phy::{Checksum, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::{dhcpv4, tcp, udp};
 use smoltcp::time::Instant as Moment;
 use smoltcp::wire::{EthernetAddress, IpCidr, Ipv4Address, Ipv4Cidr};
@@ -103,7 +103,7 @@ impl Device for Wire {
         capabilities.medium = Medium::Ethernet;
         capabilities.max_transmission_unit = self.mtu + 14;
         if !self.checksums {
-            capabilities.checksum = ChecksumCapabilities::ignored();
+            capabilities.checksum.tcp = Checksum::None;
         }
         capabilities
     }

@@ -1,4 +1,7 @@
 //! Networks without a virtual machine: smoltcp's interface is the guest behind the packet port.
 
+mod bulk;
 mod guest;
+mod hostile;
+mod ipv6;
 mod user;

@@ -40,6 +40,9 @@ pub enum Target {
     Listener(u32),
     Tcp(Id),
     Udp(Id),
+    Ping(Id),
+    /// The router advertisements.
+    Advertise,
 }
 
 impl Target {
@@ -54,6 +57,8 @@ impl Target {
             Self::Listener(index) => 1 << Self::CLASS | u64::from(index),
             Self::Tcp(id) => flow(2, id),
             Self::Udp(id) => flow(3, id),
+            Self::Ping(id) => flow(4, id),
+            Self::Advertise => 5 << Self::CLASS,
         })
     }
 
@@ -64,7 +69,9 @@ impl Target {
             0 => Self::Wake,
             1 => Self::Listener(id.index),
             2 => Self::Tcp(id),
-            _ => Self::Udp(id),
+            3 => Self::Udp(id),
+            4 => Self::Ping(id),
+            _ => Self::Advertise,
         }
     }
 }
@@ -96,6 +103,8 @@ pub struct Core {
     /// A timer has come before all others since the thread last looked.
     pub hurry: bool,
     pub resolvers: Resolvers,
+    /// The router advertises itself from time to time.
+    pub advertising: bool,
     epoll: OwnedFd,
     pool: Vec<Vec<u8>>,
 }
@@ -117,6 +126,7 @@ impl Core {
             timers: BinaryHeap::new(),
             hurry: false,
             resolvers: Resolvers::new(resolvers),
+            advertising: false,
             epoll,
             pool: Vec::new(),
         })

@@ -12,6 +12,8 @@ mod dns;
 mod forward;
 mod frame;
 mod icmp;
+mod neighbour;
+mod ping;
 mod table;
 mod tcp;
 mod udp;
@@ -27,12 +29,13 @@ use std::time::{Duration, Instant};
 use bivisor_machine::packet::{Offload, PacketPort, PacketReceiver, PortFeatures};
 use rustix::buffer::spare_capacity;
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
-use smoltcp::wire::{EthernetFrame, EthernetProtocol, IpProtocol, Ipv4Packet};
+use smoltcp::wire::{EthernetFrame, EthernetProtocol, IpProtocol, Ipv4Packet, Ipv6Packet};
 
 use self::core::{Core, Target};
 use super::NetError;
 use forward::Listener;
 use frame::Frame;
+use ping::Ping;
 use tcp::Tcp;
 use udp::Udp;
 
@@ -58,6 +61,7 @@ struct State {
     core: Core,
     tcp: Tcp,
     udp: Udp,
+    ping: Ping,
     listeners: Vec<Listener>,
     /// The thread sleeps, or is about to.
     asleep: bool,
@@ -89,6 +93,7 @@ impl UserNetwork {
             core,
             tcp: Tcp::default(),
             udp: Udp::default(),
+            ping: Ping::default(),
             listeners,
             asleep: false,
             stalled: false,
@@ -121,6 +126,7 @@ impl Drop for UserNetwork {
         state.ended = true;
         state.listeners.clear();
         state.udp.clear();
+        state.ping.clear();
         let State { core, tcp, .. } = &mut *state;
         tcp.clear(core);
         drop(state);
@@ -263,7 +269,7 @@ impl State {
 
     fn event(&mut self, target: Target) {
         match target {
-            Target::Wake => {}
+            Target::Wake | Target::Advertise => {}
             Target::Listener(index) => {
                 if let Some(listener) = self.listeners.get_mut(index as usize) {
                     listener.event();
@@ -271,6 +277,7 @@ impl State {
             }
             Target::Tcp(id) => self.tcp.event(&mut self.core, id),
             Target::Udp(id) => self.udp.event(id),
+            Target::Ping(id) => self.ping.event(&mut self.core, id),
         }
     }
 
@@ -279,6 +286,8 @@ impl State {
             match target {
                 Target::Tcp(id) => self.tcp.timeout(&mut self.core, id, self.stalled),
                 Target::Udp(id) => self.udp.timeout(&mut self.core, id),
+                Target::Ping(id) => self.ping.timeout(&mut self.core, id),
+                Target::Advertise => neighbour::advertise_again(&mut self.core),
                 target => self.event(target),
             }
         }
@@ -302,8 +311,9 @@ impl State {
         self.core.link.guest = source;
         self.core.guest_known = true;
         match frame.ethertype() {
-            EthernetProtocol::Arp => icmp::arp(&mut self.core, frame.payload()),
+            EthernetProtocol::Arp => neighbour::arp(&mut self.core, frame.payload()),
             EthernetProtocol::Ipv4 => self.ipv4(frame.payload()),
+            EthernetProtocol::Ipv6 if self.core.config.ipv6 => self.ipv6(frame.payload()),
             _ => {}
         }
     }
@@ -323,7 +333,26 @@ impl State {
                 self.tcp.input(core, source.into(), dest.into(), packet.payload());
             }
             IpProtocol::Udp => self.udp.input(core, source.into(), dest.into(), packet.payload()),
-            IpProtocol::Icmp => icmp::input(core, source, dest, packet.payload()),
+            IpProtocol::Icmp => icmp::input_v4(core, &mut self.ping, source, dest, packet.payload()),
+            _ => {}
+        }
+    }
+
+    fn ipv6(&mut self, bytes: &[u8]) {
+        let Ok(packet) = Ipv6Packet::new_checked(bytes) else { return };
+        if packet.version() != 6 {
+            return;
+        }
+        let (source, dest) = (packet.src_addr(), packet.dst_addr());
+        let core = &mut self.core;
+        match packet.next_header() {
+            IpProtocol::Tcp if !source.is_unspecified() => {
+                self.tcp.input(core, source.into(), dest.into(), packet.payload());
+            }
+            IpProtocol::Udp => self.udp.input(core, source.into(), dest.into(), packet.payload()),
+            IpProtocol::Icmpv6 => {
+                icmp::input_v6(core, &mut self.ping, source, dest, packet.hop_limit(), packet.payload());
+            }
             _ => {}
         }
     }

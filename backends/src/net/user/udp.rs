@@ -13,7 +13,7 @@ use smoltcp::wire::{DHCP_SERVER_PORT, UdpPacket};
 
 use super::core::{Core, LARGEST, Route, Target};
 use super::frame::{self, HEADROOM};
-use super::icmp::{self, Unreachable};
+use super::icmp::{self, Quote, Unreachable};
 use super::table::{Id, Table};
 use super::{dhcp, dns};
 
@@ -93,6 +93,9 @@ impl Udp {
             if all || dest == core.config.gateway() {
                 dhcp::input(core, payload);
             }
+            return;
+        }
+        if source.is_unspecified() {
             return;
         }
         let key = Key {
@@ -299,7 +302,7 @@ fn dial(target: SocketAddr) -> rustix::io::Result<OwnedFd> {
 }
 
 /// What to tell the guest of an error; nothing of those that mean that a datagram was lost.
-fn reason(error: Errno) -> Option<Unreachable> {
+pub fn reason(error: Errno) -> Option<Unreachable> {
     match error {
         Errno::CONNREFUSED => Some(Unreachable::Port),
         Errno::NETUNREACH | Errno::ADDRNOTAVAIL => Some(Unreachable::Network),
@@ -310,5 +313,5 @@ fn reason(error: Errno) -> Option<Unreachable> {
 }
 
 fn refuse(core: &mut Core, key: Key, reason: Unreachable) {
-    icmp::send_unreachable(core, key.guest, key.peer, reason);
+    icmp::send_unreachable(core, &Quote::udp(key.guest, key.peer), reason);
 }

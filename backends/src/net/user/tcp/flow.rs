@@ -17,7 +17,7 @@ use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown, sockopt}
 
 use super::super::core::{Core, LARGEST, TCP_BUDGET, Target};
 use super::super::frame::{self, HEADROOM, TcpFields};
-use super::super::icmp;
+use super::super::neighbour;
 use super::Input;
 use super::seq::Seq;
 
@@ -199,7 +199,7 @@ impl Flow {
     /// Sends our SYN: the first, or again.
     pub fn send_syn(&mut self, core: &mut Core) {
         if let (false, IpAddr::V4(guest)) = (core.guest_known, self.key.guest.ip()) {
-            icmp::ask_for_guest(core, guest);
+            neighbour::ask_for_guest(core, guest);
         }
         let mss = core.mss(self.key.guest.ip()) as u16;
         let answer = self.stage == Stage::SynReceived;
