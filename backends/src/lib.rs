@@ -2,4 +2,6 @@
 
 pub mod console;
 pub mod net;
+pub mod rate;
+pub mod runtime;
 pub mod terminal;

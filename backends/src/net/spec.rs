@@ -7,10 +7,14 @@ use std::sync::Arc;
 
 use bivisor_machine::packet::PacketPort;
 
-use super::{Forward, NetError, Transport, UserConfig, UserNetwork};
+use super::tap::NAME as TAP_NAME;
+use super::{Forward, NetError, SwitchPort, Tap, Transport, UserConfig, UserNetwork};
 
 /// The smallest MTU that IPv6 allows (RFC 8200, section 5), and the largest that leaves a length field room.
 const MTU: std::ops::RangeInclusive<u16> = 1280..=65520;
+
+/// The longest name of a switch: its sockets' paths have a limit.
+const SWITCH_NAME: usize = 32;
 
 /// The longest host name (RFC 1035, section 2.3.4: a label).
 const HOSTNAME: usize = 63;
@@ -29,6 +33,10 @@ pub struct NetSpec {
 pub enum NetworkSpec {
     /// A router in user space: `user`.
     User(UserConfig),
+    /// An interface of the host's: `tap=NAME`.
+    Tap(String),
+    /// A switch between the user's machines: `switch=NAME`.
+    Switch(String),
 }
 
 impl NetSpec {
@@ -39,6 +47,8 @@ impl NetSpec {
     pub fn open(&self) -> Result<Arc<dyn PacketPort>, NetError> {
         match &self.network {
             NetworkSpec::User(config) => Ok(Arc::new(UserNetwork::new(config.clone())?)),
+            NetworkSpec::Tap(name) => Ok(Arc::new(Tap::open(name)?)),
+            NetworkSpec::Switch(name) => Ok(Arc::new(SwitchPort::join(name)?)),
         }
     }
 
@@ -46,6 +56,7 @@ impl NetSpec {
     pub fn mtu(&self) -> Option<u16> {
         match &self.network {
             NetworkSpec::User(config) => Some(config.mtu),
+            NetworkSpec::Tap(_) | NetworkSpec::Switch(_) => None,
         }
     }
 }
@@ -67,8 +78,13 @@ impl FromStr for NetSpec {
         }
         let network = match network.split_once('=') {
             None if network == "user" => NetworkSpec::User(parse_user(&others)?),
-            _ => return Err(format!("'{network}' is no network: say user")),
+            Some(("tap", name)) => NetworkSpec::Tap(parse_name(network, name, TAP_NAME)?),
+            Some(("switch", name)) => NetworkSpec::Switch(parse_name(network, name, SWITCH_NAME)?),
+            _ => return Err(format!("'{network}' is no network: say user, tap=NAME or switch=NAME")),
         };
+        if let (NetworkSpec::Tap(_) | NetworkSpec::Switch(_), Some((key, _))) = (&network, others.first()) {
+            return Err(format!("'{key}' is no option of a tap or switch: say mac="));
+        }
         Ok(Self { network, mac })
     }
 }
@@ -94,6 +110,19 @@ fn parse_user(options: &[(&str, Option<&str>)]) -> Result<UserConfig, String> {
         }
     }
     Ok(config)
+}
+
+/// A name that can be one of a file and of an interface.
+fn parse_name(text: &str, name: &str, longest: usize) -> Result<String, String> {
+    let fits = !name.is_empty()
+        && name.len() <= longest
+        && !name.starts_with(['-', '.'])
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
+    if fits {
+        Ok(name.into())
+    } else {
+        Err(format!("{text}: say a name of up to {longest} letters, digits, hyphens, underscores and dots"))
+    }
 }
 
 /// `on`, `off`, or nothing, which means on.
@@ -224,6 +253,8 @@ impl fmt::Display for NetSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.network {
             NetworkSpec::User(config) => write_user(f, config)?,
+            NetworkSpec::Tap(name) => write!(f, "tap={name}")?,
+            NetworkSpec::Switch(name) => write!(f, "switch={name}")?,
         }
         if let Some([a, b, c, d, e, g]) = self.mac {
             write!(f, ",mac={a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")?;
@@ -268,8 +299,10 @@ mod tests {
     use super::*;
 
     fn user(text: &str) -> UserConfig {
-        let NetworkSpec::User(config) = text.parse::<NetSpec>().unwrap().network;
-        config
+        match text.parse::<NetSpec>().unwrap().network {
+            NetworkSpec::User(config) => config,
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]
@@ -306,6 +339,9 @@ mod tests {
         assert_eq!(spec.mac, Some([0x52, 0x54, 0, 0xab, 0xcd, 0xef]));
         assert_eq!(spec.mtu(), Some(9000));
         assert_eq!(spec.to_string(), text);
+        for text in ["tap=tap0", "switch=office,mac=52:54:00:ab:cd:ef"] {
+            assert_eq!(text.parse::<NetSpec>().unwrap().to_string(), text);
+        }
     }
 
     #[test]
@@ -313,6 +349,10 @@ mod tests {
         for (text, tells) in [
             ("", "'' is no network"),
             ("bridge=br0", "'bridge=br0' is no network"),
+            ("tap=", "tap=: say a name"),
+            ("tap=a-name-too-long-for-linux", "tap=a-name-too-long-for-linux: say a name of up to 15"),
+            ("switch=../../etc", "switch=../../etc: say a name"),
+            ("switch=lan,restrict", "'restrict' is no option of a tap or switch"),
             ("user,fast", "'fast' is no option"),
             ("user,restrict=maybe", "restrict=maybe: say on or off"),
             ("user,hostfwd=tcp:2222-:22", "hostfwd=tcp:2222-:22: say tcp or udp"),

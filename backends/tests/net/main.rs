@@ -4,4 +4,6 @@ mod bulk;
 mod guest;
 mod hostile;
 mod ipv6;
+mod switch;
+mod tap;
 mod user;

@@ -21,18 +21,18 @@ mod udp;
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use bivisor_machine::packet::{Offload, PacketPort, PacketReceiver, PortFeatures};
 use rustix::buffer::spare_capacity;
-use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use rustix::event::{Timespec, epoll};
 use smoltcp::wire::{EthernetFrame, EthernetProtocol, IpProtocol, Ipv4Packet, Ipv6Packet};
 
 use self::core::{Core, Target};
 use super::NetError;
+use super::outlet::Outlet;
 use forward::Listener;
 use frame::Frame;
 use ping::Ping;
@@ -51,10 +51,7 @@ pub struct UserNetwork {
 
 struct Shared {
     state: Mutex<State>,
-    receiver: Mutex<Option<Arc<dyn PacketReceiver>>>,
-    wake: OwnedFd,
-    /// How often the guest has said that it has room.
-    rooms: AtomicU64,
+    outlet: Outlet,
 }
 
 struct State {
@@ -63,10 +60,10 @@ struct State {
     udp: Udp,
     ping: Ping,
     listeners: Vec<Listener>,
+    /// Frames that were made before are not for the receiver of now.
+    renewed: bool,
     /// The thread sleeps, or is about to.
     asleep: bool,
-    /// The guest took no frame, and has not said since that it has room.
-    stalled: bool,
     ended: bool,
 }
 
@@ -82,9 +79,8 @@ impl UserNetwork {
             .map(|forward| Listener::open(&config, *forward))
             .collect::<Result<Vec<_>, _>>()?;
         let core = Core::new(config).map_err(NetError::Start)?;
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|error| NetError::Start(error.into()))?;
-        core.watch(&wake, Target::Wake).map_err(|error| NetError::Start(error.into()))?;
+        let outlet = Outlet::new().map_err(NetError::Start)?;
+        core.watch(&outlet, Target::Wake).map_err(|error| NetError::Start(error.into()))?;
         for (index, listener) in listeners.iter().enumerate() {
             listener.watch(&core, index).map_err(NetError::Start)?;
         }
@@ -95,16 +91,11 @@ impl UserNetwork {
             udp: Udp::default(),
             ping: Ping::default(),
             listeners,
+            renewed: false,
             asleep: false,
-            stalled: false,
             ended: false,
         };
-        let shared = Arc::new(Shared {
-            state: Mutex::new(state),
-            receiver: Mutex::new(None),
-            wake,
-            rooms: AtomicU64::new(0),
-        });
+        let shared = Arc::new(Shared { state: Mutex::new(state), outlet });
         let thread = shared.clone();
         thread::Builder::new()
             .name("net-user".into())
@@ -130,7 +121,7 @@ impl Drop for UserNetwork {
         let State { core, tcp, .. } = &mut *state;
         tcp.clear(core);
         drop(state);
-        self.shared.wake();
+        self.shared.outlet.wake();
     }
 }
 
@@ -140,54 +131,39 @@ impl PacketPort for UserNetwork {
     }
 
     fn attach(&self, receiver: Option<Arc<dyn PacketReceiver>>, accepted: PortFeatures) {
-        let gone = receiver.is_none();
-        *self.shared.receiver.lock().unwrap_or_else(PoisonError::into_inner) = receiver;
         let mut state = self.shared.lock();
-        state.stalled = false;
         // Large segments go with partial checksums (virtio 1.2, 5.1.3.1).
         let segments = accepted.gives_segments && accepted.gives_partial_checksums;
         state.core.accepted = PortFeatures { gives_segments: segments, ..accepted };
-        if gone {
-            state.core.outbox.clear();
-        }
+        state.core.outbox.clear();
+        state.renewed = true;
         drop(state);
-        self.shared.wake();
+        self.shared.outlet.attach(receiver);
     }
 
     fn send(&self, frame: &[u8], _offload: &Offload) {
         let mut state = self.shared.lock();
         state.core.now = Instant::now();
         state.input(frame);
-        let wake = state.asleep && (state.core.hurry || (state.is_busy() && !state.stalled));
+        let stalled = self.shared.outlet.is_stalled();
+        let wake = state.asleep && (state.core.hurry || (state.is_busy() && !stalled));
         if wake {
             state.asleep = false;
         }
         drop(state);
         if wake {
-            self.shared.wake();
+            self.shared.outlet.wake();
         }
     }
 
     fn ready(&self) {
-        self.shared.rooms.fetch_add(1, Ordering::Release);
-        let mut state = self.shared.lock();
-        let was = state.stalled;
-        state.stalled = false;
-        drop(state);
-        if was {
-            self.shared.wake();
-        }
+        self.shared.outlet.ready();
     }
 }
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn wake(&self) {
-        // Fails only where the counter is full, which wakes as well.
-        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
 
     /// The thread.
@@ -213,20 +189,21 @@ impl Shared {
         state.core.now = Instant::now();
         for event in events.drain(..) {
             match Target::decode(event.data) {
-                Target::Wake => {
-                    // Its count says nothing.
-                    let _ = rustix::io::read(&self.wake, &mut [0; 8]);
-                }
+                Target::Wake => self.outlet.woken(),
                 target => state.event(target),
             }
         }
-        state.timers();
-        if !state.stalled && frames.is_empty() {
+        if state.renewed {
+            state.renewed = false;
+            frames.clear();
+        }
+        let stalled = self.outlet.is_stalled();
+        state.timers(stalled);
+        if !stalled && frames.is_empty() {
             state.work();
             state.core.take_outbox(frames);
         }
-        let busy = !state.stalled && (!frames.is_empty() || state.is_busy());
-        let stalled = state.stalled;
+        let busy = !stalled && (!frames.is_empty() || state.is_busy());
         state.asleep = !busy;
         state.core.hurry = false;
         let timeout = if busy { Some(Duration::ZERO) } else { state.core.until_timer() };
@@ -239,19 +216,13 @@ impl Shared {
 
     /// Hands frames to the guest, as far as it takes them.
     fn deliver(&self, frames: &mut VecDeque<Frame>) {
-        let Some(receiver) = self.receiver.lock().unwrap_or_else(PoisonError::into_inner).clone() else {
+        let Some(receiver) = self.outlet.receiver() else {
             frames.clear();
             return;
         };
         while let Some(frame) = frames.front() {
-            let rooms = self.rooms.load(Ordering::Acquire);
-            if !receiver.receive(frame.bytes(), frame.offload()) {
-                let mut state = self.lock();
-                if self.rooms.load(Ordering::Acquire) == rooms {
-                    state.stalled = true;
-                    return;
-                }
-                continue;
+            if !self.outlet.deliver(&*receiver, frame.bytes(), frame.offload()) {
+                return;
             }
             frames.pop_front();
         }
@@ -281,10 +252,10 @@ impl State {
         }
     }
 
-    fn timers(&mut self) {
+    fn timers(&mut self, stalled: bool) {
         while let Some(target) = self.core.due() {
             match target {
-                Target::Tcp(id) => self.tcp.timeout(&mut self.core, id, self.stalled),
+                Target::Tcp(id) => self.tcp.timeout(&mut self.core, id, stalled),
                 Target::Udp(id) => self.udp.timeout(&mut self.core, id),
                 Target::Ping(id) => self.ping.timeout(&mut self.core, id),
                 Target::Advertise => neighbour::advertise_again(&mut self.core),

@@ -60,9 +60,10 @@ impl Ping {
         let protocol = if key.peer.is_ipv4() { IpProtocol::Icmp } else { IpProtocol::Icmpv6 };
         let quote = Quote { from: key.guest, to: key.peer, protocol, head };
         if let Err(error) = self.send(core, key, bytes)
-            && let Some(reason) = udp::reason(error) {
-                icmp::send_unreachable(core, &quote, reason);
-            }
+            && let Some(reason) = udp::reason(error)
+        {
+            icmp::send_unreachable(core, &quote, reason);
+        }
     }
 
     fn send(&mut self, core: &mut Core, key: Key, bytes: &[u8]) -> rustix::io::Result<()> {
@@ -84,9 +85,10 @@ impl Ping {
             return Err(Errno::HOSTUNREACH);
         };
         if self.flows.len() >= FLOWS
-            && let Some(oldest) = self.flows.iter().min_by_key(|flow| flow.last_used).map(|flow| flow.key) {
-                self.flows.remove(&oldest);
-            }
+            && let Some(oldest) = self.flows.iter().min_by_key(|flow| flow.last_used).map(|flow| flow.key)
+        {
+            self.flows.remove(&oldest);
+        }
         let (family, protocol) = match key.peer {
             IpAddr::V4(_) => (AddressFamily::INET, ipproto::ICMP),
             IpAddr::V6(_) => (AddressFamily::INET6, ipproto::ICMPV6),
