@@ -1,5 +1,6 @@
 //! Networks: where the guest's network interfaces lead to.
 
+pub mod limit;
 mod outlet;
 mod segment;
 mod spec;
@@ -11,6 +12,7 @@ mod vnet;
 use std::io;
 use std::net::SocketAddr;
 
+pub use limit::LimitedPort;
 pub use spec::{NetSpec, NetworkSpec};
 pub use switch::SwitchPort;
 pub use tap::Tap;
