@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bivisor_backends::net::{Forward, Transport, UserConfig, UserNetwork};
-use smoltcp::socket::tcp;
+use smoltcp::socket::{icmp, tcp};
 use smoltcp::wire::{Ipv4Address, Ipv4Cidr};
 
 use crate::guest::Guest;
@@ -273,4 +273,77 @@ fn a_restricted_guest_resolves_nothing() {
     assert_eq!(answer[3] & 15, 5, "refused");
     let handle = guest.tcp(4096);
     assert!(!guest.connect(handle, (GATEWAY, echo_server()), 42000));
+}
+
+#[test]
+fn ports_that_cannot_be_had_are_told_of() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let _held = TcpListener::bind(taken).unwrap();
+    for (host, tells) in [
+        (
+            taken.to_string(),
+            format!("cannot forward tcp {taken}: another program has that port; choose another one"),
+        ),
+        (
+            "203.0.113.77:8080".into(),
+            "cannot forward tcp 203.0.113.77:8080: the host has no such address".into(),
+        ),
+    ] {
+        let forward =
+            Forward { transport: Transport::Tcp, host: host.parse().unwrap(), guest: None, port: 22 };
+        let config = UserConfig { forwards: vec![forward], ..UserConfig::default() };
+        let Err(error) = UserNetwork::new(config) else { panic!("{host} was had") };
+        assert!(error.to_string().starts_with(&tells), "{error}");
+    }
+}
+
+#[test]
+fn a_port_is_free_again_when_the_network_ends() {
+    let forward = Forward {
+        transport: Transport::Tcp,
+        host: TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap(),
+        guest: None,
+        port: 22,
+    };
+    for _ in 0..20 {
+        drop(UserNetwork::new(UserConfig { forwards: vec![forward], ..UserConfig::default() }).unwrap());
+    }
+}
+
+/// A guest that refuses what is forwarded to it: the peer is told.
+#[test]
+fn the_guest_may_refuse() {
+    let forward =
+        Forward { transport: Transport::Tcp, host: "127.0.0.1:0".parse().unwrap(), guest: None, port: 22 };
+    let network =
+        Arc::new(UserNetwork::new(UserConfig { forwards: vec![forward], ..UserConfig::default() }).unwrap());
+    let address = network.forwarded()[0];
+    let mut guest = Guest::new(network).configured();
+    let client = thread::spawn(move || {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.read(&mut [0; 16])
+    });
+    guest.until("the refusal", |_| client.is_finished());
+    let error = client.join().unwrap().unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+/// A datagram to a port where nobody listens comes back as an ICMP message.
+#[test]
+fn a_closed_udp_port_is_told_of() {
+    let free = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let mut guest = guest(loopback());
+    let buffer = || icmp::PacketBuffer::new(vec![icmp::PacketMetadata::EMPTY; 4], vec![0; 4096]);
+    let mut listener = icmp::Socket::new(buffer(), buffer());
+    listener.bind(icmp::Endpoint::Udp(5000.into())).unwrap();
+    let listener = guest.sockets.add(listener);
+    let handle = guest.udp(5000);
+    guest.udp_socket(handle).send_slice(b"anybody?", (GATEWAY, free)).unwrap();
+    guest.until("a message", |guest| match guest.sockets.get_mut::<icmp::Socket<'_>>(listener).recv() {
+        Ok((bytes, _)) => {
+            assert_eq!(bytes[..2], [3, 3], "port unreachable");
+            true
+        }
+        Err(_) => false,
+    });
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use bivisor_machine::packet::PortFeatures;
 use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use smoltcp::wire::EthernetAddress;
 
 use super::config::UserConfig;
@@ -30,6 +31,10 @@ const POOL: usize = 32;
 
 /// Bytes that TCP may hold for all connections of a guest, both ways together.
 pub const TCP_BUDGET: usize = 64 << 20;
+
+/// Descriptors that a network asks the host for, and those that it leaves to the rest of the process.
+const DESCRIPTORS: u64 = 8192;
+const SPARED: u64 = 128;
 
 /// Whom an event or a timer is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -96,6 +101,8 @@ pub struct Core {
     pub accepted: PortFeatures,
     pub outbox: VecDeque<Frame>,
     outbox_bytes: usize,
+    /// Sockets that the network may have.
+    pub sockets: usize,
     /// Bytes held by TCP: see [`TCP_BUDGET`].
     pub held: usize,
     pub now: Instant,
@@ -121,6 +128,7 @@ impl Core {
             accepted: PortFeatures::default(),
             outbox: VecDeque::new(),
             outbox_bytes: 0,
+            sockets: raise_descriptor_limit(),
             held: 0,
             now: Instant::now(),
             timers: BinaryHeap::new(),
@@ -260,4 +268,16 @@ fn is_global(address: IpAddr) -> bool {
             first & 0xffc0 != 0xfe80 && first & 0xff00 != 0xff00 && !embeds_ipv4
         }
     }
+}
+
+/// Asks for more descriptors than the 1024 that a process usually begins with, as far as its own upper limit goes.
+/// Says how many sockets fit.
+fn raise_descriptor_limit() -> usize {
+    let limit = getrlimit(Resource::Nofile);
+    let current = limit.current.unwrap_or(DESCRIPTORS);
+    let wanted = DESCRIPTORS.min(limit.maximum.unwrap_or(DESCRIPTORS));
+    let raised = wanted > current
+        && setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum: limit.maximum }).is_ok();
+    let descriptors = if raised { wanted } else { current };
+    descriptors.saturating_sub(SPARED).clamp(16, DESCRIPTORS) as usize
 }

@@ -144,7 +144,7 @@ impl Udp {
     }
 
     fn open(&mut self, core: &mut Core, key: Key, target: SocketAddr, payload: &[u8], query: bool) {
-        let id = self.make_room();
+        let id = self.make_room(core);
         let opened = dial(target).and_then(|socket| core.watch(&socket, Target::Udp(id)).map(|()| socket));
         let socket = match opened {
             Ok(socket) => socket,
@@ -177,7 +177,7 @@ impl Udp {
         payload: &[u8],
     ) {
         if self.flows.find(&key).is_none() {
-            self.make_room();
+            self.make_room(core);
             let Ok(listener) = listener.try_clone_to_owned() else { return };
             self.insert(core, key, Way::Forward { listener, peer });
         }
@@ -244,8 +244,8 @@ impl Udp {
     }
 
     /// Makes room for one more; its name.
-    fn make_room(&mut self) -> Id {
-        if self.flows.len() >= FLOWS
+    fn make_room(&mut self, core: &Core) -> Id {
+        if self.flows.len() >= FLOWS.min(core.sockets / 4)
             && let Some(key) = self.flows.iter().min_by_key(|flow| flow.last_used).map(|flow| flow.key)
         {
             self.flows.remove(&key);

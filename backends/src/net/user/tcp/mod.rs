@@ -238,7 +238,8 @@ impl Tcp {
 
     /// Where there are too many connections, the one that was idle for longest makes way.
     fn make_room(&mut self, core: &mut Core) {
-        if self.flows.len() < FLOWS {
+        // A quarter of the sockets is for UDP.
+        if self.flows.len() < FLOWS.min(core.sockets * 3 / 4) {
             return;
         }
         let oldest = self.flows.iter().min_by_key(|flow| flow.last_used).map(|flow| flow.key);
