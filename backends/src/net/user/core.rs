@@ -105,6 +105,8 @@ pub struct Core {
     pub sockets: usize,
     /// Bytes held by TCP: see [`TCP_BUDGET`].
     pub held: usize,
+    /// The last datagram that was sent to the guest.
+    ident: u32,
     pub now: Instant,
     timers: BinaryHeap<Reverse<(Instant, Target)>>,
     /// A timer has come before all others since the thread last looked.
@@ -130,6 +132,7 @@ impl Core {
             outbox_bytes: 0,
             sockets: raise_descriptor_limit(),
             held: 0,
+            ident: 0,
             now: Instant::now(),
             timers: BinaryHeap::new(),
             hurry: false,
@@ -186,6 +189,17 @@ impl Core {
     pub fn offer(&mut self, frame: Frame) {
         if self.has_room() {
             self.push(frame);
+        }
+    }
+
+    /// A UDP datagram for the guest; the payload begins at [`HEADROOM`]. Lost where too many frames wait already.
+    pub fn offer_datagram(&mut self, source: SocketAddr, dest: SocketAddr, buffer: Vec<u8>) {
+        if self.has_room() {
+            self.ident = self.ident.wrapping_add(1);
+            let mtu = self.config.mtu.into();
+            for frame in self.link.datagram(source, dest, buffer, mtu, self.ident) {
+                self.push(frame);
+            }
         }
     }
 

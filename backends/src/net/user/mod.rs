@@ -10,6 +10,7 @@ mod core;
 mod dhcp;
 mod dns;
 mod forward;
+mod fragments;
 mod frame;
 mod icmp;
 mod neighbour;
@@ -19,7 +20,7 @@ mod tcp;
 mod udp;
 
 use std::collections::VecDeque;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -34,6 +35,7 @@ use self::core::{Core, Target};
 use super::NetError;
 use super::outlet::Outlet;
 use forward::Listener;
+use fragments::{Fragments, Key};
 use frame::Frame;
 use ping::Ping;
 use tcp::Tcp;
@@ -59,6 +61,7 @@ struct State {
     tcp: Tcp,
     udp: Udp,
     ping: Ping,
+    fragments: Fragments,
     listeners: Vec<Listener>,
     /// Frames that were made before are not for the receiver of now.
     renewed: bool,
@@ -90,6 +93,7 @@ impl UserNetwork {
             tcp: Tcp::default(),
             udp: Udp::default(),
             ping: Ping::default(),
+            fragments: Fragments::default(),
             listeners,
             renewed: false,
             asleep: false,
@@ -294,17 +298,29 @@ impl State {
         if packet.version() != 4 || !packet.verify_checksum() {
             return;
         }
+        let (source, dest) = (packet.src_addr(), packet.dst_addr());
+        let (protocol, payload) = (packet.next_header(), packet.payload());
         if packet.more_frags() || packet.frag_offset() != 0 {
+            let key =
+                Key { source: source.into(), dest: dest.into(), protocol, ident: packet.ident().into() };
+            let at = packet.frag_offset().into();
+            let whole = self.fragments.add(self.core.now, key, at, packet.more_frags(), payload);
+            if let Some(whole) = whole {
+                self.ipv4_payload(source, dest, protocol, &whole);
+            }
             return;
         }
-        let (source, dest) = (packet.src_addr(), packet.dst_addr());
+        self.ipv4_payload(source, dest, protocol, payload);
+    }
+
+    fn ipv4_payload(&mut self, source: Ipv4Addr, dest: Ipv4Addr, protocol: IpProtocol, bytes: &[u8]) {
         let core = &mut self.core;
-        match packet.next_header() {
+        match protocol {
             IpProtocol::Tcp if !source.is_unspecified() => {
-                self.tcp.input(core, source.into(), dest.into(), packet.payload());
+                self.tcp.input(core, source.into(), dest.into(), bytes)
             }
-            IpProtocol::Udp => self.udp.input(core, source.into(), dest.into(), packet.payload()),
-            IpProtocol::Icmp => icmp::input_v4(core, &mut self.ping, source, dest, packet.payload()),
+            IpProtocol::Udp => self.udp.input(core, source.into(), dest.into(), bytes),
+            IpProtocol::Icmp => icmp::input_v4(core, &mut self.ping, source, dest, bytes),
             _ => {}
         }
     }
@@ -314,16 +330,45 @@ impl State {
         if packet.version() != 6 {
             return;
         }
-        let (source, dest) = (packet.src_addr(), packet.dst_addr());
+        let (source, dest, hop_limit) = (packet.src_addr(), packet.dst_addr(), packet.hop_limit());
+        let payload = packet.payload();
+        if packet.next_header() != IpProtocol::Ipv6Frag {
+            self.ipv6_payload(source, dest, hop_limit, packet.next_header(), payload);
+            return;
+        }
+        let Some((&[protocol, _, high, low, a, b, c, d], bytes)) = payload.split_first_chunk() else {
+            return;
+        };
+        let protocol = IpProtocol::from(protocol);
+        let place = u16::from_be_bytes([high, low]);
+        let key = Key {
+            source: source.into(),
+            dest: dest.into(),
+            protocol,
+            ident: u32::from_be_bytes([a, b, c, d]),
+        };
+        // The lowest bit says that more follows.
+        let whole = self.fragments.add(self.core.now, key, usize::from(place & !7), place & 1 != 0, bytes);
+        if let Some(whole) = whole {
+            self.ipv6_payload(source, dest, hop_limit, protocol, &whole);
+        }
+    }
+
+    fn ipv6_payload(
+        &mut self,
+        source: Ipv6Addr,
+        dest: Ipv6Addr,
+        hop_limit: u8,
+        protocol: IpProtocol,
+        bytes: &[u8],
+    ) {
         let core = &mut self.core;
-        match packet.next_header() {
+        match protocol {
             IpProtocol::Tcp if !source.is_unspecified() => {
-                self.tcp.input(core, source.into(), dest.into(), packet.payload());
+                self.tcp.input(core, source.into(), dest.into(), bytes)
             }
-            IpProtocol::Udp => self.udp.input(core, source.into(), dest.into(), packet.payload()),
-            IpProtocol::Icmpv6 => {
-                icmp::input_v6(core, &mut self.ping, source, dest, packet.hop_limit(), packet.payload());
-            }
+            IpProtocol::Udp => self.udp.input(core, source.into(), dest.into(), bytes),
+            IpProtocol::Icmpv6 => icmp::input_v6(core, &mut self.ping, source, dest, hop_limit, bytes),
             _ => {}
         }
     }

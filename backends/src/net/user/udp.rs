@@ -120,7 +120,7 @@ impl Udp {
             && let dns::Answer::Own(reply) = dns::answer(&core.config, payload)
         {
             let key = flow.key;
-            core.offer(core.link.udp(key.peer, key.guest, frame::buffer_with(&reply)));
+            core.offer_datagram(key.peer, key.guest, frame::buffer_with(&reply));
             return;
         }
         if let Err(error) = flow.send(payload)
@@ -137,7 +137,7 @@ impl Udp {
                 None => refuse(core, key, Unreachable::Port),
             },
             dns::Answer::Own(reply) => {
-                core.offer(core.link.udp(key.peer, key.guest, frame::buffer_with(&reply)));
+                core.offer_datagram(key.peer, key.guest, frame::buffer_with(&reply));
             }
             dns::Answer::Ignore => {}
         }
@@ -184,7 +184,7 @@ impl Udp {
         if let Some(flow) = self.flows.find(&key).and_then(|id| self.flows.get_mut(id)) {
             flow.last_used = core.now;
         }
-        core.offer(core.link.udp(key.peer, key.guest, frame::buffer_with(payload)));
+        core.offer_datagram(key.peer, key.guest, frame::buffer_with(payload));
     }
 
     /// A key under which a peer's datagrams may reach the guest: this one, if no other peer has it.
@@ -274,7 +274,7 @@ fn read(core: &mut Core, flow: &mut Flow) -> bool {
                 flow.last_used = core.now;
                 flow.answered = true;
                 let payload = frame::buffer_with(&buffer[HEADROOM..HEADROOM + count]);
-                core.push(core.link.udp(flow.key.peer, flow.key.guest, payload));
+                core.offer_datagram(flow.key.peer, flow.key.guest, payload);
             }
             Err(Errno::AGAIN) => {
                 core.recycle(buffer);
