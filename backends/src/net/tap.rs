@@ -124,10 +124,9 @@ impl PacketPort for Tap {
                 offloads |= TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN;
             }
         }
-        // SAFETY: TUNSETOFFLOAD takes an integer, not a pointer.
-        let set = unsafe { ioctl(&self.shared.tap, IntegerSetter::<TUNSETOFFLOAD>::new_usize(offloads)) };
         // A driver that does not know one of them gives plain frames, which everybody takes.
-        let _ = set;
+        // SAFETY: TUNSETOFFLOAD takes an integer, not a pointer.
+        let _ = unsafe { ioctl(&self.shared.tap, IntegerSetter::<TUNSETOFFLOAD>::new_usize(offloads)) };
         self.shared.outlet.attach(receiver);
     }
 

@@ -20,8 +20,8 @@ use super::table::{GENERATIONS, Id};
 /// Frames that may wait for the guest; beyond it, hosts' sockets are not read, and answers are dropped.
 const OUTBOX_FRAMES: usize = 512;
 
-/// Bytes that may wait for the guest likewise.
-const OUTBOX_BYTES: usize = 4 << 20;
+/// Bytes that may wait for the guest likewise. As long as they take to read, a guest that sends has to wait.
+const OUTBOX_BYTES: usize = 1 << 20;
 
 /// The largest IP packet that a length field can tell, rounded down to what all headers leave.
 pub const LARGEST: usize = 65535 - 40 - 20;
