@@ -4,5 +4,6 @@ pub mod console;
 pub mod disk;
 pub mod net;
 pub mod rate;
+pub mod runtime;
 pub mod terminal;
 pub mod vsock;

@@ -21,6 +21,7 @@ pub mod lifecycle;
 pub mod machine;
 pub mod map;
 pub mod memory;
+pub mod net_switch;
 pub mod packet;
 pub mod pc;
 pub mod sync;

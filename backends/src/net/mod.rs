@@ -1,12 +1,21 @@
 //! Networks: where the guest's network interfaces lead to.
 
+pub mod limit;
+mod outlet;
+mod segment;
 mod spec;
+pub mod switch;
+pub mod tap;
 pub mod user;
+mod vnet;
 
 use std::io;
 use std::net::SocketAddr;
 
+pub use limit::LimitedPort;
 pub use spec::{NetSpec, NetworkSpec};
+pub use switch::SwitchPort;
+pub use tap::Tap;
 pub use user::{Forward, Transport, UserConfig, UserNetwork};
 
 /// Why a network could not be opened.
@@ -51,6 +60,28 @@ pub enum NetError {
         #[source]
         error: io::Error,
     },
+    /// A switch can't be joined.
+    #[error("cannot join the switch {0}: {1}")]
+    Switch(String, #[source] io::Error),
+    /// The host has no taps.
+    #[error(
+        "cannot open the tap {0}: /dev/net/tun cannot be opened ({1}); use --net user, or load the module tun"
+    )]
+    TapDevice(String, #[source] io::Error),
+    /// A tap is not ours.
+    #[error(
+        "cannot open the tap {0}: it is not yours; have it made by root: ip tuntap add {0} mode tap user $USER"
+    )]
+    TapDenied(String),
+    /// Somebody else has the tap.
+    #[error("cannot open the tap {0}: another program has it")]
+    TapBusy(String),
+    /// An interface of this name is something else.
+    #[error("cannot open the tap {0}: there is an interface of that name that is no tap with one queue")]
+    TapKind(String),
+    /// A tap can't be opened.
+    #[error("cannot open the tap {0}: {1}")]
+    Tap(String, #[source] io::Error),
     /// The host has no descriptors or threads to give.
     #[error("cannot start the network: {0}")]
     Start(#[source] io::Error),

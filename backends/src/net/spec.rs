@@ -7,10 +7,18 @@ use std::sync::Arc;
 
 use bivisor_machine::packet::PacketPort;
 
-use super::{Forward, NetError, Transport, UserConfig, UserNetwork};
+use super::tap::NAME as TAP_NAME;
+use super::{Forward, LimitedPort, NetError, SwitchPort, Tap, Transport, UserConfig, UserNetwork};
+use crate::rate::RateLimit;
 
 /// The smallest MTU that IPv6 allows (RFC 8200, section 5), and the largest that leaves a length field room.
 const MTU: std::ops::RangeInclusive<u16> = 1280..=65520;
+
+/// The longest name of a switch: its sockets' paths have a limit.
+const SWITCH_NAME: usize = 32;
+
+/// The words of rate limits.
+const RATES: &str = "out-bytes=, out-packets=, in-bytes=, in-packets= (per second)";
 
 /// The longest host name (RFC 1035, section 2.3.4: a label).
 const HOSTNAME: usize = 63;
@@ -22,6 +30,10 @@ pub struct NetSpec {
     pub network: NetworkSpec,
     /// Its Ethernet address; none: a random one.
     pub mac: Option<[u8; 6]>,
+    /// What the guest may send: `out-bytes`, `out-packets`, each per second.
+    pub out: RateLimit,
+    /// What the guest may get: `in-bytes`, `in-packets`, each per second.
+    pub to_guest: RateLimit,
 }
 
 /// Where a network interface leads to.
@@ -29,6 +41,10 @@ pub struct NetSpec {
 pub enum NetworkSpec {
     /// A router in user space: `user`.
     User(UserConfig),
+    /// An interface of the host's: `tap=NAME`.
+    Tap(String),
+    /// A switch between the user's machines: `switch=NAME`.
+    Switch(String),
 }
 
 impl NetSpec {
@@ -37,15 +53,22 @@ impl NetSpec {
     /// # Errors
     /// What the host does not let us have, in one sentence.
     pub fn open(&self) -> Result<Arc<dyn PacketPort>, NetError> {
-        match &self.network {
-            NetworkSpec::User(config) => Ok(Arc::new(UserNetwork::new(config.clone())?)),
+        let port: Arc<dyn PacketPort> = match &self.network {
+            NetworkSpec::User(config) => Arc::new(UserNetwork::new(config.clone())?),
+            NetworkSpec::Tap(name) => Arc::new(Tap::open(name)?),
+            NetworkSpec::Switch(name) => Arc::new(SwitchPort::join(name)?),
+        };
+        if self.out.is_unlimited() && self.to_guest.is_unlimited() {
+            return Ok(port);
         }
+        Ok(Arc::new(LimitedPort::new(port, self.out, self.to_guest)?))
     }
 
     /// The largest IP packet, in bytes, if it is not left to the network.
     pub fn mtu(&self) -> Option<u16> {
         match &self.network {
             NetworkSpec::User(config) => Some(config.mtu),
+            NetworkSpec::Tap(_) | NetworkSpec::Switch(_) => None,
         }
     }
 }
@@ -57,19 +80,29 @@ impl FromStr for NetSpec {
         let mut words = text.split(',');
         let network = words.next().unwrap_or_default();
         let mut mac = None;
+        let (mut out, mut to_guest) = (RateLimit::default(), RateLimit::default());
         let mut others = Vec::new();
         for word in words {
             let (key, value) = word.split_once('=').map_or((word, None), |(key, value)| (key, Some(value)));
             match (key, value) {
                 ("mac", Some(value)) => mac = Some(parse_mac(value)?),
+                ("out-bytes", Some(value)) => out.bytes = Some(parse_amount(word, value)?),
+                ("out-packets", Some(value)) => out.operations = Some(parse_amount(word, value)?),
+                ("in-bytes", Some(value)) => to_guest.bytes = Some(parse_amount(word, value)?),
+                ("in-packets", Some(value)) => to_guest.operations = Some(parse_amount(word, value)?),
                 _ => others.push((key, value)),
             }
         }
         let network = match network.split_once('=') {
             None if network == "user" => NetworkSpec::User(parse_user(&others)?),
-            _ => return Err(format!("'{network}' is no network: say user")),
+            Some(("tap", name)) => NetworkSpec::Tap(parse_name(network, name, TAP_NAME)?),
+            Some(("switch", name)) => NetworkSpec::Switch(parse_name(network, name, SWITCH_NAME)?),
+            _ => return Err(format!("'{network}' is no network: say user, tap=NAME or switch=NAME")),
         };
-        Ok(Self { network, mac })
+        if let (NetworkSpec::Tap(_) | NetworkSpec::Switch(_), Some((key, _))) = (&network, others.first()) {
+            return Err(format!("'{key}' is no option of a tap or switch: say mac= or {RATES}"));
+        }
+        Ok(Self { network, mac, out, to_guest })
     }
 }
 
@@ -88,12 +121,25 @@ fn parse_user(options: &[(&str, Option<&str>)]) -> Result<UserConfig, String> {
             _ => {
                 return Err(format!(
                     "'{key}' is no option of a user network: say hostfwd=, restrict, host-loopback=, ipv6=, net=, \
-                     mtu=, hostname=, dns= or mac="
+                     mtu=, hostname=, dns=, mac= or {RATES}"
                 ));
             }
         }
     }
     Ok(config)
+}
+
+/// A name that can be one of a file and of an interface.
+fn parse_name(text: &str, name: &str, longest: usize) -> Result<String, String> {
+    let fits = !name.is_empty()
+        && name.len() <= longest
+        && !name.starts_with(['-', '.'])
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
+    if fits {
+        Ok(name.into())
+    } else {
+        Err(format!("{text}: say a name of up to {longest} letters, digits, hyphens, underscores and dots"))
+    }
 }
 
 /// `on`, `off`, or nothing, which means on.
@@ -120,6 +166,23 @@ fn parse_mac(text: &str) -> Result<[u8; 6], String> {
     let mac: [u8; 6] = bytes.try_into().map_err(|_| bad())?;
     // The lowest bit of the first byte means a group.
     if mac[0] & 1 != 0 || mac == [0; 6] { Err(bad()) } else { Ok(mac) }
+}
+
+/// A number above zero, with K, M or G for powers of 1024.
+fn parse_amount(word: &str, text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(['K', 'M', 'G']);
+    let shift = match &text[digits.len()..] {
+        "" => Some(0),
+        "K" => Some(10),
+        "M" => Some(20),
+        "G" => Some(30),
+        _ => None,
+    };
+    let number = digits.parse::<u64>().ok().filter(|number| *number > 0 && !digits.starts_with('+'));
+    number
+        .zip(shift)
+        .and_then(|(number, shift)| number.checked_mul(1 << shift))
+        .ok_or_else(|| format!("{word}: say a number above zero, with K, M or G if you like"))
 }
 
 fn parse_mtu(text: &str) -> Result<u16, String> {
@@ -224,9 +287,21 @@ impl fmt::Display for NetSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.network {
             NetworkSpec::User(config) => write_user(f, config)?,
+            NetworkSpec::Tap(name) => write!(f, "tap={name}")?,
+            NetworkSpec::Switch(name) => write!(f, "switch={name}")?,
         }
         if let Some([a, b, c, d, e, g]) = self.mac {
             write!(f, ",mac={a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")?;
+        }
+        for (word, amount) in [
+            ("out-bytes", self.out.bytes),
+            ("out-packets", self.out.operations),
+            ("in-bytes", self.to_guest.bytes),
+            ("in-packets", self.to_guest.operations),
+        ] {
+            if let Some(amount) = amount {
+                write!(f, ",{word}={amount}")?;
+            }
         }
         Ok(())
     }
@@ -268,8 +343,10 @@ mod tests {
     use super::*;
 
     fn user(text: &str) -> UserConfig {
-        let NetworkSpec::User(config) = text.parse::<NetSpec>().unwrap().network;
-        config
+        match text.parse::<NetSpec>().unwrap().network {
+            NetworkSpec::User(config) => config,
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]
@@ -306,6 +383,19 @@ mod tests {
         assert_eq!(spec.mac, Some([0x52, 0x54, 0, 0xab, 0xcd, 0xef]));
         assert_eq!(spec.mtu(), Some(9000));
         assert_eq!(spec.to_string(), text);
+        for text in [
+            "tap=tap0",
+            "switch=office,mac=52:54:00:ab:cd:ef,out-bytes=1000,out-packets=5,in-bytes=7,in-packets=9",
+        ] {
+            assert_eq!(text.parse::<NetSpec>().unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn rates_have_units() {
+        let spec: NetSpec = "user,out-bytes=10M,in-packets=2K".parse().unwrap();
+        assert_eq!(spec.out, RateLimit { bytes: Some(10 << 20), operations: None });
+        assert_eq!(spec.to_guest, RateLimit { bytes: None, operations: Some(2048) });
     }
 
     #[test]
@@ -313,6 +403,13 @@ mod tests {
         for (text, tells) in [
             ("", "'' is no network"),
             ("bridge=br0", "'bridge=br0' is no network"),
+            ("user,out-bytes=0", "out-bytes=0: say a number above zero"),
+            ("user,in-packets=5X", "in-packets=5X: say a number above zero"),
+            ("user,in-bytes=99999999999G", "in-bytes=99999999999G: say a number above zero"),
+            ("tap=", "tap=: say a name"),
+            ("tap=a-name-too-long-for-linux", "tap=a-name-too-long-for-linux: say a name of up to 15"),
+            ("switch=../../etc", "switch=../../etc: say a name"),
+            ("switch=lan,restrict", "'restrict' is no option of a tap or switch"),
             ("user,fast", "'fast' is no option"),
             ("user,restrict=maybe", "restrict=maybe: say on or off"),
             ("user,hostfwd=tcp:2222-:22", "hostfwd=tcp:2222-:22: say tcp or udp"),

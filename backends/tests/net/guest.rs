@@ -1,12 +1,13 @@
 //! A guest: an interface of smoltcp's on a packet port.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use bivisor_machine::packet::{Offload, PacketPort, PacketReceiver, PortFeatures};
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
-use smoltcp::phy::{ChecksumCapabilities, Device, DeviceCapabilities, Medium, RxToken, TxToken};
+use smoltcp::phy::{Checksum, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::{dhcpv4, tcp, udp};
 use smoltcp::time::Instant as Moment;
 use smoltcp::wire::{EthernetAddress, IpCidr, Ipv4Address, Ipv4Cidr};
@@ -23,6 +24,7 @@ const ROOM: usize = 256;
 #[derive(Default)]
 pub struct Queue {
     frames: Mutex<VecDeque<(Vec<u8>, Offload)>>,
+    largest: AtomicUsize,
     filled: Condvar,
 }
 
@@ -32,6 +34,7 @@ impl PacketReceiver for Queue {
         if frames.len() >= ROOM {
             return false;
         }
+        self.largest.fetch_max(frame.len(), Ordering::Relaxed);
         frames.push_back((frame.to_vec(), *offload));
         self.filled.notify_one();
         true
@@ -48,6 +51,11 @@ impl Queue {
             port.ready();
         }
         frame.map(|(frame, _)| frame)
+    }
+
+    /// The largest frame so far, in bytes.
+    pub fn largest(&self) -> usize {
+        self.largest.load(Ordering::Relaxed)
     }
 
     pub fn wait(&self, timeout: Duration) {
@@ -103,7 +111,8 @@ impl Device for Wire {
         capabilities.medium = Medium::Ethernet;
         capabilities.max_transmission_unit = self.mtu + 14;
         if !self.checksums {
-            capabilities.checksum = ChecksumCapabilities::ignored();
+            // What comes is not verified: it may be a part of a checksum only.
+            capabilities.checksum.tcp = Checksum::Tx;
         }
         capabilities
     }
@@ -125,11 +134,25 @@ impl Guest {
 
     /// A guest with another MTU that leaves checksums to its device, or not.
     pub fn with(port: Arc<dyn PacketPort>, mtu: usize, checksums: bool) -> Self {
+        Self::build(port, mtu, checksums, MAC)
+    }
+
+    /// One of several guests: number 1 has the address 10.0.0.1.
+    pub fn numbered(port: Arc<dyn PacketPort>, number: u8) -> Self {
+        let mut guest = Self::build(port, 1500, true, [0x52, 0x54, 0, 0, 0, number]);
+        guest.set_address(
+            Ipv4Cidr::new(Ipv4Address::new(10, 0, 0, number), 24),
+            Ipv4Address::new(10, 0, 0, 254),
+        );
+        guest
+    }
+
+    fn build(port: Arc<dyn PacketPort>, mtu: usize, checksums: bool, mac: [u8; 6]) -> Self {
         let queue = Arc::new(Queue::default());
         let accepted = if checksums { PortFeatures::default() } else { port.features() };
         port.attach(Some(queue.clone()), accepted);
         let mut wire = Wire { port, queue, mtu, checksums };
-        let mut config = Config::new(EthernetAddress(MAC).into());
+        let mut config = Config::new(EthernetAddress(mac).into());
         config.random_seed = 0x5eed;
         let interface = Interface::new(config, &mut wire, Moment::ZERO);
         Self { wire, interface, sockets: SocketSet::new(vec![]), began: Instant::now() }

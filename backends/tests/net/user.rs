@@ -1,5 +1,6 @@
 //! The user-mode network.
 
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
@@ -7,10 +8,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bivisor_backends::net::{Forward, Transport, UserConfig, UserNetwork};
-use smoltcp::socket::tcp;
-use smoltcp::wire::{Ipv4Address, Ipv4Cidr};
+use bivisor_machine::packet::Offload;
+use smoltcp::socket::{icmp, tcp};
+use smoltcp::wire::{IpAddress, IpProtocol, Ipv4Address, Ipv4Cidr, Ipv4Packet, UdpPacket};
 
-use crate::guest::Guest;
+use crate::guest::{Guest, MAC};
 
 const GATEWAY: Ipv4Address = Ipv4Address::new(10, 0, 2, 2);
 const DNS: Ipv4Address = Ipv4Address::new(10, 0, 2, 3);
@@ -273,4 +275,144 @@ fn a_restricted_guest_resolves_nothing() {
     assert_eq!(answer[3] & 15, 5, "refused");
     let handle = guest.tcp(4096);
     assert!(!guest.connect(handle, (GATEWAY, echo_server()), 42000));
+}
+
+#[test]
+fn ports_that_cannot_be_had_are_told_of() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let _held = TcpListener::bind(taken).unwrap();
+    for (host, tells) in [
+        (
+            taken.to_string(),
+            format!("cannot forward tcp {taken}: another program has that port; choose another one"),
+        ),
+        (
+            "203.0.113.77:8080".into(),
+            "cannot forward tcp 203.0.113.77:8080: the host has no such address".into(),
+        ),
+    ] {
+        let forward =
+            Forward { transport: Transport::Tcp, host: host.parse().unwrap(), guest: None, port: 22 };
+        let config = UserConfig { forwards: vec![forward], ..UserConfig::default() };
+        let Err(error) = UserNetwork::new(config) else { panic!("{host} was had") };
+        assert!(error.to_string().starts_with(&tells), "{error}");
+    }
+}
+
+#[test]
+fn a_port_is_free_again_when_the_network_ends() {
+    let forward = Forward {
+        transport: Transport::Tcp,
+        host: TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap(),
+        guest: None,
+        port: 22,
+    };
+    for _ in 0..20 {
+        drop(UserNetwork::new(UserConfig { forwards: vec![forward], ..UserConfig::default() }).unwrap());
+    }
+}
+
+/// A guest that refuses what is forwarded to it: the peer is told.
+#[test]
+fn the_guest_may_refuse() {
+    let forward =
+        Forward { transport: Transport::Tcp, host: "127.0.0.1:0".parse().unwrap(), guest: None, port: 22 };
+    let network =
+        Arc::new(UserNetwork::new(UserConfig { forwards: vec![forward], ..UserConfig::default() }).unwrap());
+    let address = network.forwarded()[0];
+    let mut guest = Guest::new(network).configured();
+    let client = thread::spawn(move || {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.read(&mut [0; 16])
+    });
+    guest.until("the refusal", |_| client.is_finished());
+    let error = client.join().unwrap().unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+/// A datagram to a port where nobody listens comes back as an ICMP message.
+#[test]
+fn a_closed_udp_port_is_told_of() {
+    let free = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let mut guest = guest(loopback());
+    let buffer = || icmp::PacketBuffer::new(vec![icmp::PacketMetadata::EMPTY; 4], vec![0; 4096]);
+    let mut listener = icmp::Socket::new(buffer(), buffer());
+    listener.bind(icmp::Endpoint::Udp(5000.into())).unwrap();
+    let listener = guest.sockets.add(listener);
+    let handle = guest.udp(5000);
+    guest.udp_socket(handle).send_slice(b"anybody?", (GATEWAY, free)).unwrap();
+    guest.until("a message", |guest| match guest.sockets.get_mut::<icmp::Socket<'_>>(listener).recv() {
+        Ok((bytes, _)) => {
+            assert_eq!(bytes[..2], [3, 3], "port unreachable");
+            true
+        }
+        Err(_) => false,
+    });
+}
+
+/// Frames of a large datagram in pieces of IPv4, as Linux would send it.
+fn pieces(payload: &[u8], from: u16, to: u16) -> Vec<Vec<u8>> {
+    let mut datagram = vec![0; 8];
+    let mut udp = UdpPacket::new_unchecked(&mut datagram[..]);
+    udp.set_src_port(from);
+    udp.set_dst_port(to);
+    udp.set_len((8 + payload.len()) as u16);
+    datagram.extend_from_slice(payload);
+    let count = datagram.len().div_ceil(1480);
+    let frames = datagram.chunks(1480).enumerate().map(|(number, bytes)| {
+        let mut frame = vec![0x52, 0x55, 10, 0, 2, 2];
+        frame.extend(MAC);
+        frame.extend([8, 0]);
+        frame.resize(34, 0);
+        frame.extend_from_slice(bytes);
+        let mut ip = Ipv4Packet::new_unchecked(&mut frame[14..]);
+        ip.set_version(4);
+        ip.set_header_len(20);
+        ip.set_total_len((20 + bytes.len()) as u16);
+        ip.set_ident(77);
+        ip.set_more_frags(number + 1 < count);
+        ip.set_frag_offset((number * 1480) as u16);
+        ip.set_hop_limit(64);
+        ip.set_next_header(IpProtocol::Udp);
+        ip.set_src_addr(Ipv4Address::new(10, 0, 2, 15));
+        ip.set_dst_addr(GATEWAY);
+        ip.fill_checksum();
+        frame
+    });
+    frames.collect()
+}
+
+/// A datagram that needs pieces on the way there and on the way back.
+#[test]
+fn large_datagrams_go_in_pieces() {
+    let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let port = server.local_addr().unwrap().port();
+    thread::spawn(move || {
+        let mut bytes = vec![0; 65536];
+        let (count, from) = server.recv_from(&mut bytes).unwrap();
+        bytes[..count].reverse();
+        server.send_to(&bytes[..count], from).unwrap();
+    });
+    let guest = guest(loopback());
+    let payload = pattern(20_000);
+    for frame in pieces(&payload, 5000, port).into_iter().rev() {
+        guest.wire.port.send(&frame, &Offload::default());
+    }
+    let (mut got, end) = (BTreeMap::new(), Instant::now() + Duration::from_secs(5));
+    while got.values().map(Vec::len).sum::<usize>() < payload.len() + 8 {
+        assert!(Instant::now() < end, "not all pieces came back");
+        guest.wire.queue.wait(Duration::from_millis(10));
+        let Some(frame) = guest.wire.queue.pop(&*guest.wire.port) else { continue };
+        assert!(frame.len() <= 1514);
+        let ip = Ipv4Packet::new_checked(&frame[14..]).unwrap();
+        assert!(ip.verify_checksum());
+        got.insert(ip.frag_offset(), ip.payload().to_vec());
+    }
+    let mut answer: Vec<u8> = got.into_values().flatten().collect();
+    let udp = UdpPacket::new_checked(&answer[..]).unwrap();
+    let addresses = [GATEWAY, Ipv4Address::new(10, 0, 2, 15)].map(IpAddress::Ipv4);
+    assert!(udp.verify_checksum(&addresses[0], &addresses[1]));
+    answer.drain(..8);
+    answer.reverse();
+    assert!(answer == payload, "the bytes that came back differ");
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use bivisor_machine::packet::PortFeatures;
 use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use smoltcp::wire::EthernetAddress;
 
 use super::config::UserConfig;
@@ -19,8 +20,8 @@ use super::table::{GENERATIONS, Id};
 /// Frames that may wait for the guest; beyond it, hosts' sockets are not read, and answers are dropped.
 const OUTBOX_FRAMES: usize = 512;
 
-/// Bytes that may wait for the guest likewise.
-const OUTBOX_BYTES: usize = 4 << 20;
+/// Bytes that may wait for the guest likewise. As long as they take to read, a guest that sends has to wait.
+const OUTBOX_BYTES: usize = 1 << 20;
 
 /// The largest IP packet that a length field can tell, rounded down to what all headers leave.
 pub const LARGEST: usize = 65535 - 40 - 20;
@@ -31,6 +32,10 @@ const POOL: usize = 32;
 /// Bytes that TCP may hold for all connections of a guest, both ways together.
 pub const TCP_BUDGET: usize = 64 << 20;
 
+/// Descriptors that a network asks the host for, and those that it leaves to the rest of the process.
+const DESCRIPTORS: u64 = 8192;
+const SPARED: u64 = 128;
+
 /// Whom an event or a timer is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Target {
@@ -40,6 +45,9 @@ pub enum Target {
     Listener(u32),
     Tcp(Id),
     Udp(Id),
+    Ping(Id),
+    /// The router advertisements.
+    Advertise,
 }
 
 impl Target {
@@ -54,6 +62,8 @@ impl Target {
             Self::Listener(index) => 1 << Self::CLASS | u64::from(index),
             Self::Tcp(id) => flow(2, id),
             Self::Udp(id) => flow(3, id),
+            Self::Ping(id) => flow(4, id),
+            Self::Advertise => 5 << Self::CLASS,
         })
     }
 
@@ -64,7 +74,9 @@ impl Target {
             0 => Self::Wake,
             1 => Self::Listener(id.index),
             2 => Self::Tcp(id),
-            _ => Self::Udp(id),
+            3 => Self::Udp(id),
+            4 => Self::Ping(id),
+            _ => Self::Advertise,
         }
     }
 }
@@ -89,13 +101,19 @@ pub struct Core {
     pub accepted: PortFeatures,
     pub outbox: VecDeque<Frame>,
     outbox_bytes: usize,
+    /// Sockets that the network may have.
+    pub sockets: usize,
     /// Bytes held by TCP: see [`TCP_BUDGET`].
     pub held: usize,
+    /// The last datagram that was sent to the guest.
+    ident: u32,
     pub now: Instant,
     timers: BinaryHeap<Reverse<(Instant, Target)>>,
     /// A timer has come before all others since the thread last looked.
     pub hurry: bool,
     pub resolvers: Resolvers,
+    /// The router advertises itself from time to time.
+    pub advertising: bool,
     epoll: OwnedFd,
     pool: Vec<Vec<u8>>,
 }
@@ -112,11 +130,14 @@ impl Core {
             accepted: PortFeatures::default(),
             outbox: VecDeque::new(),
             outbox_bytes: 0,
+            sockets: raise_descriptor_limit(),
             held: 0,
+            ident: 0,
             now: Instant::now(),
             timers: BinaryHeap::new(),
             hurry: false,
             resolvers: Resolvers::new(resolvers),
+            advertising: false,
             epoll,
             pool: Vec::new(),
         })
@@ -168,6 +189,17 @@ impl Core {
     pub fn offer(&mut self, frame: Frame) {
         if self.has_room() {
             self.push(frame);
+        }
+    }
+
+    /// A UDP datagram for the guest; the payload begins at [`HEADROOM`]. Lost where too many frames wait already.
+    pub fn offer_datagram(&mut self, source: SocketAddr, dest: SocketAddr, buffer: Vec<u8>) {
+        if self.has_room() {
+            self.ident = self.ident.wrapping_add(1);
+            let mtu = self.config.mtu.into();
+            for frame in self.link.datagram(source, dest, buffer, mtu, self.ident) {
+                self.push(frame);
+            }
         }
     }
 
@@ -250,4 +282,16 @@ fn is_global(address: IpAddr) -> bool {
             first & 0xffc0 != 0xfe80 && first & 0xff00 != 0xff00 && !embeds_ipv4
         }
     }
+}
+
+/// Asks for more descriptors than the 1024 that a process usually begins with, as far as its own upper limit goes.
+/// Says how many sockets fit.
+fn raise_descriptor_limit() -> usize {
+    let limit = getrlimit(Resource::Nofile);
+    let current = limit.current.unwrap_or(DESCRIPTORS);
+    let wanted = DESCRIPTORS.min(limit.maximum.unwrap_or(DESCRIPTORS));
+    let raised = wanted > current
+        && setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum: limit.maximum }).is_ok();
+    let descriptors = if raised { wanted } else { current };
+    descriptors.saturating_sub(SPARED).clamp(16, DESCRIPTORS) as usize
 }

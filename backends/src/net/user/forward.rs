@@ -12,7 +12,7 @@ use super::super::NetError;
 use super::config::{Forward, Transport, UserConfig};
 use super::core::{Core, LARGEST, Target};
 use super::frame::HEADROOM;
-use super::icmp;
+use super::neighbour;
 use super::tcp::{self, Tcp};
 use super::udp::{self, Udp};
 
@@ -135,7 +135,7 @@ impl Listener {
             let key = udp::Key { guest, peer: SocketAddr::new(seen.ip(), other_port(seen.port(), offset)) };
             if udp.is_free_for(&key, peer) {
                 if let (false, IpAddr::V4(guest)) = (core.guest_known, self.guest) {
-                    icmp::ask_for_guest(core, guest);
+                    neighbour::ask_for_guest(core, guest);
                 }
                 udp.forward(core, key, peer, self.socket.as_fd(), payload);
                 return;

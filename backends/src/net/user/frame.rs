@@ -16,6 +16,9 @@ pub const HEADROOM: usize = ETHERNET_HEADER_LEN + IPV6_HEADER_LEN + TCP_HEADER_L
 /// Offset of the checksum in a TCP header.
 const TCP_CHECKSUM: u16 = 16;
 
+/// Length of the header of a piece in IPv6.
+const FRAGMENT_HEADER: usize = 8;
+
 /// Hops that the guest's packets seem to have left.
 const HOP_LIMIT: u8 = 64;
 
@@ -155,6 +158,60 @@ impl Link {
         udp.set_len(length as u16);
         udp.fill_checksum(&source.ip().into(), &dest.ip().into());
         let start = self.ip(source.ip(), dest.ip(), IpProtocol::Udp, &mut buffer, at);
+        Frame::plain(buffer, start)
+    }
+
+    /// A UDP datagram as [`Link::udp`], in as many pieces as packets of up to `mtu` bytes take. `ident` tells them from
+    /// those of other datagrams.
+    pub fn datagram(
+        &self,
+        source: SocketAddr,
+        dest: SocketAddr,
+        buffer: Vec<u8>,
+        mtu: usize,
+        ident: u32,
+    ) -> Vec<Frame> {
+        let ip = if source.is_ipv4() { IPV4_HEADER_LEN } else { IPV6_HEADER_LEN };
+        let whole = self.udp(source, dest, buffer);
+        let bytes = whole.bytes();
+        if bytes.len() - ETHERNET_HEADER_LEN <= mtu {
+            return vec![whole];
+        }
+        let bytes = &bytes[ETHERNET_HEADER_LEN + ip..];
+        let piece = if source.is_ipv4() { mtu - ip } else { mtu - ip - FRAGMENT_HEADER } & !7;
+        let pieces = bytes.chunks(piece).enumerate().map(|(number, bytes)| {
+            let at = number * piece;
+            let more = at + bytes.len() < whole.bytes().len() - ETHERNET_HEADER_LEN - ip;
+            self.fragment(source.ip(), dest.ip(), (at, more, ident), bytes)
+        });
+        pieces.collect()
+    }
+
+    /// A piece of a UDP datagram: where it lies, whether more follows, and what all pieces have in common.
+    fn fragment(
+        &self,
+        source: IpAddr,
+        dest: IpAddr,
+        (at, more, ident): (usize, bool, u32),
+        bytes: &[u8],
+    ) -> Frame {
+        if source.is_ipv6() {
+            // RFC 8200, section 4.5.
+            let mut head = [u8::from(IpProtocol::Udp), 0, 0, 0, 0, 0, 0, 0];
+            head[2..4].copy_from_slice(&(at as u16 | u16::from(more)).to_be_bytes());
+            head[4..].copy_from_slice(&ident.to_be_bytes());
+            let mut buffer = buffer_with(&head);
+            buffer.extend_from_slice(bytes);
+            return self.packet(source, dest, IpProtocol::Ipv6Frag, buffer);
+        }
+        let mut buffer = buffer_with(bytes);
+        let start = self.ip(source, dest, IpProtocol::Udp, &mut buffer, HEADROOM);
+        let mut packet = Ipv4Packet::new_unchecked(&mut buffer[start + ETHERNET_HEADER_LEN..]);
+        packet.clear_flags();
+        packet.set_ident(ident as u16);
+        packet.set_more_frags(more);
+        packet.set_frag_offset(at as u16);
+        packet.fill_checksum();
         Frame::plain(buffer, start)
     }
 

@@ -1,15 +1,18 @@
-//! ICMP: the gateway's echo, and what the guest is told of datagrams that went nowhere.
+//! ICMP for both versions of IP: messages from the guest, the gateway's echo, and what the guest is told of datagrams
+//! that went nowhere.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
-    ArpOperation, ArpPacket, ArpRepr, EthernetProtocol, Icmpv4DstUnreachable, Icmpv4Packet, Icmpv4Repr,
-    IpProtocol, Ipv4Repr, UDP_HEADER_LEN, UdpPacket,
+    Icmpv4DstUnreachable, Icmpv4Packet, Icmpv4Repr, Icmpv6DstUnreachable, Icmpv6Packet, Icmpv6Repr,
+    IpProtocol, Ipv4Repr, Ipv6Repr, UDP_HEADER_LEN, UdpPacket,
 };
 
 use super::core::Core;
 use super::frame::{self, HEADROOM};
+use super::neighbour;
+use super::ping::{Key, Ping};
 
 /// Why a datagram went nowhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,34 +23,78 @@ pub enum Unreachable {
     Prohibited,
 }
 
-/// Tells the guest that its datagram for `peer` went nowhere (RFC 792, RFC 1122 section 3.2.2: never of what was
-/// sent to many).
-pub fn send_unreachable(core: &mut Core, guest: SocketAddr, peer: SocketAddr, reason: Unreachable) {
-    let (IpAddr::V4(from), IpAddr::V4(to)) = (guest.ip(), peer.ip()) else { return };
-    if to.is_broadcast() || to.is_multicast() || core.config.is_broadcast(to) {
-        return;
+/// A packet of the guest's that went nowhere: as much of it as an error quotes.
+#[derive(Clone, Copy, Debug)]
+pub struct Quote {
+    pub from: IpAddr,
+    pub to: IpAddr,
+    pub protocol: IpProtocol,
+    /// What follows the IP header.
+    pub head: [u8; 8],
+}
+
+impl Quote {
+    /// A UDP datagram.
+    pub fn udp(from: SocketAddr, to: SocketAddr) -> Self {
+        let mut head = [0; UDP_HEADER_LEN];
+        let mut udp = UdpPacket::new_unchecked(&mut head[..]);
+        udp.set_src_port(from.port());
+        udp.set_dst_port(to.port());
+        udp.set_len(UDP_HEADER_LEN as u16);
+        Self { from: from.ip(), to: to.ip(), protocol: IpProtocol::Udp, head }
     }
-    let mut head = [0; UDP_HEADER_LEN];
-    let mut udp = UdpPacket::new_unchecked(&mut head[..]);
-    udp.set_src_port(guest.port());
-    udp.set_dst_port(peer.port());
-    udp.set_len(UDP_HEADER_LEN as u16);
-    let header = Ipv4Repr {
-        src_addr: from,
-        dst_addr: to,
-        next_header: IpProtocol::Udp,
-        payload_len: UDP_HEADER_LEN,
-        hop_limit: 64,
-    };
-    let reason = match reason {
-        Unreachable::Network => Icmpv4DstUnreachable::NetUnreachable,
-        Unreachable::Host => Icmpv4DstUnreachable::HostUnreachable,
-        Unreachable::Port => Icmpv4DstUnreachable::PortUnreachable,
-        Unreachable::Prohibited => Icmpv4DstUnreachable::CommProhibited,
-    };
+}
+
+/// Tells the guest that its packet went nowhere; never of what was sent to many (RFC 1122, section 3.2.2; RFC 4443,
+/// section 2.4).
+pub fn send_unreachable(core: &mut Core, quote: &Quote, reason: Unreachable) {
     // A port's own machine says that nobody listens; anything else is the router's to say.
-    let source = if reason == Icmpv4DstUnreachable::PortUnreachable { to } else { core.config.gateway() };
-    send_v4(core, source, from, &Icmpv4Repr::DstUnreachable { reason, header, data: &head });
+    let by_port = reason == Unreachable::Port;
+    match (quote.from, quote.to) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            if to.is_broadcast() || to.is_multicast() || core.config.is_broadcast(to) || from.is_unspecified()
+            {
+                return;
+            }
+            let source = if by_port { to } else { core.config.gateway() };
+            let reason = match reason {
+                Unreachable::Network => Icmpv4DstUnreachable::NetUnreachable,
+                Unreachable::Host => Icmpv4DstUnreachable::HostUnreachable,
+                Unreachable::Port => Icmpv4DstUnreachable::PortUnreachable,
+                Unreachable::Prohibited => Icmpv4DstUnreachable::CommProhibited,
+            };
+            let header = Ipv4Repr {
+                src_addr: from,
+                dst_addr: to,
+                next_header: quote.protocol,
+                payload_len: quote.head.len(),
+                hop_limit: 64,
+            };
+            send_v4(core, source, from, &Icmpv4Repr::DstUnreachable { reason, header, data: &quote.head });
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            if to.is_multicast() || from.is_unspecified() {
+                return;
+            }
+            let source = if by_port { to } else { core.config.gateway6() };
+            let reason = match reason {
+                Unreachable::Network => Icmpv6DstUnreachable::NoRoute,
+                Unreachable::Host => Icmpv6DstUnreachable::AddrUnreachable,
+                Unreachable::Port => Icmpv6DstUnreachable::PortUnreachable,
+                Unreachable::Prohibited => Icmpv6DstUnreachable::AdminProhibit,
+            };
+            let header = Ipv6Repr {
+                src_addr: from,
+                dst_addr: to,
+                next_header: quote.protocol,
+                payload_len: quote.head.len(),
+                hop_limit: 64,
+            };
+            let message = Icmpv6Repr::DstUnreachable { reason, header, data: &quote.head };
+            send_v6(core, source, from, &message, &[]);
+        }
+        _ => {}
+    }
 }
 
 fn send_v4(core: &mut Core, source: Ipv4Addr, dest: Ipv4Addr, message: &Icmpv4Repr<'_>) {
@@ -58,64 +105,70 @@ fn send_v4(core: &mut Core, source: Ipv4Addr, dest: Ipv4Addr, message: &Icmpv4Re
     core.offer(core.link.packet(source.into(), dest.into(), IpProtocol::Icmp, buffer));
 }
 
+/// Sends an ICMPv6 message, with options behind it that smoltcp doesn't know.
+pub fn send_v6(core: &mut Core, source: Ipv6Addr, dest: Ipv6Addr, message: &Icmpv6Repr<'_>, options: &[u8]) {
+    let length = message.buffer_len();
+    let mut buffer = frame::buffer(length + options.len());
+    buffer.resize(HEADROOM + length, 0);
+    let mut packet = Icmpv6Packet::new_unchecked(&mut buffer[HEADROOM..]);
+    message.emit(&source, &dest, &mut packet, &ChecksumCapabilities::ignored());
+    buffer.extend_from_slice(options);
+    Icmpv6Packet::new_unchecked(&mut buffer[HEADROOM..]).fill_checksum(&source, &dest);
+    core.offer(core.link.packet(source.into(), dest.into(), IpProtocol::Icmpv6, buffer));
+}
+
+/// Answers a guest's echo request.
+pub fn send_echo_reply(core: &mut Core, key: &Key, seq_no: u16, data: &[u8]) {
+    let ident = key.ident;
+    match (key.peer, key.guest) {
+        (IpAddr::V4(peer), IpAddr::V4(guest)) => {
+            send_v4(core, peer, guest, &Icmpv4Repr::EchoReply { ident, seq_no, data });
+        }
+        (IpAddr::V6(peer), IpAddr::V6(guest)) => {
+            send_v6(core, peer, guest, &Icmpv6Repr::EchoReply { ident, seq_no, data }, &[]);
+        }
+        _ => {}
+    }
+}
+
 /// An ICMP message from the guest.
-pub fn input(core: &mut Core, source: Ipv4Addr, dest: Ipv4Addr, bytes: &[u8]) {
+pub fn input_v4(core: &mut Core, ping: &mut Ping, source: Ipv4Addr, dest: Ipv4Addr, bytes: &[u8]) {
     let Ok(packet) = Icmpv4Packet::new_checked(bytes) else { return };
     let Ok(message) = Icmpv4Repr::parse(&packet, &ChecksumCapabilities::default()) else { return };
-    let Icmpv4Repr::EchoRequest { ident, seq_no, data } = message else { return };
-    if dest == core.config.gateway() || dest == core.config.dns() {
-        send_v4(core, dest, source, &Icmpv4Repr::EchoReply { ident, seq_no, data });
+    if let Icmpv4Repr::EchoRequest { ident, seq_no, data } = message {
+        let key = Key { guest: source.into(), peer: dest.into(), ident };
+        if dest == core.config.gateway() || dest == core.config.dns() {
+            send_echo_reply(core, &key, seq_no, data);
+        } else {
+            ping.request(core, key, bytes);
+        }
     }
 }
 
-/// An ARP packet from the guest (RFC 826): the gateway and the name server are here, nobody else.
-pub fn arp(core: &mut Core, bytes: &[u8]) {
-    let Ok(packet) = ArpPacket::new_checked(bytes) else { return };
-    let Ok(ArpRepr::EthernetIpv4 {
-        operation,
-        source_hardware_addr,
-        source_protocol_addr,
-        target_protocol_addr,
-        ..
-    }) = ArpRepr::parse(&packet)
-    else {
+/// An ICMPv6 message from the guest. `hop_limit` is the IP header's.
+pub fn input_v6(
+    core: &mut Core,
+    ping: &mut Ping,
+    source: Ipv6Addr,
+    dest: Ipv6Addr,
+    hop_limit: u8,
+    bytes: &[u8],
+) {
+    let Ok(packet) = Icmpv6Packet::new_checked(bytes) else { return };
+    let Ok(message) = Icmpv6Repr::parse(&source, &dest, &packet, &ChecksumCapabilities::default()) else {
         return;
     };
-    let asked = target_protocol_addr == core.config.gateway() || target_protocol_addr == core.config.dns();
-    if operation != ArpOperation::Request || !asked {
-        return;
+    match message {
+        Icmpv6Repr::EchoRequest { ident, seq_no, data } => {
+            let key = Key { guest: source.into(), peer: dest.into(), ident };
+            if neighbour::is_ours(core, dest) {
+                send_echo_reply(core, &key, seq_no, data);
+            } else {
+                ping.request(core, key, bytes);
+            }
+        }
+        // A message that came through a router is none (RFC 4861, section 7.1).
+        Icmpv6Repr::Ndisc(message) if hop_limit == 255 => neighbour::input(core, source, &message),
+        _ => {}
     }
-    send_arp(
-        core,
-        ArpRepr::EthernetIpv4 {
-            operation: ArpOperation::Reply,
-            source_hardware_addr: core.link.ours,
-            source_protocol_addr: target_protocol_addr,
-            target_hardware_addr: source_hardware_addr,
-            target_protocol_addr: source_protocol_addr,
-        },
-    );
-}
-
-/// Asks for the guest's Ethernet address, so that it says something.
-pub fn ask_for_guest(core: &mut Core, guest: Ipv4Addr) {
-    send_arp(
-        core,
-        ArpRepr::EthernetIpv4 {
-            operation: ArpOperation::Request,
-            source_hardware_addr: core.link.ours,
-            source_protocol_addr: core.config.gateway(),
-            target_hardware_addr: smoltcp::wire::EthernetAddress([0; 6]),
-            target_protocol_addr: guest,
-        },
-    );
-}
-
-fn send_arp(core: &mut Core, message: ArpRepr) {
-    let mut buffer = frame::buffer(message.buffer_len());
-    buffer.resize(HEADROOM + message.buffer_len(), 0);
-    message.emit(&mut ArpPacket::new_unchecked(&mut buffer[HEADROOM..]));
-    // Before the guest has spoken its address is everybody's.
-    let dest = core.link.guest;
-    core.offer(core.link.ethernet(dest, EthernetProtocol::Arp, buffer));
 }

@@ -10,29 +10,34 @@ mod core;
 mod dhcp;
 mod dns;
 mod forward;
+mod fragments;
 mod frame;
 mod icmp;
+mod neighbour;
+mod ping;
 mod table;
 mod tcp;
 mod udp;
 
 use std::collections::VecDeque;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use bivisor_machine::packet::{Offload, PacketPort, PacketReceiver, PortFeatures};
 use rustix::buffer::spare_capacity;
-use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
-use smoltcp::wire::{EthernetFrame, EthernetProtocol, IpProtocol, Ipv4Packet};
+use rustix::event::{Timespec, epoll};
+use smoltcp::wire::{EthernetFrame, EthernetProtocol, IpProtocol, Ipv4Packet, Ipv6Packet};
 
 use self::core::{Core, Target};
 use super::NetError;
+use super::outlet::Outlet;
 use forward::Listener;
+use fragments::{Fragments, Key};
 use frame::Frame;
+use ping::Ping;
 use tcp::Tcp;
 use udp::Udp;
 
@@ -48,21 +53,20 @@ pub struct UserNetwork {
 
 struct Shared {
     state: Mutex<State>,
-    receiver: Mutex<Option<Arc<dyn PacketReceiver>>>,
-    wake: OwnedFd,
-    /// How often the guest has said that it has room.
-    rooms: AtomicU64,
+    outlet: Outlet,
 }
 
 struct State {
     core: Core,
     tcp: Tcp,
     udp: Udp,
+    ping: Ping,
+    fragments: Fragments,
     listeners: Vec<Listener>,
+    /// Frames that were made before are not for the receiver of now.
+    renewed: bool,
     /// The thread sleeps, or is about to.
     asleep: bool,
-    /// The guest took no frame, and has not said since that it has room.
-    stalled: bool,
     ended: bool,
 }
 
@@ -78,9 +82,8 @@ impl UserNetwork {
             .map(|forward| Listener::open(&config, *forward))
             .collect::<Result<Vec<_>, _>>()?;
         let core = Core::new(config).map_err(NetError::Start)?;
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|error| NetError::Start(error.into()))?;
-        core.watch(&wake, Target::Wake).map_err(|error| NetError::Start(error.into()))?;
+        let outlet = Outlet::new().map_err(NetError::Start)?;
+        core.watch(&outlet, Target::Wake).map_err(|error| NetError::Start(error.into()))?;
         for (index, listener) in listeners.iter().enumerate() {
             listener.watch(&core, index).map_err(NetError::Start)?;
         }
@@ -89,17 +92,14 @@ impl UserNetwork {
             core,
             tcp: Tcp::default(),
             udp: Udp::default(),
+            ping: Ping::default(),
+            fragments: Fragments::default(),
             listeners,
+            renewed: false,
             asleep: false,
-            stalled: false,
             ended: false,
         };
-        let shared = Arc::new(Shared {
-            state: Mutex::new(state),
-            receiver: Mutex::new(None),
-            wake,
-            rooms: AtomicU64::new(0),
-        });
+        let shared = Arc::new(Shared { state: Mutex::new(state), outlet });
         let thread = shared.clone();
         thread::Builder::new()
             .name("net-user".into())
@@ -121,10 +121,11 @@ impl Drop for UserNetwork {
         state.ended = true;
         state.listeners.clear();
         state.udp.clear();
+        state.ping.clear();
         let State { core, tcp, .. } = &mut *state;
         tcp.clear(core);
         drop(state);
-        self.shared.wake();
+        self.shared.outlet.wake();
     }
 }
 
@@ -134,54 +135,39 @@ impl PacketPort for UserNetwork {
     }
 
     fn attach(&self, receiver: Option<Arc<dyn PacketReceiver>>, accepted: PortFeatures) {
-        let gone = receiver.is_none();
-        *self.shared.receiver.lock().unwrap_or_else(PoisonError::into_inner) = receiver;
         let mut state = self.shared.lock();
-        state.stalled = false;
         // Large segments go with partial checksums (virtio 1.2, 5.1.3.1).
         let segments = accepted.gives_segments && accepted.gives_partial_checksums;
         state.core.accepted = PortFeatures { gives_segments: segments, ..accepted };
-        if gone {
-            state.core.outbox.clear();
-        }
+        state.core.outbox.clear();
+        state.renewed = true;
         drop(state);
-        self.shared.wake();
+        self.shared.outlet.attach(receiver);
     }
 
     fn send(&self, frame: &[u8], _offload: &Offload) {
         let mut state = self.shared.lock();
         state.core.now = Instant::now();
         state.input(frame);
-        let wake = state.asleep && (state.core.hurry || (state.is_busy() && !state.stalled));
+        let stalled = self.shared.outlet.is_stalled();
+        let wake = state.asleep && (state.core.hurry || (state.is_busy() && !stalled));
         if wake {
             state.asleep = false;
         }
         drop(state);
         if wake {
-            self.shared.wake();
+            self.shared.outlet.wake();
         }
     }
 
     fn ready(&self) {
-        self.shared.rooms.fetch_add(1, Ordering::Release);
-        let mut state = self.shared.lock();
-        let was = state.stalled;
-        state.stalled = false;
-        drop(state);
-        if was {
-            self.shared.wake();
-        }
+        self.shared.outlet.ready();
     }
 }
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn wake(&self) {
-        // Fails only where the counter is full, which wakes as well.
-        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
 
     /// The thread.
@@ -207,20 +193,21 @@ impl Shared {
         state.core.now = Instant::now();
         for event in events.drain(..) {
             match Target::decode(event.data) {
-                Target::Wake => {
-                    // Its count says nothing.
-                    let _ = rustix::io::read(&self.wake, &mut [0; 8]);
-                }
+                Target::Wake => self.outlet.woken(),
                 target => state.event(target),
             }
         }
-        state.timers();
-        if !state.stalled && frames.is_empty() {
+        if state.renewed {
+            state.renewed = false;
+            frames.clear();
+        }
+        let stalled = self.outlet.is_stalled();
+        state.timers(stalled);
+        if !stalled && frames.is_empty() {
             state.work();
             state.core.take_outbox(frames);
         }
-        let busy = !state.stalled && (!frames.is_empty() || state.is_busy());
-        let stalled = state.stalled;
+        let busy = !stalled && (!frames.is_empty() || state.is_busy());
         state.asleep = !busy;
         state.core.hurry = false;
         let timeout = if busy { Some(Duration::ZERO) } else { state.core.until_timer() };
@@ -233,19 +220,13 @@ impl Shared {
 
     /// Hands frames to the guest, as far as it takes them.
     fn deliver(&self, frames: &mut VecDeque<Frame>) {
-        let Some(receiver) = self.receiver.lock().unwrap_or_else(PoisonError::into_inner).clone() else {
+        let Some(receiver) = self.outlet.receiver() else {
             frames.clear();
             return;
         };
         while let Some(frame) = frames.front() {
-            let rooms = self.rooms.load(Ordering::Acquire);
-            if !receiver.receive(frame.bytes(), frame.offload()) {
-                let mut state = self.lock();
-                if self.rooms.load(Ordering::Acquire) == rooms {
-                    state.stalled = true;
-                    return;
-                }
-                continue;
+            if !self.outlet.deliver(&*receiver, frame.bytes(), frame.offload()) {
+                return;
             }
             frames.pop_front();
         }
@@ -263,7 +244,7 @@ impl State {
 
     fn event(&mut self, target: Target) {
         match target {
-            Target::Wake => {}
+            Target::Wake | Target::Advertise => {}
             Target::Listener(index) => {
                 if let Some(listener) = self.listeners.get_mut(index as usize) {
                     listener.event();
@@ -271,14 +252,17 @@ impl State {
             }
             Target::Tcp(id) => self.tcp.event(&mut self.core, id),
             Target::Udp(id) => self.udp.event(id),
+            Target::Ping(id) => self.ping.event(&mut self.core, id),
         }
     }
 
-    fn timers(&mut self) {
+    fn timers(&mut self, stalled: bool) {
         while let Some(target) = self.core.due() {
             match target {
-                Target::Tcp(id) => self.tcp.timeout(&mut self.core, id, self.stalled),
+                Target::Tcp(id) => self.tcp.timeout(&mut self.core, id, stalled),
                 Target::Udp(id) => self.udp.timeout(&mut self.core, id),
+                Target::Ping(id) => self.ping.timeout(&mut self.core, id),
+                Target::Advertise => neighbour::advertise_again(&mut self.core),
                 target => self.event(target),
             }
         }
@@ -302,8 +286,9 @@ impl State {
         self.core.link.guest = source;
         self.core.guest_known = true;
         match frame.ethertype() {
-            EthernetProtocol::Arp => icmp::arp(&mut self.core, frame.payload()),
+            EthernetProtocol::Arp => neighbour::arp(&mut self.core, frame.payload()),
             EthernetProtocol::Ipv4 => self.ipv4(frame.payload()),
+            EthernetProtocol::Ipv6 if self.core.config.ipv6 => self.ipv6(frame.payload()),
             _ => {}
         }
     }
@@ -313,17 +298,77 @@ impl State {
         if packet.version() != 4 || !packet.verify_checksum() {
             return;
         }
+        let (source, dest) = (packet.src_addr(), packet.dst_addr());
+        let (protocol, payload) = (packet.next_header(), packet.payload());
         if packet.more_frags() || packet.frag_offset() != 0 {
+            let key =
+                Key { source: source.into(), dest: dest.into(), protocol, ident: packet.ident().into() };
+            let at = packet.frag_offset().into();
+            let whole = self.fragments.add(self.core.now, key, at, packet.more_frags(), payload);
+            if let Some(whole) = whole {
+                self.ipv4_payload(source, dest, protocol, &whole);
+            }
             return;
         }
-        let (source, dest) = (packet.src_addr(), packet.dst_addr());
+        self.ipv4_payload(source, dest, protocol, payload);
+    }
+
+    fn ipv4_payload(&mut self, source: Ipv4Addr, dest: Ipv4Addr, protocol: IpProtocol, bytes: &[u8]) {
         let core = &mut self.core;
-        match packet.next_header() {
+        match protocol {
             IpProtocol::Tcp if !source.is_unspecified() => {
-                self.tcp.input(core, source.into(), dest.into(), packet.payload());
+                self.tcp.input(core, source.into(), dest.into(), bytes)
             }
-            IpProtocol::Udp => self.udp.input(core, source.into(), dest.into(), packet.payload()),
-            IpProtocol::Icmp => icmp::input(core, source, dest, packet.payload()),
+            IpProtocol::Udp => self.udp.input(core, source.into(), dest.into(), bytes),
+            IpProtocol::Icmp => icmp::input_v4(core, &mut self.ping, source, dest, bytes),
+            _ => {}
+        }
+    }
+
+    fn ipv6(&mut self, bytes: &[u8]) {
+        let Ok(packet) = Ipv6Packet::new_checked(bytes) else { return };
+        if packet.version() != 6 {
+            return;
+        }
+        let (source, dest, hop_limit) = (packet.src_addr(), packet.dst_addr(), packet.hop_limit());
+        let payload = packet.payload();
+        if packet.next_header() != IpProtocol::Ipv6Frag {
+            self.ipv6_payload(source, dest, hop_limit, packet.next_header(), payload);
+            return;
+        }
+        let Some((&[protocol, _, high, low, a, b, c, d], bytes)) = payload.split_first_chunk() else {
+            return;
+        };
+        let protocol = IpProtocol::from(protocol);
+        let place = u16::from_be_bytes([high, low]);
+        let key = Key {
+            source: source.into(),
+            dest: dest.into(),
+            protocol,
+            ident: u32::from_be_bytes([a, b, c, d]),
+        };
+        // The lowest bit says that more follows.
+        let whole = self.fragments.add(self.core.now, key, usize::from(place & !7), place & 1 != 0, bytes);
+        if let Some(whole) = whole {
+            self.ipv6_payload(source, dest, hop_limit, protocol, &whole);
+        }
+    }
+
+    fn ipv6_payload(
+        &mut self,
+        source: Ipv6Addr,
+        dest: Ipv6Addr,
+        hop_limit: u8,
+        protocol: IpProtocol,
+        bytes: &[u8],
+    ) {
+        let core = &mut self.core;
+        match protocol {
+            IpProtocol::Tcp if !source.is_unspecified() => {
+                self.tcp.input(core, source.into(), dest.into(), bytes)
+            }
+            IpProtocol::Udp => self.udp.input(core, source.into(), dest.into(), bytes),
+            IpProtocol::Icmpv6 => icmp::input_v6(core, &mut self.ping, source, dest, hop_limit, bytes),
             _ => {}
         }
     }

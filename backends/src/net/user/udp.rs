@@ -13,7 +13,7 @@ use smoltcp::wire::{DHCP_SERVER_PORT, UdpPacket};
 
 use super::core::{Core, LARGEST, Route, Target};
 use super::frame::{self, HEADROOM};
-use super::icmp::{self, Unreachable};
+use super::icmp::{self, Quote, Unreachable};
 use super::table::{Id, Table};
 use super::{dhcp, dns};
 
@@ -95,6 +95,9 @@ impl Udp {
             }
             return;
         }
+        if source.is_unspecified() {
+            return;
+        }
         let key = Key {
             guest: SocketAddr::new(source, packet.src_port()),
             peer: SocketAddr::new(dest, packet.dst_port()),
@@ -117,7 +120,7 @@ impl Udp {
             && let dns::Answer::Own(reply) = dns::answer(&core.config, payload)
         {
             let key = flow.key;
-            core.offer(core.link.udp(key.peer, key.guest, frame::buffer_with(&reply)));
+            core.offer_datagram(key.peer, key.guest, frame::buffer_with(&reply));
             return;
         }
         if let Err(error) = flow.send(payload)
@@ -134,14 +137,14 @@ impl Udp {
                 None => refuse(core, key, Unreachable::Port),
             },
             dns::Answer::Own(reply) => {
-                core.offer(core.link.udp(key.peer, key.guest, frame::buffer_with(&reply)));
+                core.offer_datagram(key.peer, key.guest, frame::buffer_with(&reply));
             }
             dns::Answer::Ignore => {}
         }
     }
 
     fn open(&mut self, core: &mut Core, key: Key, target: SocketAddr, payload: &[u8], query: bool) {
-        let id = self.make_room();
+        let id = self.make_room(core);
         let opened = dial(target).and_then(|socket| core.watch(&socket, Target::Udp(id)).map(|()| socket));
         let socket = match opened {
             Ok(socket) => socket,
@@ -174,14 +177,14 @@ impl Udp {
         payload: &[u8],
     ) {
         if self.flows.find(&key).is_none() {
-            self.make_room();
+            self.make_room(core);
             let Ok(listener) = listener.try_clone_to_owned() else { return };
             self.insert(core, key, Way::Forward { listener, peer });
         }
         if let Some(flow) = self.flows.find(&key).and_then(|id| self.flows.get_mut(id)) {
             flow.last_used = core.now;
         }
-        core.offer(core.link.udp(key.peer, key.guest, frame::buffer_with(payload)));
+        core.offer_datagram(key.peer, key.guest, frame::buffer_with(payload));
     }
 
     /// A key under which a peer's datagrams may reach the guest: this one, if no other peer has it.
@@ -241,8 +244,8 @@ impl Udp {
     }
 
     /// Makes room for one more; its name.
-    fn make_room(&mut self) -> Id {
-        if self.flows.len() >= FLOWS
+    fn make_room(&mut self, core: &Core) -> Id {
+        if self.flows.len() >= FLOWS.min(core.sockets / 4)
             && let Some(key) = self.flows.iter().min_by_key(|flow| flow.last_used).map(|flow| flow.key)
         {
             self.flows.remove(&key);
@@ -271,7 +274,7 @@ fn read(core: &mut Core, flow: &mut Flow) -> bool {
                 flow.last_used = core.now;
                 flow.answered = true;
                 let payload = frame::buffer_with(&buffer[HEADROOM..HEADROOM + count]);
-                core.push(core.link.udp(flow.key.peer, flow.key.guest, payload));
+                core.offer_datagram(flow.key.peer, flow.key.guest, payload);
             }
             Err(Errno::AGAIN) => {
                 core.recycle(buffer);
@@ -299,7 +302,7 @@ fn dial(target: SocketAddr) -> rustix::io::Result<OwnedFd> {
 }
 
 /// What to tell the guest of an error; nothing of those that mean that a datagram was lost.
-fn reason(error: Errno) -> Option<Unreachable> {
+pub fn reason(error: Errno) -> Option<Unreachable> {
     match error {
         Errno::CONNREFUSED => Some(Unreachable::Port),
         Errno::NETUNREACH | Errno::ADDRNOTAVAIL => Some(Unreachable::Network),
@@ -310,5 +313,5 @@ fn reason(error: Errno) -> Option<Unreachable> {
 }
 
 fn refuse(core: &mut Core, key: Key, reason: Unreachable) {
-    icmp::send_unreachable(core, key.guest, key.peer, reason);
+    icmp::send_unreachable(core, &Quote::udp(key.guest, key.peer), reason);
 }

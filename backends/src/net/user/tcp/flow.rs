@@ -17,7 +17,7 @@ use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown, sockopt}
 
 use super::super::core::{Core, LARGEST, TCP_BUDGET, Target};
 use super::super::frame::{self, HEADROOM, TcpFields};
-use super::super::icmp;
+use super::super::neighbour;
 use super::Input;
 use super::seq::Seq;
 
@@ -37,6 +37,9 @@ const SHARE: usize = 2;
 const RTO: Duration = Duration::from_millis(300);
 const RTO_MAX: Duration = Duration::from_secs(60);
 const RETRIES: u32 = 15;
+
+/// How long timers rest, at least, while the guest takes no frames at all.
+const STALLED: Duration = Duration::from_secs(1);
 
 /// How often a connection request is sent to the guest.
 const SYN_RETRIES: u32 = 6;
@@ -70,8 +73,10 @@ pub enum Verdict {
     Alive,
     /// Both sides have closed.
     Done,
-    /// The host's side broke, or the guest is gone: both sides hear of it.
+    /// The host's side broke, or the guest doesn't answer: both sides hear of it.
     Reset,
+    /// The guest broke it: the host's peer hears of it.
+    Broken,
 }
 
 struct Segment {
@@ -199,7 +204,7 @@ impl Flow {
     /// Sends our SYN: the first, or again.
     pub fn send_syn(&mut self, core: &mut Core) {
         if let (false, IpAddr::V4(guest)) = (core.guest_known, self.key.guest.ip()) {
-            icmp::ask_for_guest(core, guest);
+            neighbour::ask_for_guest(core, guest);
         }
         let mss = core.mss(self.key.guest.ip()) as u16;
         let answer = self.stage == Stage::SynReceived;
@@ -235,7 +240,7 @@ impl Flow {
         self.last_used = core.now;
         if segment.rst {
             let inside = segment.seq >= self.received && segment.seq <= self.edge;
-            return if inside { Verdict::Reset } else { Verdict::Alive };
+            return if inside { Verdict::Broken } else { Verdict::Alive };
         }
         if segment.syn {
             // A SYN sent again, or one that a guest sent that has forgotten the connection: it answers our ACK
@@ -414,8 +419,9 @@ impl Flow {
         }
         self.tell_host()?;
         // Tells of a window that has opened (RFC 9293, section 3.8.6.2.2).
-        let told = self.edge.since(self.received);
-        if WINDOW - self.pending.len() >= told + WINDOW / 2 && self.scaled {
+        let largest = if self.scaled { WINDOW } else { 0xffff };
+        let free = (WINDOW - self.pending.len()).min(largest);
+        if free >= self.edge.since(self.received) + largest / 2 {
             self.ack_due = true;
         }
         Ok(())
@@ -525,25 +531,28 @@ impl Flow {
             self.arm(core, deadline - core.now);
             return Verdict::Alive;
         }
+        if stalled {
+            let rest = self.rto.max(STALLED);
+            self.arm(core, rest);
+            return Verdict::Alive;
+        }
         self.deadline = None;
-        if !stalled {
-            self.retries += 1;
-            let limit = if self.stage == Stage::Open { RETRIES } else { SYN_RETRIES };
-            if self.stage == Stage::Connecting || self.retries > limit {
-                return Verdict::Reset;
+        self.retries += 1;
+        let limit = if self.stage == Stage::Open { RETRIES } else { SYN_RETRIES };
+        if self.stage == Stage::Connecting || self.retries > limit {
+            return Verdict::Reset;
+        }
+        self.rto = (self.rto * 2).min(RTO_MAX);
+        match self.stage {
+            Stage::SynSent | Stage::SynReceived => {
+                self.send_syn(core);
+                return Verdict::Alive;
             }
-            self.rto = (self.rto * 2).min(RTO_MAX);
-            match self.stage {
-                Stage::SynSent | Stage::SynReceived => {
-                    self.send_syn(core);
-                    return Verdict::Alive;
-                }
-                _ if self.in_flight() > 0 => {
-                    self.recover = Some(self.next);
-                    self.send_again(core);
-                }
-                _ => self.probe(core),
+            _ if self.in_flight() > 0 => {
+                self.recover = Some(self.next);
+                self.send_again(core);
             }
+            _ => self.probe(core),
         }
         let rto = self.rto;
         if self.in_flight() > 0 || (self.readable && !self.host_closed) {

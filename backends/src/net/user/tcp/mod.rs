@@ -90,7 +90,7 @@ impl Tcp {
             return;
         }
         if input.rst {
-            self.settle(core, id, Verdict::Reset);
+            self.settle(core, id, Verdict::Broken);
             return;
         }
         if input.syn {
@@ -144,11 +144,10 @@ impl Tcp {
 
     /// A connection from the host's side, to be opened towards the guest.
     pub fn accept(&mut self, core: &mut Core, key: Key, socket: OwnedFd) {
-        // A socket that cannot be watched is closed: the peer sees that.
-        if self.flows.find(&key).is_some() || sockopt::set_tcp_nodelay(&socket, true).is_err() {
+        // A socket that cannot be served is closed, which its peer sees; what the guest has open is left alone.
+        if self.is_full(core) || sockopt::set_tcp_nodelay(&socket, true).is_err() {
             return;
         }
-        self.make_room(core);
         let id = self.flows.next_id();
         if core.watch(&socket, Target::Tcp(id)).is_err() {
             return;
@@ -231,14 +230,20 @@ impl Tcp {
         self.connecting -= usize::from(flow.stage == Stage::Connecting);
         match verdict {
             Verdict::Reset => flow.send_reset(core),
-            _ => flow.send_last(core),
+            Verdict::Done => flow.send_last(core),
+            Verdict::Broken | Verdict::Alive => {}
         }
-        flow.release(core, verdict == Verdict::Reset);
+        flow.release(core, verdict != Verdict::Done);
+    }
+
+    fn is_full(&self, core: &Core) -> bool {
+        // A quarter of the sockets is for UDP.
+        self.flows.len() >= FLOWS.min(core.sockets * 3 / 4)
     }
 
     /// Where there are too many connections, the one that was idle for longest makes way.
     fn make_room(&mut self, core: &mut Core) {
-        if self.flows.len() < FLOWS {
+        if !self.is_full(core) {
             return;
         }
         let oldest = self.flows.iter().min_by_key(|flow| flow.last_used).map(|flow| flow.key);
