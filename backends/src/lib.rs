@@ -1,4 +1,9 @@
 //! What the machine's devices are backed by on Linux.
 
 pub mod console;
+pub mod disk;
+pub mod net;
+pub mod rate;
+pub mod runtime;
 pub mod terminal;
+pub mod vsock;

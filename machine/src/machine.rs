@@ -9,9 +9,9 @@ use bivisor_x86::state::{Activity, CpuState};
 
 use crate::acpi::{AcpiConfig, Tables};
 use crate::boot::{self, BootError, BootImage, Loaded};
-use crate::bus::MapError;
 use crate::devices::lapic::Lapic;
 use crate::devices::{RestoreError, Saved};
+use crate::dma::Dma;
 use crate::engine::VcpuSetup;
 use crate::firmware;
 use crate::host::{Alarm, ByteStream, Clock, EventSink, MachineEvent, Nanos, Waker};
@@ -19,10 +19,11 @@ use crate::irq::Interrupts;
 use crate::lifecycle::{Lifecycle, Transition, TransitionError};
 use crate::map::PCI_MEMORY64_START;
 use crate::memory::{GuestMemory, HIGH_RAM_START, LOW_RAM_END};
-use crate::pc::{Pc, PcParts, SavedPc};
+use crate::pc::{Pc, PcError, PcParts, SavedPc};
 use crate::sync::Mutex;
 use crate::timer::TimerHub;
 use crate::vcpu_bus::ProcessorBus;
+use crate::virtio::device::VirtioDevice;
 
 /// Processors that a machine may have.
 pub const MAX_CPUS: u32 = 64;
@@ -38,6 +39,8 @@ pub struct MachineConfig {
     pub cpus: u32,
     /// With QEMU's test devices, for third-party test kernels.
     pub testdev: bool,
+    /// Virtio devices offer packed rings, too.
+    pub packed_rings: bool,
 }
 
 /// What the host gives to a machine.
@@ -51,6 +54,8 @@ pub struct HostParts {
     pub events: Arc<dyn EventSink>,
     /// The far end of the first serial line; what it sends goes to [`Machine::console_receive`].
     pub console: Arc<dyn ByteStream>,
+    /// Virtio devices, in the order of their slots on the PCI bus.
+    pub devices: Vec<Arc<dyn VirtioDevice>>,
 }
 
 /// A machine can't be made.
@@ -62,9 +67,9 @@ pub enum MachineError {
     /// Too little or too much RAM.
     #[error("a machine has {} MiB to {} GiB of memory, not {} bytes", MIN_MEMORY >> 20, MAX_MEMORY >> 30, .0)]
     Memory(u64),
-    /// Two devices are at the same place.
-    #[error("devices collide: {0}")]
-    Map(#[from] MapError),
+    /// Its devices don't fit together.
+    #[error(transparent)]
+    Pc(#[from] PcError),
 }
 
 /// What a local APIC holds.
@@ -92,7 +97,7 @@ pub struct SavedMachine {
 
 impl SavedMachine {
     /// Version of the layout.
-    pub const VERSION: u32 = 1;
+    pub const VERSION: u32 = 2;
 }
 
 /// One virtual machine, without the threads that execute its processors.
@@ -156,6 +161,9 @@ impl Machine {
             interrupts: interrupts.clone(),
             events,
             console: host.console,
+            dma: Dma::new(memory.clone()),
+            devices: host.devices,
+            packed_rings: config.packed_rings,
         })?;
         let offset = 0u64.wrapping_sub(host.clock.tsc());
         for apic in interrupts.apics() {
@@ -239,7 +247,9 @@ impl Machine {
 
     /// The host is about to let the processors execute for the first time.
     pub fn start(&self) -> Result<(), TransitionError> {
-        self.transition(Transition::Start)
+        self.transition(Transition::Start)?;
+        self.pc.resume();
+        Ok(())
     }
     /// Makes all processors return from their engines ([`crate::engine::Exit::Kicked`]); their threads then wait
     /// while [`Machine::lifecycle`] says [`Lifecycle::Paused`].
@@ -250,7 +260,9 @@ impl Machine {
     }
     /// The processors may go on.
     pub fn resume(&self) -> Result<(), TransitionError> {
-        self.transition(Transition::Resume)
+        self.transition(Transition::Resume)?;
+        self.pc.resume();
+        Ok(())
     }
     /// Ends the machine: all processors return from their engines.
     pub fn stop(&self) {
@@ -290,7 +302,19 @@ impl Machine {
         }
     }
 
-    /// Everything that the devices hold. All processors must stand still.
+    /// Ends what devices do after [`Machine::stop`], when no processor executes any more: what the guest has asked for is
+    /// done, and nothing that belongs to the host refers to this machine any more.
+    pub fn stop_devices(&self) {
+        self.pc.stop();
+    }
+
+    /// Returns when nothing that the guest asked devices for is still going on; nothing comes into the machine either until
+    /// it goes on. All processors must stand still.
+    pub fn drain(&self) {
+        self.pc.drain();
+    }
+
+    /// Everything that the devices hold. All processors must stand still; devices are drained.
     pub fn save(&self) -> SavedMachine {
         let offset = self.interrupts.apics().first().map_or(0, |apic| apic.tsc_offset());
         save(&self.interrupts, &self.pc, self.clock.tsc().wrapping_add(offset))

@@ -21,15 +21,25 @@ struct Bench {
     buses: Vec<Arc<dyn VcpuBus>>,
 }
 
+fn config(cpus: u32, testdev: bool) -> MachineConfig {
+    MachineConfig { cpus, testdev, packed_rings: true }
+}
+
 fn parts(host: &Arc<Host>, time: &Arc<Time>) -> HostParts {
-    HostParts { clock: time.clone(), alarm: host.clone(), events: host.clone(), console: host.clone() }
+    HostParts {
+        clock: time.clone(),
+        alarm: host.clone(),
+        events: host.clone(),
+        console: host.clone(),
+        devices: Vec::new(),
+    }
 }
 
 fn bench(cpus: u32, testdev: bool) -> Bench {
     let (host, time) = (Host::new(), Time::new());
     let memory = Arc::new(GuestMemory::on_heap(4 * MIB));
     let model = Arc::new(CpuModel::reference(cpus));
-    let machine = Machine::new(MachineConfig { cpus, testdev }, memory, model, parts(&host, &time)).unwrap();
+    let machine = Machine::new(config(cpus, testdev), memory, model, parts(&host, &time)).unwrap();
     let buses = (0..cpus).map(|i| machine.vcpu_setup(i).unwrap().bus).collect();
     Bench { machine, host, time, buses }
 }
@@ -58,7 +68,7 @@ fn impossible_machines_are_refused() {
         let memory = Arc::new(GuestMemory::on_heap(mib * MIB));
         let model = Arc::new(CpuModel::reference(1));
         let parts = parts(&Host::new(), &Time::new());
-        Machine::new(MachineConfig { cpus, testdev: false }, memory, model, parts).err()
+        Machine::new(config(cpus, false), memory, model, parts).err()
     };
     assert_eq!(new(0, 4), Some(MachineError::Cpus(0)));
     assert_eq!(new(65, 4), Some(MachineError::Cpus(65)));

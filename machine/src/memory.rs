@@ -9,8 +9,11 @@ mod strings;
 
 use alloc::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use alloc::boxed::Box;
+use alloc::sync::Arc;
 use core::any::Any;
 use core::arch::asm;
+
+use crate::dma::WriteObserver;
 
 /// First address of the hole for devices below 4 GiB, when RAM is that large.
 pub const LOW_RAM_END: u64 = 0xc000_0000;
@@ -36,6 +39,7 @@ pub struct OutsideRam {
 pub struct GuestMemory {
     base: *mut u8,
     size: u64,
+    observer: spin::Once<Arc<dyn WriteObserver>>,
     _owner: Box<dyn Any + Send + Sync>,
 }
 
@@ -132,7 +136,7 @@ impl GuestMemory {
     /// nothing accesses them except through the returned value or by machine instructions outside of Rust's
     /// memory model (system calls, translated code). The mapping may be accessed from any thread.
     pub unsafe fn new(base: *mut u8, size: u64, owner: Box<dyn Any + Send + Sync>) -> Self {
-        Self { base, size: size & !(PAGE_SIZE - 1), _owner: owner }
+        Self { base, size: size & !(PAGE_SIZE - 1), observer: spin::Once::new(), _owner: owner }
     }
 
     /// RAM of `size` bytes (rounded up to whole pages, at least one), all zero, from the global allocator.
@@ -149,6 +153,18 @@ impl GuestMemory {
         }
         // SAFETY: the allocation lives until `HeapRam` frees it, and its address is given to nobody else.
         unsafe { Self::new(base, size as u64, Box::new(HeapRam { base, layout })) }
+    }
+
+    /// Has `observer` hear of what devices write from now on. Only the first call counts.
+    pub fn set_observer(&self, observer: Arc<dyn WriteObserver>) {
+        self.observer.call_once(|| observer);
+    }
+
+    /// Tells the observer of a write.
+    pub(crate) fn observe(&self, offset: u64, length: u64) {
+        if let Some(observer) = self.observer.get() {
+            observer.written(offset, length);
+        }
     }
 
     /// Bytes of RAM.
@@ -367,12 +383,16 @@ mod tests {
     extern crate std;
 
     use super::*;
-    use alloc::sync::Arc;
     use alloc::vec;
 
     /// A mapping that pretends to be of this size; only offsets and addresses may be computed in it.
     fn unmapped(size: u64) -> GuestMemory {
-        GuestMemory { base: core::ptr::dangling_mut(), size, _owner: Box::new(()) }
+        GuestMemory {
+            base: core::ptr::dangling_mut(),
+            size,
+            observer: spin::Once::new(),
+            _owner: Box::new(()),
+        }
     }
 
     #[test]

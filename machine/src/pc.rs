@@ -1,12 +1,13 @@
 //! The devices of the PC and their wires.
 
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 
 use crate::bus::{MapError, MmioMap, PortMap};
 use crate::devices::acpi_pm::{self, AcpiPm, PowerManagement};
 use crate::devices::i8042::{self, I8042, KeyboardController};
 use crate::devices::log::GuestLog;
-use crate::devices::pci::{self, ConfigPorts, Ecam, PciRoot};
+use crate::devices::pci::{self, Bdf, ConfigPorts, Ecam, NoSuchSlot, PciRoot};
 use crate::devices::pit::{self, IntervalTimer, Pit};
 use crate::devices::reset::{PORT_A, PortA, QuietPorts, ResetControl};
 use crate::devices::rtc::{self, RealTimeClock, Rtc};
@@ -15,13 +16,18 @@ use crate::devices::testdev::{
 };
 use crate::devices::uart::{self, SerialPort, Uart};
 use crate::devices::{RestoreError, Saved, pic};
+use crate::dma::Dma;
 use crate::firmware;
 use crate::host::{ByteStream, Clock, EventSink};
 use crate::irq::{Interrupts, IoApicMmio, LINES, PicPorts, SavedInterrupts};
 use crate::map::{
-    COM1_IRQ, COM1_PORT, ECAM_BASE, ECAM_SIZE, IOAPIC_BASE, IOAPIC_SIZE, PCI_CONFIG_PORT, SCI_IRQ,
+    COM1_IRQ, COM1_PORT, ECAM_BASE, ECAM_SIZE, IOAPIC_BASE, IOAPIC_SIZE, PCI_CONFIG_PORT, PCI_MEMORY_START,
+    SCI_IRQ, pci_interrupt_pin,
 };
 use crate::timer::TimerHub;
+use crate::virtio;
+use crate::virtio::device::VirtioDevice;
+use crate::virtio::pci::{FunctionParts, SavedFunction, VirtioFunction};
 
 /// What the devices are made with.
 pub struct PcParts {
@@ -39,6 +45,23 @@ pub struct PcParts {
     pub events: Arc<dyn EventSink>,
     /// The far end of the first serial line.
     pub console: Arc<dyn ByteStream>,
+    /// RAM, as devices access it.
+    pub dma: Dma,
+    /// Devices on the PCI bus, in the order of their slots.
+    pub devices: Vec<Arc<dyn VirtioDevice>>,
+    /// They offer packed rings.
+    pub packed_rings: bool,
+}
+
+/// The PC can't be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PcError {
+    /// Two devices are at the same place.
+    #[error("devices collide: {0}")]
+    Map(#[from] MapError),
+    /// Too many devices for one bus.
+    #[error(transparent)]
+    Slot(#[from] NoSuchSlot),
 }
 
 /// All devices but the local APICs.
@@ -55,6 +78,7 @@ pub struct Pc {
     port_a: Arc<PortA>,
     pci: Arc<PciRoot>,
     pci_ports: Arc<ConfigPorts>,
+    functions: Vec<Arc<VirtioFunction>>,
 }
 
 /// What [`Pc::save`] gives.
@@ -78,12 +102,14 @@ pub struct SavedPc {
     pub port_a: u8,
     /// The PCI address register.
     pub pci_address: u32,
+    /// Devices on the PCI bus, by slot.
+    pub functions: Vec<SavedFunction>,
 }
 
 impl Pc {
     /// Makes all devices, and wires them as a PC's are.
-    pub fn new(parts: PcParts) -> Result<Self, MapError> {
-        let PcParts { testdev, memory, clock, timers, interrupts, events, console } = parts;
+    pub fn new(parts: PcParts) -> Result<Self, PcError> {
+        let PcParts { testdev, memory, clock, timers, interrupts, events, console, .. } = parts;
         let ports = Arc::new(PortMap::new());
         let mmio = Arc::new(MmioMap::new());
         let log = GuestLog::new(events.clone(), clock.clone());
@@ -108,7 +134,7 @@ impl Pc {
         ports.insert(rtc::BASE, rtc::PORTS, 1, rtc.clone())?;
 
         let reset = ResetControl::new(events.clone());
-        let power = PowerManagement::new(interrupts.line(SCI_IRQ), clock, events.clone(), log);
+        let power = PowerManagement::new(interrupts.line(SCI_IRQ), clock, events.clone(), log.clone());
         ports.insert(acpi_pm::BASE, acpi_pm::PORTS, 4, power.clone())?;
         let keyboard = KeyboardController::new(
             interrupts.line(i8042::KEYBOARD_IRQ),
@@ -128,12 +154,37 @@ impl Pc {
         ports.insert(PCI_CONFIG_PORT, pci::PORTS, 4, pci_ports.clone())?;
         mmio.insert(ECAM_BASE, ECAM_SIZE, Arc::new(Ecam(pci.clone())))?;
 
+        let functions = plug_in(parts.devices, &pci, |slot| FunctionParts {
+            dma: parts.dma.clone(),
+            mmio: mmio.clone(),
+            interrupts: interrupts.clone(),
+            wire: interrupts.line(pci_interrupt_pin(slot, 0) as usize),
+            bar_address: PCI_MEMORY_START + u64::from(slot) * virtio::pci::BAR_SIZE,
+            log: log.clone(),
+            slot,
+            packed: parts.packed_rings,
+        })?;
+
         if testdev {
             insert_testdev(&ports, &mmio, &interrupts, events, console)?;
             let config = FirmwareConfig::new(below + above, interrupts.apics().len() as u16);
             ports.insert(testdev::CONFIG, 2, 2, config)?;
         }
-        Ok(Self { ports, mmio, interrupts, com1, power, keyboard, pit, rtc, reset, port_a, pci, pci_ports })
+        Ok(Self {
+            ports,
+            mmio,
+            interrupts,
+            com1,
+            power,
+            keyboard,
+            pit,
+            rtc,
+            reset,
+            port_a,
+            pci,
+            pci_ports,
+            functions,
+        })
     }
 
     /// The machine's ports.
@@ -159,6 +210,21 @@ impl Pc {
         self.power.press_power_button();
     }
 
+    /// Returns when nothing that the guest asked devices for is still going on; nothing comes in either until
+    /// [`Pc::resume`]. The processors must stand still.
+    pub fn drain(&self) {
+        self.functions.iter().for_each(|function| function.drain());
+    }
+    /// Ends what devices do, and lets their hosts' sides go: the last slot first, so disks come after what may still
+    /// write to them. The processors must have stopped for good.
+    pub fn stop(&self) {
+        self.functions.iter().rev().for_each(|function| function.stop());
+    }
+    /// Lets devices go on.
+    pub fn resume(&self) {
+        self.functions.iter().for_each(|function| function.resume());
+    }
+
     /// Everything that the devices hold.
     pub fn save(&self) -> SavedPc {
         SavedPc {
@@ -171,6 +237,7 @@ impl Pc {
             reset_control: self.reset.read(),
             port_a: self.port_a.value(),
             pci_address: self.pci_ports.address(),
+            functions: self.functions.iter().map(|function| function.save()).collect(),
         }
     }
 
@@ -184,8 +251,26 @@ impl Pc {
         self.power.restore(&saved.power)?;
         self.keyboard.restore(&saved.keyboard)?;
         self.pit.restore(&saved.pit)?;
-        self.rtc.restore(&saved.rtc)
+        self.rtc.restore(&saved.rtc)?;
+        if saved.functions.len() != self.functions.len() {
+            return Err(RestoreError::Invalid);
+        }
+        self.functions.iter().zip(&saved.functions).try_for_each(|(function, saved)| function.restore(saved))
     }
+}
+
+/// Puts devices into the slots of bus 0, from 1 on: 0 is the host bridge.
+fn plug_in(
+    devices: Vec<Arc<dyn VirtioDevice>>,
+    pci: &PciRoot,
+    parts: impl Fn(u8) -> FunctionParts,
+) -> Result<Vec<Arc<VirtioFunction>>, NoSuchSlot> {
+    let plug_in = |(device, slot): (_, u8)| {
+        let function = VirtioFunction::new(device, parts(slot));
+        pci.add(Bdf { bus: 0, device: slot, function: 0 }, function.clone())?;
+        Ok(function)
+    };
+    devices.into_iter().zip(1..).map(plug_in).collect()
 }
 
 /// What QEMU has with `-device pc-testdev -device isa-debug-exit,iobase=0xf4,iosize=4 -debugcon stdio`.

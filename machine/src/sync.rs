@@ -24,3 +24,10 @@ impl RelaxStrategy for HostRelax {
 
 /// A mutual exclusion lock. Hold it briefly: never across a wait for the host.
 pub type Mutex<T> = spin::mutex::SpinMutex<T, HostRelax>;
+
+/// Waits, giving up the processor, until something holds that another thread brings about soon.
+pub fn wait_until(mut holds: impl FnMut() -> bool) {
+    while !holds() {
+        HostRelax::relax();
+    }
+}

@@ -3,9 +3,12 @@
 use std::path::PathBuf;
 
 use bivisor_backends::console::ConsoleSpec;
+use bivisor_backends::disk::DiskSpec;
+use bivisor_backends::net::NetSpec;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{EngineChoice, GdbSpec, MemorySize};
+use crate::image::{DiskRecipe, ImportRequest};
 use crate::status;
 
 /// Virtual machines with or without virtualization hardware.
@@ -39,15 +42,23 @@ pub enum ImageCommand {
     /// Make an image
     #[command(subcommand)]
     Build(Recipe),
+    /// Make an image of a disk that others made, such as a distribution's cloud image
+    Import(Box<ImportRequest>),
     /// List images
     Ls,
+    /// Remove images, with all that guests wrote to their disks
+    Rm {
+        /// Their names
+        #[arg(value_name = "NAME", required = true)]
+        names: Vec<String>,
+    },
 }
 
 /// What `bivisor image build` can make.
-#[derive(Clone, Copy, Debug, Subcommand)]
+#[derive(Clone, Debug, Subcommand)]
 pub enum Recipe {
-    /// Debian's cloud kernel with a small initramfs: the default guest
-    Debian,
+    /// Debian's cloud kernel with a small initramfs, the default guest; or, with any option, a system on a disk
+    Debian(Box<DiskRecipe>),
 }
 
 /// `bivisor run`.
@@ -74,6 +85,28 @@ pub struct RunArgs {
     /// What executes the guest's instructions [default: auto]
     #[arg(long, value_enum, value_name = "ENGINE")]
     pub engine: Option<EngineChoice>,
+    /// Disk, again for each: an image or block device, then options such as format=raw|qcow2, readonly, snapshot,
+    /// serial=TEXT
+    #[arg(long = "disk", value_name = "PATH[,OPTION]…")]
+    pub disks: Vec<DiskSpec>,
+    /// Forget at the end what the guest writes to its disks, the image's own too
+    #[arg(long)]
+    pub snapshot: bool,
+    /// Network interface, again for each: user, then options such as hostfwd=tcp:127.0.0.1:2222-:22
+    #[arg(long = "net", value_name = "NETWORK[,OPTION]…")]
+    pub nets: Vec<NetSpec>,
+    /// Where a virtio console of the guest (hvc0) leads: as --console
+    #[arg(long, value_name = "CONSOLE")]
+    pub virtio_console: Option<ConsoleSpec>,
+    /// Unix socket that leads to the guest's stream sockets (AF_VSOCK), and whose path with _PORT leads to the host's
+    #[arg(long, value_name = "PATH")]
+    pub vsock: Option<PathBuf>,
+    /// Give the guest a source of the host's randomness
+    #[arg(long)]
+    pub rng: bool,
+    /// Give the guest a memory balloon, by which pages that it does not need go back to the host
+    #[arg(long)]
+    pub balloon: bool,
     /// Where the guest's first serial port leads: stdio, pty, file=PATH or unix=PATH [default: stdio]
     #[arg(long, value_name = "CONSOLE")]
     pub console: Option<ConsoleSpec>,
@@ -110,7 +143,7 @@ mod tests {
     #[test]
     fn every_option_of_run_is_understood() {
         let line = "bivisor run vm.toml --kernel k --initrd i --append -x --memory 1G --cpus 4 --engine interp \
-                    --console unix=s --no-reboot --testdev --stats --trace t --perf-map --gdb :1234";
+                    --disk a.img,readonly --disk b.img --net user --virtio-console pty --vsock v --rng --balloon --console unix=s --no-reboot --testdev --stats --trace t --perf-map --gdb :1234";
         let Command::Run(run) = Cli::try_parse_from(line.split_whitespace()).unwrap().command else {
             panic!("not run");
         };
@@ -119,5 +152,9 @@ mod tests {
         assert_eq!(run.cpus, Some(4));
         assert!(run.no_reboot && run.testdev && run.stats && run.perf_map);
         assert_eq!(run.trace, Some(PathBuf::from("t")));
+        assert_eq!((run.nets.len(), run.virtio_console), (1, Some(ConsoleSpec::Pty)));
+        assert_eq!(run.vsock, Some(PathBuf::from("v")));
+        assert!(run.disks[0].read_only && run.rng && run.balloon);
+        assert_eq!(run.disks[1], DiskSpec::new("b.img"));
     }
 }

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use bivisor_backends::console::ConsoleSpec;
+use bivisor_backends::disk::DiskSpec;
+use bivisor_backends::net::NetSpec;
 use clap::ValueEnum;
 use serde::Deserialize;
 use toml::Spanned;
@@ -134,6 +136,20 @@ pub struct VmConfig {
     pub cpus: u32,
     /// Engine.
     pub engine: EngineChoice,
+    /// Disks, in the order in which the guest sees them.
+    pub disks: Vec<DiskSpec>,
+    /// What the guest writes to any disk is forgotten at the end.
+    pub snapshot: bool,
+    /// Network interfaces, in the order in which the guest sees them.
+    pub nets: Vec<NetSpec>,
+    /// Virtio console.
+    pub virtio_console: Option<ConsoleSpec>,
+    /// Unix socket that leads to the guest's stream sockets.
+    pub vsock: Option<PathBuf>,
+    /// A source of randomness.
+    pub rng: bool,
+    /// A memory balloon.
+    pub balloon: bool,
     /// Console.
     pub console: ConsoleSpec,
     /// End at a reset.
@@ -179,6 +195,11 @@ pub enum ConfigError {
     /// Both a kernel and an image.
     #[error("both the image '{0}' and a kernel are given: leave one of them away")]
     KernelAndImage(String),
+    /// Both consoles at the terminal.
+    #[error(
+        "only one console can be at the terminal: say --virtio-console pty or unix=PATH, or --console so"
+    )]
+    TwoTerminals,
     /// A command line with a NUL character.
     #[error("the kernel command line contains a NUL character: leave it away")]
     NulInAppend,
@@ -205,6 +226,15 @@ struct FileConfig {
     memory: Option<Spanned<String>>,
     cpus: Option<Spanned<i64>>,
     engine: Option<Spanned<String>>,
+    #[serde(default)]
+    disk: Vec<Spanned<toml::Table>>,
+    snapshot: Option<bool>,
+    #[serde(default)]
+    net: Vec<Spanned<String>>,
+    virtio_console: Option<Spanned<String>>,
+    vsock: Option<PathBuf>,
+    rng: Option<bool>,
+    balloon: Option<bool>,
     console: Option<Spanned<String>>,
     no_reboot: Option<bool>,
     testdev: Option<bool>,
@@ -242,13 +272,25 @@ impl VmConfig {
         if settings.append.as_deref().is_some_and(|text| text.contains('\0')) {
             return Err(ConfigError::NulInAppend);
         }
+        let console = settings.console.unwrap_or(ConsoleSpec::Stdio);
+        if settings.virtio_console == Some(ConsoleSpec::Stdio) && console == ConsoleSpec::Stdio {
+            return Err(ConfigError::TwoTerminals);
+        }
         Ok(Self {
             boot,
             append: settings.append,
             memory: settings.memory.unwrap_or(DEFAULT_MEMORY),
             cpus: settings.cpus.unwrap_or(1),
             engine: settings.engine.unwrap_or_default(),
+            disks: settings.disks,
+            snapshot: settings.snapshot,
             console: settings.console.unwrap_or(ConsoleSpec::Stdio),
+            nets: settings.nets,
+            virtio_console: settings.virtio_console,
+            vsock: settings.vsock,
+            rng: settings.rng,
+            balloon: settings.balloon,
+            console,
             no_reboot: settings.no_reboot,
             testdev: settings.testdev,
             stats: settings.stats,
@@ -281,6 +323,13 @@ struct Settings {
     memory: Option<MemorySize>,
     cpus: Option<u32>,
     engine: Option<EngineChoice>,
+    disks: Vec<DiskSpec>,
+    snapshot: bool,
+    nets: Vec<NetSpec>,
+    virtio_console: Option<ConsoleSpec>,
+    vsock: Option<PathBuf>,
+    rng: bool,
+    balloon: bool,
     console: Option<ConsoleSpec>,
     no_reboot: bool,
     testdev: bool,
@@ -311,11 +360,34 @@ impl Settings {
             memory: source.value("memory", file.memory, MemorySize::from_str)?,
             cpus: source.value("cpus", file.cpus, parse_cpus)?,
             engine: source.value("engine", file.engine, parse_engine)?,
+            disks: file
+                .disk
+                .iter()
+                .map(|disk| {
+                    disk_of(disk.get_ref(), folder)
+                        .map_err(|message| source.error(disk.span().start, format!("disk: {message}")))
+                })
+                .collect::<Result<_, _>>()?,
             console: source.value("console", file.console, ConsoleSpec::from_str)?.map(|c| match c {
                 ConsoleSpec::File(path) => ConsoleSpec::File(folder.join(path)),
                 ConsoleSpec::Unix(path) => ConsoleSpec::Unix(folder.join(path)),
                 other => other,
             }),
+            snapshot: file.snapshot.unwrap_or(false),
+            nets: file
+                .net
+                .into_iter()
+                .filter_map(|net| source.value("net", Some(net), NetSpec::from_str).transpose())
+                .collect::<Result<_, _>>()?,
+            virtio_console: source
+                .value("virtio-console", file.virtio_console, ConsoleSpec::from_str)?
+                .map(|console| console_in(console, folder)),
+            vsock: file.vsock.map(|path| folder.join(path)),
+            rng: file.rng.unwrap_or(false),
+            balloon: file.balloon.unwrap_or(false),
+            console: source
+                .value("console", file.console, ConsoleSpec::from_str)?
+                .map(|console| console_in(console, folder)),
             no_reboot: file.no_reboot.unwrap_or(false),
             testdev: file.testdev.unwrap_or(false),
             stats: file.stats.unwrap_or(false),
@@ -342,8 +414,15 @@ impl Settings {
         set(&mut self.cpus, &args.cpus);
         set(&mut self.engine, &args.engine);
         set(&mut self.console, &args.console);
+        set(&mut self.virtio_console, &args.virtio_console);
+        set(&mut self.vsock, &args.vsock);
+        self.disks.extend_from_slice(&args.disks);
+        self.nets.extend_from_slice(&args.nets);
+        self.rng |= args.rng;
+        self.balloon |= args.balloon;
         set(&mut self.trace, &args.trace);
         set(&mut self.gdb, &args.gdb);
+        self.snapshot |= args.snapshot;
         self.no_reboot |= args.no_reboot;
         self.testdev |= args.testdev;
         self.stats |= args.stats;
@@ -378,6 +457,33 @@ impl Source<'_> {
             .map(Some)
             .map_err(|message| self.error(at, format!("{key}: {message}")))
     }
+}
+
+/// A console whose path is relative to a folder.
+fn console_in(console: ConsoleSpec, folder: &Path) -> ConsoleSpec {
+    match console {
+        ConsoleSpec::File(path) => ConsoleSpec::File(folder.join(path)),
+        ConsoleSpec::Unix(path) => ConsoleSpec::Unix(folder.join(path)),
+        other => other,
+    }
+}
+
+/// A disk as a table: its path, and the options of `--disk`.
+fn disk_of(table: &toml::Table, folder: &Path) -> Result<DiskSpec, String> {
+    let Some(toml::Value::String(path)) = table.get("path") else {
+        return Err("a disk needs a path: say path = \"FILE\"".into());
+    };
+    let mut disk = DiskSpec::new(folder.join(path));
+    for (key, value) in table.iter().filter(|(key, _)| *key != "path") {
+        let text = match value {
+            toml::Value::String(text) => text.clone(),
+            toml::Value::Boolean(true) => "on".into(),
+            toml::Value::Boolean(false) => "off".into(),
+            other => other.to_string(),
+        };
+        disk.set(key, Some(&text))?;
+    }
+    Ok(disk)
 }
 
 fn parse_engine(text: &str) -> Result<EngineChoice, String> {
@@ -453,6 +559,34 @@ mod tests {
         assert_eq!((config.engine, config.console), (EngineChoice::Interp, ConsoleSpec::Pty));
         assert!(config.no_reboot && config.testdev && config.stats && config.perf_map);
         assert_eq!((config.trace, config.gdb), (Some("/t".into()), Some(GdbSpec::Port(1234))));
+    }
+
+    #[test]
+    fn other_devices_of_a_file() {
+        let text = "kernel = \"k\"\nnet = [\"user\"]\nvirtio-console = \"unix=/s\"\nvsock = \"/v\"\nrng = true\nballoon = true\n";
+        let config = parse(text, "--net user,mac=52:54:00:00:00:01").unwrap();
+        assert_eq!(config.nets.iter().map(|net| net.mac.is_some()).collect::<Vec<_>>(), [false, true]);
+        assert_eq!(config.virtio_console, Some(ConsoleSpec::Unix("/s".into())));
+        assert_eq!(config.vsock, Some("/v".into()));
+        assert!(config.rng && config.balloon);
+        assert!(matches!(parse("\nnet = [\"wire\"]", ""), Err(ConfigError::File { line: 2, .. })));
+        assert!(matches!(parse("virtio-console = \"stdio\"", ""), Err(ConfigError::TwoTerminals)));
+    }
+
+    #[test]
+    fn disks_of_a_file_come_before_those_of_options() {
+        let text =
+            "kernel = \"k\"\n[[disk]]\npath = \"/a\"\nreadonly = true\niops = 5\n[[disk]]\npath = \"/b\"\n";
+        let disks = parse(text, "--disk c,snapshot").unwrap().disks;
+        assert_eq!(
+            disks.iter().map(|disk| disk.path.to_str()).collect::<Vec<_>>(),
+            [Some("/a"), Some("/b"), Some("c")]
+        );
+        assert!(disks[0].read_only && disks[2].snapshot && !disks[1].read_only);
+        assert_eq!(disks[0].limit.operations, Some(5));
+        for wrong in ["[[disk]]\nformat = \"raw\"", "[[disk]]\npath = \"a\"\nreadonly = 3"] {
+            assert!(matches!(parse(wrong, ""), Err(ConfigError::File { line: 1, .. })), "{wrong}");
+        }
     }
 
     #[test]

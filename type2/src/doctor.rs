@@ -202,7 +202,7 @@ fn is_in_path(program: &str) -> bool {
 
 /// Whether images can be kept.
 fn cache_folder() -> Finding {
-    match image::images_folder() {
+    match image::cache_folder() {
         Err(error) => Finding::new(Verdict::Lacking, "cache folder", error.to_string()),
         Ok(folder) => match try_to_write(&folder) {
             Ok(()) => Finding::new(Verdict::Good, "cache folder", folder.display().to_string()),

@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Seek};
 use std::path::{Path, PathBuf};
 
+use bivisor_backends::disk::DiskSpec;
 use bivisor_backends::terminal;
 use bivisor_guests::HELLO;
 
@@ -135,6 +136,8 @@ pub struct Guest {
     pub initrd: Option<GuestFile>,
     /// The kernel's command line.
     pub command_line: String,
+    /// Disks that belong to it, before those of the configuration.
+    pub disks: Vec<DiskSpec>,
 }
 
 impl Guest {
@@ -146,6 +149,7 @@ impl Guest {
                 kernel: GuestFile::open("kernel", kernel, memory)?,
                 initrd: initrd.as_ref().map(|path| GuestFile::open("initrd", path, memory)).transpose()?,
                 command_line: config.append.clone().unwrap_or_default(),
+                disks: Vec::new(),
             }),
             Boot::Image(name) => match Image::open(name) {
                 Ok(image) => Self::of_image(&image, config),
@@ -168,7 +172,8 @@ impl Guest {
     fn built_in(config: &VmConfig) -> Self {
         let kernel =
             GuestFile { what: "kernel", path: HELLO.name.into(), content: Content::BuiltIn(HELLO.image) };
-        Self { kernel, initrd: None, command_line: config.append.clone().unwrap_or_default() }
+        let command_line = config.append.clone().unwrap_or_default();
+        Self { kernel, initrd: None, command_line, disks: Vec::new() }
     }
 
     fn of_image(image: &Image, config: &VmConfig) -> Result<Self, GuestError> {
@@ -181,6 +186,7 @@ impl Guest {
                 Some(more) => format!("{own} {more}"),
                 None => own.clone(),
             },
+            disks: image.disks(),
         })
     }
 }

@@ -1,5 +1,6 @@
 //! Bivisor as a Linux program: a type 2 hypervisor.
 
+mod backends;
 mod cli;
 mod config;
 mod debugger;
@@ -37,8 +38,7 @@ fn main() -> ExitCode {
     };
     let result = match &cli.command {
         Command::Run(args) => run::run(args, cli.verbose),
-        Command::Image(ImageCommand::Build(Recipe::Debian)) => build_image(),
-        Command::Image(ImageCommand::Ls) => list_images(),
+        Command::Image(command) => manage_images(command),
         Command::Doctor => {
             let (report, status) = doctor::run();
             say(&report);
@@ -72,8 +72,22 @@ fn say(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
-fn build_image() -> Result<u8, Failure> {
-    let image = image::build_debian().map_err(Failure::configuration)?;
+fn manage_images(command: &ImageCommand) -> Result<u8, Failure> {
+    let made = match command {
+        ImageCommand::Build(Recipe::Debian(recipe)) if recipe.is_asked_for() => {
+            image::build_debian_disk(recipe)
+        }
+        ImageCommand::Build(Recipe::Debian(_)) => image::build_debian(),
+        ImageCommand::Import(request) => image::import(request),
+        ImageCommand::Ls => return list_images(),
+        ImageCommand::Rm { names } => {
+            for name in names {
+                image::remove(name).map_err(Failure::configuration)?;
+            }
+            return Ok(status::SUCCESS);
+        }
+    };
+    let image = made.map_err(Failure::configuration)?;
     say(&format!(
         "image {} ({}): start it with `bivisor run {}`\n",
         image.name, image.manifest.description, image.name

@@ -8,6 +8,7 @@ use bivisor_backends::terminal::{self, message};
 use bivisor_machine::host::MachineEvent;
 use bivisor_machine::sync::set_yield;
 
+use crate::backends::Backends;
 use crate::cli::RunArgs;
 use crate::config::VmConfig;
 use crate::debugger::{Debugger, Stop};
@@ -67,7 +68,8 @@ pub fn run(args: &RunArgs, verbose: bool) -> Result<u8, Failure> {
     let trace = config.trace.as_ref().map(|path| TraceFile::create(path, events.clone()));
     let trace = trace.transpose().map_err(Failure::host)?;
     let perf_map = config.perf_map.then(PerfMap::create).transpose().map_err(Failure::host)?;
-    let parts = Parts { config, guest, clock, console, trace, perf_map, log, events };
+    let backends = Backends::open(&config, &guest)?;
+    let parts = Parts { config, guest, clock, console, backends, trace, perf_map, log, events };
     let ending = supervise(&parts, &happenings, debugger.as_ref());
 
     if let (Some(debugger), Ok(ending)) = (&debugger, &ending) {
@@ -89,10 +91,13 @@ pub fn run(args: &RunArgs, verbose: bool) -> Result<u8, Failure> {
 }
 
 /// Tells what a user must know to use the console.
-fn greet(console: &Console) {
+fn greet(parts: &Parts) {
+    if let Some(address) = parts.backends.console_address() {
+        message(&format!("bivisor: the virtio console is at {address}\n"));
+    }
     if terminal::is_raw() {
         message("bivisor: Ctrl-A x ends the machine, Ctrl-A h tells more\n");
-    } else if let Some(address) = console.address() {
+    } else if let Some(address) = parts.console.address() {
         message(&format!("bivisor: the console is at {address}\n"));
     }
 }
@@ -107,7 +112,7 @@ fn supervise(
     loop {
         let session = Arc::new(Session::new(parts)?);
         if !std::mem::replace(&mut greeted, true) {
-            greet(&parts.console);
+            greet(parts);
         }
         match debugger {
             Some(debugger) => debugger.session_started(&session).map_err(Failure::engine)?,

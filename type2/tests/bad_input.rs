@@ -31,6 +31,9 @@ fn command_lines() {
     refused(&folder, &["run", "--memory", "3000K"], 2, "not a whole number of MiB: say 3M");
     refused(&folder, &["run", "--engine", "warp"], 2, "invalid value 'warp'");
     refused(&folder, &["run", "--console", "telepathy"], 2, "say stdio, pty, file=PATH or unix=PATH");
+    refused(&folder, &["run", "--disk", "d,colour=red"], 2, "a disk has no option 'colour'");
+    refused(&folder, &["run", "--net", "wire"], 2, "'wire' is no network");
+    refused(&folder, &["run", "--virtio-console", "telepathy"], 2, "say stdio, pty, file=PATH or unix=PATH");
     refused(&folder, &["run", "--gdb", "1234"], 2, "say :PORT or unix=PATH");
     refused(&folder, &["run", "--gdb", ":70000"], 2, "'70000' is no TCP port");
 }
@@ -49,6 +52,12 @@ fn what_can_not_be_had() {
     refused(&folder, &["run", "--kernel", kernel, "--console", &console], 6, "cannot write the console file");
     let console = format!("unix={kernel}");
     refused(&folder, &["run", "--kernel", kernel, "--console", &console], 6, "exists and is not a socket");
+    refused(&folder, &["run", "--kernel", kernel, "--vsock", kernel], 6, "something else is there");
+    refused(&folder, &["run", "--kernel", kernel, "--disk", "no"], 4, "no");
+    refused(&folder, &["run", "--kernel", kernel, "--virtio-console", "stdio"], 4, "only one console can be");
+    let mut many = vec!["run", "--kernel", kernel];
+    many.extend(["--net", "user"].repeat(32));
+    refused(&folder, &many, 4, "PCI address 00:20.0 is taken or does not exist");
     refused(&folder, &["run", "--kernel", kernel, "--trace", "no/t"], 6, "cannot write the trace no/t");
     refused(&folder, &["run", "--kernel", kernel, "--gdb", &console], 6, "exists and is not a socket");
 }

@@ -6,7 +6,7 @@ use crate::{
 use anyhow::{Context, Result, bail, ensure};
 use std::{
     env,
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     path::PathBuf,
     process::{Child, Command, Stdio},
     sync::mpsc::{Receiver, RecvTimeoutError, channel},
@@ -19,12 +19,20 @@ const PROMPT: &str = "root@debian:/root# ";
 /// The guest's time from power-up to power-off on the slower engine, with much to spare on a busy machine.
 const TIME_LIMIT: Duration = Duration::from_secs(400);
 
+/// Bytes of the guest's disk.
+const DISK_SIZE: u64 = 64 << 20;
+
 /// A line to type, and what must be in the answer.
 const DIALOGUE: &[(&str, &[&str])] = &[
     ("uname -a", &["Linux debian", "-cloud-amd64", "x86_64"]),
     ("cat /proc/interrupts", &["IO-APIC", "ttyS0", "acpi", "Local timer interrupts"]),
     ("cat /proc/cmdline", &["console=ttyS0"]),
     ("dmesg | grep -c 'ACPI: Interpreter enabled'", &["\n1"]),
+    ("mke2fs -q /dev/vda && mkdir -p /mnt && mount -t ext4 /dev/vda /mnt && echo mounted", &["\nmounted"]),
+    ("head -c 4000000 /dev/urandom > /mnt/x; cp /bin/busybox /mnt; sync; echo kept", &["\nkept"]),
+    ("sha256sum < /mnt/x > /sum; umount /mnt; mount -t ext4 /dev/vda /mnt && echo again", &["\nagain"]),
+    ("sha256sum < /mnt/x | cmp - /sum && /mnt/busybox echo same", &["\nsame"]),
+    ("umount /mnt; cat /sys/block/vda/serial; grep -c virtio0-req /proc/interrupts", &["serial-1"]),
     ("i=0; while [ $i -lt 2000 ]; do i=$((i+1)); done; echo counted $i | sha256sum", &["  -"]),
 ];
 
@@ -53,11 +61,14 @@ pub fn boots(tally: &mut Tally, program: &PathBuf) {
     }
 }
 
-/// Boots, talks to the shell, powers off. Returns the time to the shell.
+/// Boots with an empty disk, talks to the shell, powers off, looks at the disk. Returns the time to the shell.
 fn boot(program: &PathBuf, engine: &str) -> Result<Duration> {
+    let disk = tempfile::NamedTempFile::new().context("no temporary file")?;
+    disk.as_file().set_len(DISK_SIZE)?;
+    let option = format!("{},serial=serial-1", disk.path().display());
     let start = Instant::now();
     let mut child = Command::new(program)
-        .args(["run", "--no-reboot", "--engine", engine])
+        .args(["run", "--no-reboot", "--engine", engine, "--disk", &option])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
@@ -70,6 +81,12 @@ fn boot(program: &PathBuf, engine: &str) -> Result<Duration> {
     let status = child.wait()?;
     let shell = result?;
     ensure!(status.success(), "the guest powered off, but bivisor ended with {status}");
+    // Where the host has the program: the file system must be whole without repair.
+    match Command::new("/sbin/e2fsck").args(["-fn"]).arg(disk.path()).output() {
+        Ok(check) => ensure!(check.status.success(), "{}", String::from_utf8_lossy(&check.stdout)),
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) => return Err(error).context("e2fsck could not be started"),
+    }
     Ok(shell)
 }
 

@@ -21,6 +21,12 @@ const TOOLS: &[Tool] = &[
         purpose: "the guests are checked against it; their checks on QEMU are left out",
         optional: true,
     },
+    Tool {
+        program: "qemu-img",
+        package: "qemu-utils",
+        purpose: "it judges disk images; its checks are left out",
+        optional: true,
+    },
 ];
 
 /// Components of the Rust toolchain that the checks call as cargo subcommands.

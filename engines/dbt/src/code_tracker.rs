@@ -129,6 +129,19 @@ impl CodeTracker {
         }
     }
 
+    /// Notes that bytes were written, which may lie in several pages. Whether instructions of any are cached.
+    pub fn written_range(&self, offset: u64, length: u64) -> bool {
+        let end = offset.saturating_add(length);
+        let mut from = offset;
+        let mut cached = false;
+        while from < end {
+            let to = ((from >> PAGE_SHIFT) + 1 << PAGE_SHIFT).min(end);
+            cached |= self.written(from, to - from);
+            from = to;
+        }
+        cached
+    }
+
     /// The writes after `epoch` (got from [`CodeTracker::epoch`]), up to the returned one; `None` if they were too
     /// many to remember.
     pub fn written_since(&self, epoch: u64) -> (u64, Option<Vec<CodeWrite>>) {

@@ -1,8 +1,10 @@
 //! The software engines, as machines see them.
 
 use std::ptr::NonNull;
+use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use bivisor_machine::dma::WriteObserver;
 use bivisor_machine::engine::{Engine, EngineError, Vcpu, VcpuSetup};
 use bivisor_machine::memory::GuestMemory;
 use bivisor_x86::cpu::Cpu;
@@ -49,12 +51,32 @@ impl SoftwareEngine {
 
     fn tracker(&self, memory: &Arc<GuestMemory>) -> Result<Arc<CodeTracker>, EngineError> {
         let mut code = self.code.lock().unwrap_or_else(PoisonError::into_inner);
-        let (first, tracker) =
-            code.get_or_insert_with(|| (Arc::clone(memory), Arc::new(CodeTracker::new(memory.size()))));
+        let (first, tracker) = code.get_or_insert_with(|| {
+            let tracker = Arc::new(CodeTracker::new(memory.size()));
+            let (code, peers) = (Arc::clone(&tracker), Arc::clone(&self.peers));
+            memory.set_observer(Arc::new(DeviceWrites { code, peers }));
+            (Arc::clone(memory), tracker)
+        });
         if !Arc::ptr_eq(first, memory) {
             return Err(EngineError("all virtual processors of an engine must have the same RAM".into()));
         }
         Ok(Arc::clone(tracker))
+    }
+}
+
+/// Hears of what devices write to RAM.
+struct DeviceWrites {
+    code: Arc<CodeTracker>,
+    peers: Arc<Peers>,
+}
+
+impl WriteObserver for DeviceWrites {
+    fn written(&self, offset: u64, length: u64) {
+        // The one who marks a page does so with a barrier, but makes no other thread have one because of devices.
+        fence(Ordering::SeqCst);
+        if self.code.written_range(offset, length) {
+            self.peers.wake_all();
+        }
     }
 }
 

@@ -39,6 +39,12 @@ impl Peers {
         self.all.write().unwrap_or_else(PoisonError::into_inner).push((index, peer));
     }
 
+    /// Tells all that cached code was written by none of them.
+    pub fn wake_all(&self) {
+        let all = self.all.read().unwrap_or_else(PoisonError::into_inner);
+        all.iter().for_each(|(_, peer)| peer.waker().wake());
+    }
+
     fn others(&self, own: u32, mut each: impl FnMut(&dyn Peer)) {
         let all = self.all.read().unwrap_or_else(PoisonError::into_inner);
         all.iter().filter(|(index, _)| *index != own).for_each(|(_, peer)| each(&**peer));

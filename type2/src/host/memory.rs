@@ -4,8 +4,10 @@
 use std::ffi::c_void;
 use std::io;
 use std::ptr;
+use std::sync::Arc;
 
 use bivisor_machine::memory::GuestMemory;
+use bivisor_machine::virtio::balloon::MemoryHost;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 /// The mapping, unmapped when dropped.
@@ -49,6 +51,22 @@ pub fn allocate(size: u64) -> io::Result<GuestMemory> {
     Ok(unsafe { GuestMemory::new(base.cast(), size, Box::new(mapping)) })
 }
 
+/// Takes pages of a machine's RAM back.
+pub struct Returned(pub Arc<GuestMemory>);
+
+impl MemoryHost for Returned {
+    fn discard(&self, offset: u64, length: u64) {
+        if offset.checked_add(length).is_none_or(|end| end > self.0.size()) {
+            return;
+        }
+        // SAFETY: the range lies in the mapping that `allocate` made, which lives as long as the memory, and the caller says
+        // that what it holds matters no more; a kernel that refuses leaves it as it is.
+        let _ = unsafe {
+            madvise(self.0.host_base().add(offset as usize).cast(), length as usize, Advice::LinuxDontNeed)
+        };
+    }
+}
+
 /// Bytes of RAM that this process may have: the host's, or less in a control group.
 pub fn host_memory() -> u64 {
     let info = rustix::system::sysinfo();
@@ -73,6 +91,17 @@ mod tests {
         ram.write(last, &[7]).unwrap();
         ram.read(last, &mut byte).unwrap();
         assert_eq!(byte, [7]);
+    }
+
+    #[test]
+    fn returned_pages_read_as_zero_and_the_others_stay() {
+        let ram = Arc::new(allocate(8 << 20).unwrap());
+        ram.fill(0, 8 << 20, 7).unwrap();
+        let host = Returned(ram.clone());
+        host.discard(0x1000, 0x2000);
+        host.discard(8 << 20, 0x1000);
+        host.discard(u64::MAX - 0xfff, 0x1000);
+        assert_eq!([0xfff, 0x1000, 0x2fff, 0x3000].map(|at| ram.load8(at)), [7, 0, 0, 7]);
     }
 
     #[test]

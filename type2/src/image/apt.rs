@@ -140,6 +140,66 @@ impl Apt {
     }
 }
 
+/// A source of Debian's packages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source {
+    site: String,
+    release: String,
+}
+
+impl Source {
+    /// As a line of sources.list(5).
+    pub fn line(&self) -> String {
+        const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+        let signed =
+            if Path::new(KEYRING).exists() { format!("[signed-by={KEYRING}] ") } else { String::new() };
+        format!("deb {signed}{} {} main", self.site, self.release)
+    }
+}
+
+/// The release of Debian that this host runs, by its name.
+pub fn host_release() -> Option<String> {
+    let text = fs::read_to_string("/etc/os-release").ok()?;
+    let value = |key: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='))?;
+        Some(line.trim_matches('"').to_owned())
+    };
+    (value("ID")? == "debian").then(|| value("VERSION_CODENAME")).flatten()
+}
+
+/// The sources that this host is set to, for another release perhaps; none where the host has none of Debian's.
+pub fn debian_sources(suite: &str) -> Vec<Source> {
+    let mut command = Command::new("apt-get");
+    command.args([
+        "indextargets",
+        "--format",
+        "$(SITE) $(RELEASE)",
+        "Created-By: Packages",
+        "Origin: Debian",
+    ]);
+    let output = command.stdin(Stdio::null()).output();
+    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    sources_for(suite, host_release().as_deref(), &text)
+}
+
+/// The host's own release has updates and security fixes in further sources; of another one only the base is sure
+/// to be where the host's is.
+fn sources_for(suite: &str, host: Option<&str>, targets: &str) -> Vec<Source> {
+    let mut sources = Vec::new();
+    for (site, release) in targets.lines().filter_map(|line| line.split_once(' ')) {
+        let release = match host {
+            Some(host) if host != suite && release == host => suite,
+            Some(host) if host == suite && release.starts_with(host) => release,
+            _ => continue,
+        };
+        let source = Source { site: site.to_owned(), release: release.to_owned() };
+        if !sources.contains(&source) {
+            sources.push(source);
+        }
+    }
+    sources
+}
+
 fn run(mut command: Command, program: &'static str) -> Result<Output, ImageError> {
     command.output().map_err(|e| spawn_error(e, program))
 }
@@ -193,6 +253,28 @@ mod tests {
         let file = Path::new("debs/busybox-static_1%3a1.35.0-4+b3_amd64.deb");
         assert_eq!(label(file).as_deref(), Some("busybox-static 1:1.35.0-4+b3"));
         assert_eq!(label(Path::new("odd.deb")), None);
+    }
+
+    #[test]
+    fn sources_follow_the_hosts() {
+        let targets = "http://a/debian bookworm\nhttp://a/debian bookworm\nhttp://a/debian bookworm-updates\n\
+                       http://a/security bookworm-security\nhttp://b/x sid\n";
+        let releases = |suite: &str, host: Option<&str>| {
+            let sources = sources_for(suite, host, targets);
+            sources.iter().map(|source| format!("{} {}", source.site, source.release)).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            releases("bookworm", Some("bookworm")),
+            [
+                "http://a/debian bookworm",
+                "http://a/debian bookworm-updates",
+                "http://a/security bookworm-security"
+            ]
+        );
+        assert_eq!(releases("trixie", Some("bookworm")), ["http://a/debian trixie"]);
+        assert!(releases("trixie", None).is_empty());
+        let line = Source { site: "http://a".into(), release: "sid".into() }.line();
+        assert!(line.starts_with("deb ") && line.ends_with(" http://a sid main"));
     }
 
     #[test]

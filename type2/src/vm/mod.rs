@@ -20,6 +20,7 @@ use bivisor_machine::machine::{HostParts, Machine, MachineConfig};
 use bivisor_machine::memory::GuestMemory;
 use bivisor_x86::cpuid::CpuModel;
 
+use crate::backends::Backends;
 use crate::config::VmConfig;
 use crate::error::Failure;
 use crate::guest::Guest;
@@ -60,6 +61,8 @@ pub struct Parts {
     pub clock: Arc<LinuxClock>,
     /// Its first serial port's far end.
     pub console: Console,
+    /// What its devices are backed by.
+    pub backends: Backends,
     /// The file for what the guest executes.
     pub trace: Option<Arc<TraceFile>>,
     /// The names of translated code for perf.
@@ -126,7 +129,7 @@ impl Session {
         let gate = Arc::new(Gate::new());
         let alarm = HostAlarm::new(parts.clock.clone());
         let machine = Machine::new(
-            MachineConfig { cpus: config.cpus, testdev: config.testdev },
+            MachineConfig { cpus: config.cpus, testdev: config.testdev, packed_rings: true },
             memory.clone(),
             Arc::new(CpuModel::from_host(host_cpuid, config.cpus, parts.clock.frequency())),
             HostParts {
@@ -139,6 +142,7 @@ impl Session {
                     log: parts.log.clone(),
                 }),
                 console: parts.console.line(),
+                devices: parts.backends.devices(config.cpus, &memory),
             },
         )
         .map_err(Failure::configuration)?;
@@ -261,6 +265,7 @@ impl Session {
             // A panic there has already been reported.
             let _ = thread.join();
         }
+        self.machine.stop_devices();
     }
 }
 

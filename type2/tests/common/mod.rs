@@ -99,7 +99,8 @@ impl Folder {
     /// `bivisor` with these words, and this folder as its only cache and home.
     pub fn bivisor(&self, words: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bivisor"));
-        command.args(words).env("XDG_CACHE_HOME", self.path()).env("HOME", self.path());
+        command.args(words).env("HOME", self.path());
+        command.env("XDG_CACHE_HOME", self.path()).env("XDG_DATA_HOME", self.path().join("data"));
         command.current_dir(self.path()).stdin(Stdio::null());
         command
     }

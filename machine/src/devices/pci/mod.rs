@@ -4,7 +4,11 @@
 use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, Ordering};
+
+pub mod endpoint;
+pub mod msix;
 
 use super::reset::{RESET_CONTROL, ResetControl};
 use crate::device::{Mmio, PortIo};
@@ -90,16 +94,49 @@ impl PciRoot {
     }
 }
 
+/// Registers of a type 0 header.
+pub mod register {
+    /// Command: what the function may do.
+    pub const COMMAND: usize = 0x04;
+    /// Status.
+    pub const STATUS: usize = 0x06;
+    /// First base address register.
+    pub const BAR0: usize = 0x10;
+    /// Subsystem vendor; the subsystem follows.
+    pub const SUBSYSTEM: usize = 0x2c;
+    /// Offset of the first capability.
+    pub const CAPABILITIES: usize = 0x34;
+    /// Interrupt line: only a note of software's to itself.
+    pub const INTERRUPT_LINE: usize = 0x3c;
+    /// Interrupt pin: 1 is INTA#.
+    pub const INTERRUPT_PIN: usize = 0x3d;
+}
+
 /// A configuration space held as bytes, with the bits that software can change.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigSpace {
     bytes: Box<[u8; CONFIG_SIZE]>,
     writable: Box<[u8; CONFIG_SIZE]>,
+    /// Where the last capability says what follows it.
+    link: usize,
+    /// Where the next capability goes.
+    free: usize,
 }
 
 impl ConfigSpace {
+    /// First byte behind the header.
+    const HEADER_END: usize = 0x40;
+    /// Status: there are capabilities.
+    const HAS_CAPABILITIES: u8 = 1 << 4;
+
     /// Type 0 header of a function: vendor and device, class code (class, subclass, interface in 24 bits), revision.
     pub fn new(vendor: u16, device: u16, class: u32, revision: u8) -> Self {
-        let mut space = Self { bytes: Box::new([0; CONFIG_SIZE]), writable: Box::new([0; CONFIG_SIZE]) };
+        let mut space = Self {
+            bytes: Box::new([0; CONFIG_SIZE]),
+            writable: Box::new([0; CONFIG_SIZE]),
+            link: register::CAPABILITIES,
+            free: Self::HEADER_END,
+        };
         space.set(0x00, &vendor.to_le_bytes());
         space.set(0x02, &device.to_le_bytes());
         space.set(0x08, &(class << 8 | u32::from(revision)).to_le_bytes());
@@ -117,6 +154,18 @@ impl ConfigSpace {
             *to = *from;
         }
     }
+    /// Appends a capability: its ID and what stands behind its pointer to the next one. Returns its offset.
+    pub fn add_capability(&mut self, id: u8, body: &[u8]) -> usize {
+        let at = self.free;
+        self.set(register::STATUS, &[self.read(register::STATUS, 1) as u8 | Self::HAS_CAPABILITIES]);
+        self.set(self.link, &[at as u8]);
+        self.set(at, &[id, 0]);
+        self.set(at + 2, body);
+        self.link = at + 1;
+        self.free = (at + 2 + body.len()).next_multiple_of(4);
+        debug_assert!(self.free <= 0x100);
+        at
+    }
     /// Reads `size` (1, 2, 4) bytes; zeros outside.
     pub fn read(&self, offset: usize, size: usize) -> u32 {
         let bytes = self.bytes.iter().skip(offset).take(size.min(4)).zip(0u32..);
@@ -126,6 +175,16 @@ impl ConfigSpace {
     pub fn write(&mut self, offset: usize, size: usize, value: u32) {
         let places = self.bytes.iter_mut().zip(self.writable.iter()).skip(offset).take(size);
         for ((byte, mask), new) in places.zip(value.to_le_bytes()) {
+            *byte = *byte & !mask | new & mask;
+        }
+    }
+    /// The bits that software can change, as they are: to be saved.
+    pub fn changeable(&self) -> Vec<u8> {
+        self.bytes.iter().zip(self.writable.iter()).map(|(byte, mask)| byte & mask).collect()
+    }
+    /// Takes over what [`ConfigSpace::changeable`] gave.
+    pub fn set_changeable(&mut self, saved: &[u8]) {
+        for ((byte, mask), new) in self.bytes.iter_mut().zip(self.writable.iter()).zip(saved) {
             *byte = *byte & !mask | new & mask;
         }
     }

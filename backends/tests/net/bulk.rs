@@ -1,0 +1,249 @@
+//! The user-mode network under load: large transfers, many connections, guests that don't play along.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bivisor_backends::net::{Forward, Transport, UserConfig, UserNetwork};
+use smoltcp::socket::tcp;
+use smoltcp::wire::Ipv4Address;
+
+use crate::guest::Guest;
+
+const GATEWAY: Ipv4Address = Ipv4Address::new(10, 0, 2, 2);
+
+/// Bytes of a transfer. What is sent repeats after a prime number of bytes, so that a piece that is lost, doubled or
+/// out of place shows.
+const TOTAL: usize = 256 << 20;
+const PERIOD: usize = 65521;
+
+fn stream() -> Vec<u8> {
+    (0..2 * PERIOD as u32).map(|at| ((at % PERIOD as u32).wrapping_mul(2654435761) >> 13) as u8).collect()
+}
+
+/// Checks that `bytes` are what the stream has at `at`.
+fn check(stream: &[u8], at: usize, bytes: &[u8]) {
+    let mut at = at;
+    for piece in bytes.chunks(PERIOD) {
+        let begin = at % PERIOD;
+        assert!(piece == &stream[begin..begin + piece.len()], "wrong bytes after {at}");
+        at += piece.len();
+    }
+}
+
+/// A guest whose device takes and gives large segments and leaves checksums to the port.
+fn large(config: UserConfig) -> Guest {
+    let config = UserConfig { host_loopback: true, mtu: 65520, ..config };
+    Guest::with(Arc::new(UserNetwork::new(config).unwrap()), 65520, false).configured()
+}
+
+fn small(config: UserConfig) -> Guest {
+    let config = UserConfig { host_loopback: true, ..config };
+    Guest::new(Arc::new(UserNetwork::new(config).unwrap())).configured()
+}
+
+fn told(what: &str, bytes: usize, began: Instant) {
+    let seconds = began.elapsed().as_secs_f64();
+    println!("{what}: {:.2} Gbit/s", bytes as f64 * 8.0 / seconds / 1e9);
+}
+
+fn to_host(mut guest: Guest, what: &str, total: usize) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let server = thread::spawn(move || {
+        let (mut peer, _) = listener.accept().unwrap();
+        let (stream, mut bytes, mut got) = (stream(), vec![0; 1 << 18], 0);
+        loop {
+            let count = peer.read(&mut bytes).unwrap();
+            if count == 0 {
+                return got;
+            }
+            check(&stream, got, &bytes[..count]);
+            got += count;
+        }
+    });
+    let handle = guest.tcp(1 << 20);
+    assert!(guest.connect(handle, (GATEWAY, port), 40000));
+    let (stream, mut sent, began) = (stream(), 0, Instant::now());
+    guest.until("the transfer", |guest| {
+        let socket = guest.tcp_socket(handle);
+        while sent < total && socket.can_send() {
+            let begin = sent % PERIOD;
+            let count = PERIOD.min(total - sent);
+            sent += socket.send_slice(&stream[begin..begin + count]).unwrap();
+        }
+        if sent == total {
+            socket.close();
+        }
+        server.is_finished()
+    });
+    assert_eq!(server.join().unwrap(), total);
+    told(what, total, began);
+}
+
+fn from_host(mut guest: Guest, what: &str, total: usize) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    thread::spawn(move || {
+        let (mut peer, _) = listener.accept().unwrap();
+        let (stream, mut sent) = (stream(), 0);
+        while sent < total {
+            let count = PERIOD.min(total - sent);
+            peer.write_all(&stream[sent % PERIOD..][..count]).unwrap();
+            sent += count;
+        }
+    });
+    let handle = guest.tcp(1 << 20);
+    assert!(guest.connect(handle, (GATEWAY, port), 40000));
+    let (stream, mut got, began) = (stream(), 0, Instant::now());
+    guest.until("the transfer", |guest| {
+        let socket = guest.tcp_socket(handle);
+        while socket.can_recv() {
+            let count =
+                socket.recv(|bytes| (bytes.len(), (check(&stream, got, bytes), bytes.len()).1)).unwrap();
+            got += count;
+        }
+        socket.state() == tcp::State::CloseWait && !socket.can_recv()
+    });
+    assert_eq!(got, total);
+    told(what, total, began);
+}
+
+#[test]
+fn large_segments_to_the_host() {
+    to_host(large(UserConfig::default()), "guest to host, large segments", TOTAL);
+}
+
+#[test]
+fn large_segments_from_the_host() {
+    from_host(large(UserConfig::default()), "host to guest, large segments", TOTAL);
+}
+
+#[test]
+fn plain_frames_to_the_host() {
+    to_host(small(UserConfig::default()), "guest to host, plain frames", TOTAL / 8);
+}
+
+#[test]
+fn plain_frames_from_the_host() {
+    from_host(small(UserConfig::default()), "host to guest, plain frames", TOTAL / 8);
+}
+
+/// One that reads slowly, so that the guest must wait.
+#[test]
+fn a_slow_reader_slows_the_guest() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let total = 24 << 20;
+    let server = thread::spawn(move || {
+        let (mut peer, _) = listener.accept().unwrap();
+        thread::sleep(Duration::from_millis(700));
+        let (stream, mut bytes, mut got) = (stream(), vec![0; 1 << 16], 0);
+        loop {
+            let count = peer.read(&mut bytes).unwrap();
+            if count == 0 {
+                return got;
+            }
+            check(&stream, got, &bytes[..count]);
+            got += count;
+        }
+    });
+    let mut guest = large(UserConfig::default());
+    let handle = guest.tcp(1 << 20);
+    assert!(guest.connect(handle, (GATEWAY, port), 40000));
+    let (stream, mut sent) = (stream(), 0);
+    guest.until("the transfer", |guest| {
+        let socket = guest.tcp_socket(handle);
+        while sent < total && socket.can_send() {
+            let count = PERIOD.min(total - sent);
+            sent += socket.send_slice(&stream[sent % PERIOD..][..count]).unwrap();
+        }
+        if sent == total {
+            socket.close();
+        }
+        server.is_finished()
+    });
+    assert_eq!(server.join().unwrap(), total);
+}
+
+/// A guest whose window closes, and which forgets to say when it opens: it is asked.
+#[test]
+fn a_slow_guest_slows_the_host() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let total = 8 << 20;
+    thread::spawn(move || {
+        let (mut peer, _) = listener.accept().unwrap();
+        let (stream, mut sent) = (stream(), 0);
+        while sent < total {
+            let count = PERIOD.min(total - sent);
+            peer.write_all(&stream[sent % PERIOD..][..count]).unwrap();
+            sent += count;
+        }
+    });
+    let mut guest = small(UserConfig::default());
+    let handle = guest.tcp(1 << 16);
+    assert!(guest.connect(handle, (GATEWAY, port), 40000));
+    let pause = Instant::now() + Duration::from_millis(1200);
+    guest.until("a closed window", |_| Instant::now() > pause);
+    let (stream, mut got) = (stream(), 0);
+    guest.until("the transfer", |guest| {
+        let socket = guest.tcp_socket(handle);
+        while socket.can_recv() {
+            let count =
+                socket.recv(|bytes| (bytes.len(), (check(&stream, got, bytes), bytes.len()).1)).unwrap();
+            got += count;
+        }
+        got == total
+    });
+}
+
+#[test]
+fn a_thousand_connections() {
+    const COUNT: usize = 1000;
+    let forward =
+        Forward { transport: Transport::Tcp, host: "127.0.0.1:0".parse().unwrap(), guest: None, port: 80 };
+    let config = UserConfig { forwards: vec![forward], ..UserConfig::default() };
+    let network = Arc::new(UserNetwork::new(config).unwrap());
+    let address = network.forwarded()[0];
+    let mut guest = Guest::new(network).configured();
+    let handles: Vec<_> = (0..COUNT).map(|_| guest.tcp(2048)).collect();
+    for handle in &handles {
+        guest.tcp_socket(*handle).listen(80).unwrap();
+    }
+    guest.poll();
+    let done = Arc::new(AtomicUsize::new(0));
+    let clients = {
+        let done = done.clone();
+        thread::spawn(move || {
+            let mut peers: Vec<_> = (0..COUNT).map(|_| TcpStream::connect(address).unwrap()).collect();
+            for (number, peer) in peers.iter_mut().enumerate() {
+                peer.write_all(&(number as u32).to_le_bytes()).unwrap();
+                peer.shutdown(Shutdown::Write).unwrap();
+            }
+            for (number, peer) in peers.iter_mut().enumerate() {
+                let mut back = Vec::new();
+                peer.read_to_end(&mut back).unwrap();
+                assert_eq!(back, (number as u32).to_le_bytes());
+                done.fetch_add(1, Ordering::Relaxed);
+            }
+        })
+    };
+    guest.until("all clients", |guest| {
+        for handle in &handles {
+            let socket = guest.tcp_socket(*handle);
+            if socket.can_recv() {
+                let bytes = socket.recv(|bytes| (bytes.len(), bytes.to_vec())).unwrap();
+                socket.send_slice(&bytes).unwrap();
+            } else if socket.state() == tcp::State::CloseWait {
+                socket.close();
+            }
+        }
+        clients.is_finished()
+    });
+    clients.join().unwrap();
+    assert_eq!(done.load(Ordering::Relaxed), COUNT);
+}

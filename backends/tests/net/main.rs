@@ -1,0 +1,9 @@
+//! Networks without a virtual machine: smoltcp's interface is the guest behind the packet port.
+
+mod bulk;
+mod guest;
+mod hostile;
+mod ipv6;
+mod switch;
+mod tap;
+mod user;
