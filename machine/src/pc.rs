@@ -53,6 +53,9 @@ pub struct PcParts {
     pub packed_rings: bool,
 }
 
+/// Slots of the PCI bus but that of the host bridge.
+pub const MAX_DEVICES: usize = 31;
+
 /// The PC can't be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PcError {
@@ -60,6 +63,11 @@ pub enum PcError {
     #[error("devices collide: {0}")]
     Map(#[from] MapError),
     /// Too many devices for one bus.
+    #[error(
+        "{0} disks, network interfaces and other devices are more than the {MAX_DEVICES} that a machine can have: leave some away"
+    )]
+    TooManyDevices(usize),
+    /// Two devices are in the same slot.
     #[error(transparent)]
     Slot(#[from] NoSuchSlot),
 }
@@ -154,6 +162,9 @@ impl Pc {
         ports.insert(PCI_CONFIG_PORT, pci::PORTS, 4, pci_ports.clone())?;
         mmio.insert(ECAM_BASE, ECAM_SIZE, Arc::new(Ecam(pci.clone())))?;
 
+        if parts.devices.len() > MAX_DEVICES {
+            return Err(PcError::TooManyDevices(parts.devices.len()));
+        }
         let functions = plug_in(parts.devices, &pci, |slot| FunctionParts {
             dma: parts.dma.clone(),
             mmio: mmio.clone(),

@@ -284,7 +284,6 @@ impl VmConfig {
             engine: settings.engine.unwrap_or_default(),
             disks: settings.disks,
             snapshot: settings.snapshot,
-            console: settings.console.unwrap_or(ConsoleSpec::Stdio),
             nets: settings.nets,
             virtio_console: settings.virtio_console,
             vsock: settings.vsock,
@@ -368,11 +367,6 @@ impl Settings {
                         .map_err(|message| source.error(disk.span().start, format!("disk: {message}")))
                 })
                 .collect::<Result<_, _>>()?,
-            console: source.value("console", file.console, ConsoleSpec::from_str)?.map(|c| match c {
-                ConsoleSpec::File(path) => ConsoleSpec::File(folder.join(path)),
-                ConsoleSpec::Unix(path) => ConsoleSpec::Unix(folder.join(path)),
-                other => other,
-            }),
             snapshot: file.snapshot.unwrap_or(false),
             nets: file
                 .net

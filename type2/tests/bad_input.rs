@@ -53,11 +53,11 @@ fn what_can_not_be_had() {
     let console = format!("unix={kernel}");
     refused(&folder, &["run", "--kernel", kernel, "--console", &console], 6, "exists and is not a socket");
     refused(&folder, &["run", "--kernel", kernel, "--vsock", kernel], 6, "something else is there");
-    refused(&folder, &["run", "--kernel", kernel, "--disk", "no"], 4, "no");
+    refused(&folder, &["run", "--kernel", kernel, "--disk", "no"], 4, "there is no disk no");
     refused(&folder, &["run", "--kernel", kernel, "--virtio-console", "stdio"], 4, "only one console can be");
     let mut many = vec!["run", "--kernel", kernel];
     many.extend(["--net", "user"].repeat(32));
-    refused(&folder, &many, 4, "PCI address 00:20.0 is taken or does not exist");
+    refused(&folder, &many, 4, "more than the 31 that a machine can have");
     refused(&folder, &["run", "--kernel", kernel, "--trace", "no/t"], 6, "cannot write the trace no/t");
     refused(&folder, &["run", "--kernel", kernel, "--gdb", &console], 6, "exists and is not a socket");
 }
