@@ -69,21 +69,21 @@ impl CodeMemory {
     /// Appends code and returns where it can be executed, or `None` when the memory is full.
     pub fn append(&mut self, code: &[u8]) -> Option<NonNull<u8>> {
         let start = self.next_offset();
-        self.used = self.write(start, code).filter(|&end| end <= self.size / 2)?;
+        self.used = self.write(start, code, self.size / 2)?;
         // SAFETY: `start` lies in the executable view.
         Some(unsafe { self.executable.add(start) })
     }
 
     /// Appends code in the second half of the memory. Whether there was room.
     pub fn append_apart(&mut self, code: &[u8]) -> bool {
-        let Some(end) = self.write(self.apart, code) else { return false };
+        let Some(end) = self.write(self.apart, code, self.size) else { return false };
         self.apart = end;
         true
     }
 
-    /// Writes code, and returns the offset behind it.
-    fn write(&mut self, start: usize, code: &[u8]) -> Option<usize> {
-        let end = start.checked_add(code.len()).filter(|&end| end <= self.size)?;
+    /// Writes code that must end before an offset in the memory, and returns the offset behind it.
+    fn write(&mut self, start: usize, code: &[u8], limit: usize) -> Option<usize> {
+        let end = start.checked_add(code.len()).filter(|&end| end <= limit)?;
         // SAFETY: `start..end` lies in the writable view, which no reference points into.
         unsafe {
             self.writable.as_ptr().add(start).copy_from_nonoverlapping(code.as_ptr(), code.len());
