@@ -725,10 +725,15 @@ pub fn track_stack(block: &mut [Decoded]) -> Option<StackRange> {
     range
 }
 
+/// Whether an operand is memory, of the ordinary form.
+pub fn has_memory(instruction: &Instruction) -> bool {
+    (0..instruction.op_count()).any(|operand| instruction.op_kind(operand) == OpKind::Memory)
+}
+
 /// Whether the memory operand has a base register other than RSP, of 64 bits, and neither index nor segment base.
 pub fn is_based(instruction: &Instruction) -> bool {
     let base = instruction.memory_base();
-    (0..instruction.op_count()).any(|operand| instruction.op_kind(operand) == OpKind::Memory)
+    has_memory(instruction)
         && base.is_gpr64()
         && base != Register::RSP
         && instruction.memory_index() == Register::None
@@ -764,9 +769,7 @@ pub fn writes_memory(decoded: &Decoded) -> bool {
 
 /// Offset and size of a memory operand `[rsp + offset]`.
 fn rsp_operand(instruction: &Instruction) -> Option<(i32, i32)> {
-    let has_memory =
-        (0..instruction.op_count()).any(|operand| instruction.op_kind(operand) == OpKind::Memory);
-    if !has_memory
+    if !has_memory(instruction)
         || instruction.mnemonic() == Mnemonic::Lea
         || is_bit_string(instruction)
         || instruction.memory_base() != Register::RSP

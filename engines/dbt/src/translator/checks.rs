@@ -1,9 +1,9 @@
 //! Which memory accesses of a block share a check: those whose addresses differ by small constants. The first of them checks
 //! the page that all of them lie in, so that no other instruction has to.
 
-use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Mnemonic, Register};
 
-use super::analysis::{Class, Decoded, stack_access, writes_memory};
+use super::analysis::{Class, Decoded, has_memory, stack_access, writes_memory};
 use super::values::{Value, Values};
 
 /// Bytes that share a check at most.
@@ -114,10 +114,6 @@ fn mark(block: &mut [Decoded], number: u8, window: &Candidate) {
     for &(member, offset) in &window.members[1..] {
         block[member].check = Check::Again(number, offset - window.low);
     }
-}
-
-fn has_memory(instruction: &Instruction) -> bool {
-    (0..instruction.op_count()).any(|operand| instruction.op_kind(operand) == OpKind::Memory)
 }
 
 fn needs_scratch(decoded: &Decoded) -> bool {

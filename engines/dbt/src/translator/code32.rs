@@ -141,7 +141,7 @@ mod tests {
     use bivisor_x86::cpuid::CpuModel;
     use iced_x86::{Decoder, DecoderOptions, Encoder};
 
-    use super::super::analysis::{Class, classify};
+    use super::super::analysis::{Class, classify, has_memory};
 
     fn decode(bytes: &[u8]) -> Instruction {
         Decoder::with_ip(32, bytes, 0x100, DecoderOptions::NONE).decode()
@@ -242,7 +242,7 @@ mod tests {
             return false;
         }
         let (narrow, wide) = (decode(bytes), wide(bytes).expect("a class"));
-        if (0..wide.op_count()).any(|operand| wide.op_kind(operand) == OpKind::Memory) {
+        if has_memory(&wide) {
             return false;
         }
         let mut encoder = Encoder::new(64);

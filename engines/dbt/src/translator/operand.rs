@@ -267,9 +267,7 @@ impl Builder<'_> {
         }
         let mut renamed = *instruction;
         let mut free = vec![ADDEND, ADDRESS, TEMPORARY];
-        let has_memory =
-            (0..instruction.op_count()).any(|operand| instruction.op_kind(operand) == OpKind::Memory);
-        if has_memory {
+        if analysis::has_memory(instruction) {
             self.memory_operand(decoded, &mut renamed, &mut free)?;
         } else {
             self.address = self.held;
@@ -429,7 +427,7 @@ impl Builder<'_> {
     ) -> Result<Vec<(Reg, u8)>, NotRenamed> {
         let instruction = &decoded.instruction;
         let mut loaded: Vec<(u8, Reg, bool)> = Vec::new();
-        let mut needs_rex = has_renamed_memory(renamed);
+        let mut needs_rex = analysis::has_memory(renamed);
         let mut high_byte = false;
         for operand in 0..instruction.op_count() {
             if instruction.op_kind(operand) != OpKind::Register {
@@ -651,10 +649,6 @@ pub(super) fn host_register(guest: u8) -> Reg {
 /// SPL, BPL, SIL, DIL: they exist with REX only.
 fn is_new_byte(register: Register) -> bool {
     matches!(register, Register::SPL | Register::BPL | Register::SIL | Register::DIL)
-}
-
-fn has_renamed_memory(instruction: &Instruction) -> bool {
-    (0..instruction.op_count()).any(|operand| instruction.op_kind(operand) == OpKind::Memory)
 }
 
 /// Different guest registers of the register operands that live in memory.

@@ -2,7 +2,7 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
-use super::analysis::{Class, Decoded, Unit, unit};
+use super::analysis::{Class, Decoded, Unit, has_memory, unit};
 use super::block::Builder;
 use super::context::GUEST_RSP;
 use super::emit::at;
@@ -28,8 +28,7 @@ pub fn may_wait(decoded: &Decoded) -> bool {
         Class::Pop => tracked && !names_stack(instruction),
         Class::Call | Class::Return => tracked,
         Class::Copy => {
-            let accesses_memory = instruction.mnemonic() != Mnemonic::Lea
-                && (0..instruction.op_count()).any(|operand| instruction.op_kind(operand) == OpKind::Memory);
+            let accesses_memory = instruction.mnemonic() != Mnemonic::Lea && has_memory(instruction);
             unit(instruction) == Unit::General
                 && !accesses_memory
                 && !names_stack(instruction)
