@@ -447,10 +447,7 @@ impl Builder<'_> {
             self.put_flags_aside();
         }
         let size = range.high - range.low;
-        match range.low {
-            0 => self.e.copy(Width::W64, ADDRESS, GUEST_RSP),
-            low => self.e.lea(Width::W64, ADDRESS, at(GUEST_RSP, low)),
-        }
+        self.e.lea(Width::W64, ADDRESS, at(GUEST_RSP, range.low));
         self.e.sub_mem(Width::W64, ADDRESS, stack_page());
         self.e.compare_imm(Width::W64, ADDRESS, PAGE as i32 - size);
         let fixup = self.e.jump_if(condition::A);
@@ -500,8 +497,7 @@ impl Builder<'_> {
 
     /// Makes a jump lead to code behind the block that leaves by a new site.
     pub fn leave_from(&mut self, from: Fixup, kind: SiteKind) {
-        let site = self.new_site(kind);
-        self.stubs.push(Stub { from, site, address: None, retry: None });
+        self.leave_from_access(from, kind, None, None);
     }
 
     /// The same, after the address of a memory operand was worked out, and the shared code has tried.
@@ -514,11 +510,6 @@ impl Builder<'_> {
     ) {
         let site = self.new_site(kind);
         self.stubs.push(Stub { from, site, address, retry });
-    }
-
-    /// What ADDEND holds is not known here any more.
-    pub fn forget_addend(&mut self) {
-        self.addend = Addend::Anything;
     }
 
     /// The guest's flags to `block_flags`. Changes TEMPORARY.
@@ -566,7 +557,6 @@ impl Builder<'_> {
         self.instruction_start = self.e.position();
         self.vector = is_vector(decoded) || analysis::is_state_image(instruction.mnemonic());
         let slots = self.slots.len();
-        let windows = self.windows;
         self.held = self.address.take();
         let (sites, stubs, tails) = (self.sites.len(), self.stubs.len(), self.tails.len());
         if decoded.live_before == 0 {
@@ -584,7 +574,9 @@ impl Builder<'_> {
             self.e.code.truncate(self.instruction_start);
             self.sites.truncate(sites);
             self.slots.truncate(slots);
-            self.windows = windows;
+            if let Check::First(window) = decoded.check {
+                self.windows[usize::from(window.number)] = None;
+            }
             self.addend = Addend::Anything;
             self.address = None;
             self.stubs.truncate(stubs);

@@ -347,10 +347,6 @@ pub const fn slot_page(number: u32) -> Mem {
 pub const fn slot_addend(number: u32) -> Mem {
     at(CONTEXT, (slot(number) + offset_of!(Slot, addend)) as i32)
 }
-/// A slot's host address.
-pub const fn slot_host(number: u32) -> Mem {
-    at(CONTEXT, (slot(number) + offset_of!(Slot, host)) as i32)
-}
 /// Result word of the CPUID entry whose offset in the table `index` holds.
 pub const fn cpuid_result(index: Reg, word: usize) -> Mem {
     let offset = offset_of!(Context, cpuid) + offset_of!(CpuidEntry, result) + word * 4;

@@ -28,7 +28,7 @@ pub mod reg {
 }
 
 /// A memory operand: base + index × 2^scale + displacement.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mem {
     base: Reg,
     index: Option<(Reg, u8)>,
@@ -220,9 +220,12 @@ impl Emitter {
     pub fn copy(&mut self, wide: Width, to: Reg, from: Reg) {
         self.op_reg(wide, &[0x8b], to, from);
     }
-    /// `lea register, mem`.
+    /// `lea register, mem`, or `mov`, which is shorter, where that does the same.
     pub fn lea(&mut self, wide: Width, register: Reg, mem: Mem) {
-        self.op_mem(wide, &[0x8d], register, mem);
+        match mem {
+            Mem { base, index: None, displacement: 0 } => self.copy(wide, register, base),
+            _ => self.op_mem(wide, &[0x8d], register, mem),
+        }
     }
     /// `shr register, count`.
     pub fn shr(&mut self, wide: Width, register: Reg, count: u8) {
@@ -369,10 +372,6 @@ impl Emitter {
     pub fn shl(&mut self, wide: Width, register: Reg, count: u8) {
         self.op_reg(wide, &[0xc1], Reg(4), register);
         self.code.push(count);
-    }
-    /// `movzx to, from` of the low 16 bits.
-    pub fn zero_extend16(&mut self, to: Reg, from: Reg) {
-        self.op_reg(Width::W32, &[0x0f, 0xb7], to, from);
     }
     /// `xchg [mem], register`: atomic, and a full barrier.
     pub fn exchange(&mut self, mem: Mem, register: Reg) {
@@ -631,7 +630,8 @@ mod tests {
         assert_eq!(decode(|e| e.push_imm(0x8000_0000)).code(), Code::Pushq_imm32);
         assert_eq!(decode(|e| e.move_if(condition::A, R15, RCX)).code(), Code::Cmova_r64_rm64);
         assert_eq!(decode(|e| e.sign_extend32(R15, RSI)).code(), Code::Movsxd_r64_rm32);
-        assert_eq!(decode(|e| e.zero_extend16(R15, R15)).code(), Code::Movzx_r32_rm16);
+        assert_eq!(decode(|e| e.lea(Width::W64, R15, at(R12, 0))).code(), Code::Mov_r64_rm64);
+        assert_eq!(decode(|e| e.lea(Width::W64, R15, at(R12, 8))).code(), Code::Lea_r64_m);
         assert_eq!(decode(|e| e.sub_mem(Width::W64, R14, at(RSP, 0x28))).code(), Code::Sub_r64_rm64);
         let i = decode(|e| e.store8(at(RSP, 0x50), RSI));
         assert_eq!((i.code(), i.op1_register()), (Code::Mov_rm8_r8, Register::SIL));

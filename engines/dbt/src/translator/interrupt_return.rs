@@ -10,12 +10,12 @@ use bivisor_x86::registers::Rflags;
 use bivisor_x86::state::{CpuState, SegReg, Segment, TableRegister};
 
 use super::analysis::Decoded;
-use super::block::{Addend, Builder};
+use super::block::Builder;
 use super::context::{
-    self, ADDEND, ADDRESS, GUEST_RSP, InterruptReturn, RETURNS, TEMPORARY, TLB_INDEX_MASK, TLB_INDEX_SHIFT,
-    VECTORS_IN_STATE, frame, interrupt_return,
+    self, ADDEND, ADDRESS, GUEST_RSP, InterruptReturn, RETURNS, TEMPORARY, VECTORS_IN_STATE, frame,
+    interrupt_return,
 };
-use super::emit::{Width, condition, indexed};
+use super::emit::{Width, at, condition, indexed};
 use super::key::{SUPERVISOR, USER};
 use super::sensitive::{RFLAGS, state};
 use super::site::{Site, SiteKind, Undo};
@@ -109,19 +109,12 @@ impl Builder<'_> {
     /// The selectors must be remembered ones, and their descriptors in memory must not have changed. Leaves the remembered
     /// return's offset in ADDEND.
     fn check_descriptors(&mut self) {
-        self.addend = Addend::Anything;
         self.load_state();
         let base = offset_of!(CpuState, gdtr) + offset_of!(TableRegister, base);
         self.e.load(Width::W64, ADDRESS, state(base));
-        self.e.copy(Width::W32, ADDEND, ADDRESS);
-        self.e.shr(Width::W32, ADDEND, TLB_INDEX_SHIFT);
-        self.e.and_imm(Width::W32, ADDEND, TLB_INDEX_MASK);
-        self.e.copy(Width::W64, TEMPORARY, ADDRESS);
-        self.e.shr(Width::W64, TEMPORARY, 12);
-        self.e.compare(Width::W64, TEMPORARY, context::tlb_tag(SUPERVISOR, false, ADDEND));
-        self.refuse_if(condition::NE);
-        self.e.load(Width::W64, TEMPORARY, context::tlb_addend(SUPERVISOR, ADDEND));
-        self.e.lea(Width::W64, ADDRESS, indexed(ADDRESS, TEMPORARY, 0, 0));
+        // Nothing is live: the flags are aside.
+        self.check_page(SiteKind::InterruptReturn, at(ADDRESS, 0), 1, false, 0);
+        self.e.lea(Width::W64, ADDRESS, indexed(ADDRESS, ADDEND, 0, 0));
         self.e.load(Width::W64, ADDEND, frame(SS));
         self.e.and_imm(Width::W32, ADDEND, INDEX_MASK);
         self.e.shl(Width::W32, ADDEND, INDEX_SHIFT);

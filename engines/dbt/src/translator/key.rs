@@ -113,10 +113,6 @@ impl Key {
     pub fn with_no_stack(self) -> Self {
         Self(self.0 | NO_STACK)
     }
-    /// The mode alone.
-    pub fn without_no_stack(self) -> Self {
-        Self(self.0 & !NO_STACK)
-    }
     /// The bits.
     pub fn bits(self) -> u16 {
         self.0

@@ -8,7 +8,7 @@ use super::checks::{Check, Window};
 use super::context::{
     self, ADDEND, ADDRESS, GUEST_RSP, TEMPORARY, TLB_INDEX_MASK, TLB_INDEX_SHIFT, page_base, stack_addend,
 };
-use super::emit::{Fixup, Mem, Reg, Width, at, condition, indexed, reg};
+use super::emit::{Mem, Reg, Width, at, condition, indexed, reg};
 use super::site::{FaultPoint, SiteKind};
 
 /// Number of a general register, if it is one.
@@ -43,87 +43,63 @@ fn sized(host: Reg, like: Register) -> Register {
 impl Builder<'_> {
     // ---- checks ----
 
-    /// With the first byte's address in ADDRESS and the last one's in TEMPORARY: leaves the TLB entry's offset in
-    /// ADDEND and jumps if the entry is another page's. Changes the flags.
-    fn compare_tag(&mut self, write: bool) -> Fixup {
-        self.e.copy(Width::W32, ADDEND, ADDRESS);
-        self.compare_tag_indexed(write)
-    }
-
-    /// The same with the first byte's address in ADDEND, as far as its low half goes.
-    fn compare_tag_indexed(&mut self, write: bool) -> Fixup {
+    /// Checks that `size` bytes from `start` on lie in one page that may be accessed, and leaves that page's addend in
+    /// ADDEND. Where they don't, leaves by a site of this kind with the first one's address in ADDRESS. The slot that the
+    /// page is kept in, if it is kept in one.
+    pub(super) fn check_page(
+        &mut self,
+        kind: SiteKind,
+        start: Mem,
+        size: i32,
+        write: bool,
+        live: u32,
+    ) -> Option<u32> {
+        if live != 0 {
+            self.put_flags_aside();
+        }
         self.addend = Addend::Anything;
+        let address = (start != at(ADDRESS, 0)).then_some(start);
+        if self.takes_slot() {
+            self.e.lea(Width::W64, TEMPORARY, start);
+            let slot = self.new_slot();
+            self.e.sub_mem(Width::W64, TEMPORARY, context::slot_page(slot));
+            self.e.compare_imm(Width::W64, TEMPORARY, PAGE as i32 - size);
+            let other = self.e.jump_if(condition::A);
+            let routine = self.request.shared.slot[usize::from(self.class())][usize::from(write)];
+            let back = self.e.position();
+            self.leave_from_access(other, kind, address, Some(Retry { routine, slot, size, back }));
+            self.e.load(Width::W64, ADDEND, context::slot_addend(slot));
+            return Some(slot);
+        }
+        self.e.lea(Width::W64, TEMPORARY, start.plus(size - 1));
+        self.e.lea(Width::W32, ADDEND, start);
         self.e.shr(Width::W32, ADDEND, TLB_INDEX_SHIFT);
         self.e.and_imm(Width::W32, ADDEND, TLB_INDEX_MASK);
         self.e.shr(Width::W64, TEMPORARY, 12);
         self.e.compare(Width::W64, TEMPORARY, context::tlb_tag(self.class(), write, ADDEND));
-        self.e.jump_if(condition::NE)
+        let other = self.e.jump_if(condition::NE);
+        self.leave_from_access(other, kind, address, None);
+        self.e.load(Width::W64, ADDEND, context::tlb_addend(self.class(), ADDEND));
+        None
     }
 
-    /// Checks the access of `size` bytes at ADDRESS; afterwards the host's address is ADDRESS + ADDEND.
+    /// Checks the current instruction's access of `size` bytes from `start` on; afterwards the host's address is that plus
+    /// ADDEND.
+    fn check_access(&mut self, start: Mem, size: i32, write: bool, live: u32) {
+        let (retry, next) = ((self.request.start + self.instruction_start) as u32, self.next_guest as u16);
+        let kind = SiteKind::Access { write, size: size as u8, next, retry, next_host: None };
+        self.check_page(kind, start, size, write, live);
+    }
+
+    /// The same of bytes at ADDRESS.
     pub fn check(&mut self, size: i32, write: bool, live: u32) {
-        if live != 0 {
-            self.put_flags_aside();
-        }
-        let (retry, next) = ((self.request.start + self.instruction_start) as u32, self.next_guest as u16);
-        let kind = SiteKind::Access { write, size: size as u8, next, retry, next_host: None };
-        if self.takes_slot() {
-            self.e.copy(Width::W64, TEMPORARY, ADDRESS);
-            let slot = self.check_slot(kind, size, write, None);
-            self.addend = Addend::Anything;
-            self.e.load(Width::W64, ADDEND, context::slot_addend(slot));
-            return;
-        }
-        if size > 1 {
-            self.e.lea(Width::W64, TEMPORARY, at(ADDRESS, size - 1));
-        } else {
-            self.e.copy(Width::W64, TEMPORARY, ADDRESS);
-        }
-        let fixup = self.compare_tag(write);
-        self.leave_from(fixup, kind);
-        self.e.load(Width::W64, ADDEND, context::tlb_addend(self.class(), ADDEND));
-    }
-
-    /// Checks the access of `size` bytes at the operand `[base + displacement]`; afterwards the host's address is that
-    /// plus ADDEND.
-    fn check_based(&mut self, place: Mem, size: i32, decoded: &Decoded) {
-        let write = analysis::writes_memory(decoded);
-        if decoded.live_before != 0 {
-            self.put_flags_aside();
-        }
-        let (retry, next) = ((self.request.start + self.instruction_start) as u32, self.next_guest as u16);
-        let kind = SiteKind::Access { write, size: size as u8, next, retry, next_host: None };
-        if self.takes_slot() {
-            self.e.lea(Width::W64, TEMPORARY, place);
-            let slot = self.check_slot(kind, size, write, Some(place));
-            self.addend = Addend::Anything;
-            self.e.load(Width::W64, ADDEND, context::slot_addend(slot));
-            return;
-        }
-        self.e.lea(Width::W64, TEMPORARY, place.plus(size - 1));
-        self.e.lea(Width::W32, ADDEND, place);
-        let fixup = self.compare_tag_indexed(write);
-        self.leave_from_access(fixup, kind, Some(place), None);
-        self.e.load(Width::W64, ADDEND, context::tlb_addend(self.class(), ADDEND));
+        self.check_access(at(ADDRESS, 0), size, write, live);
     }
 
     /// Whether the current instruction's page is kept in a slot of its own.
     fn takes_slot(&self) -> bool {
         let place = self.request.page_offset + self.guest as u64;
         self.request.first_slot.is_some() && !self.request.roaming.contains(&place)
-    }
-
-    /// With the first byte's address in TEMPORARY, and in ADDRESS unless it is at `place`: checks that all bytes lie in the
-    /// page of a slot, and leaves the first one's offset in it in TEMPORARY, unless the slot was filled just now.
-    fn check_slot(&mut self, kind: SiteKind, size: i32, write: bool, place: Option<Mem>) -> u32 {
-        let slot = self.new_slot();
-        self.e.sub_mem(Width::W64, TEMPORARY, context::slot_page(slot));
-        self.e.compare_imm(Width::W64, TEMPORARY, PAGE as i32 - size);
-        let fixup = self.e.jump_if(condition::A);
-        let routine = self.request.shared.slot[usize::from(self.class())][usize::from(write)];
-        let back = self.e.position();
-        self.leave_from_access(fixup, kind, place, Some(Retry { routine, slot, size, back }));
-        slot
     }
 
     /// Puts the stack's addend into ADDEND.
@@ -136,29 +112,16 @@ impl Builder<'_> {
 
     /// Checks that all bytes of a window lie in one page, and leaves that page's addend in ADDEND. `start`: its first byte.
     fn check_window(&mut self, window: Window, start: Mem, live: u32) {
-        if live != 0 {
-            self.put_flags_aside();
-        }
         let retry = (self.request.start + self.instruction_start) as u32;
         let Window { number, size, write, .. } = window;
         let kind = SiteKind::Window { write, size: size as u16, retry, patch: 0, stub: 0 };
-        let kept = if self.takes_slot() {
-            self.e.lea(Width::W64, TEMPORARY, start);
-            let slot = self.check_slot(kind, size, write, Some(start));
-            self.e.load(Width::W64, ADDEND, context::slot_addend(slot));
-            Kept::Slot(slot)
-        } else {
-            self.e.lea(Width::W64, TEMPORARY, start.plus(size - 1));
-            self.e.lea(Width::W32, ADDEND, start);
-            let fixup = self.compare_tag_indexed(write);
-            self.leave_from_access(fixup, kind, Some(start), None);
-            self.e.load(Width::W64, ADDEND, context::tlb_addend(self.class(), ADDEND));
-            if window.interrupted {
+        let kept = match self.check_page(kind, start, size, write, live) {
+            Some(slot) => Kept::Slot(slot),
+            None if window.interrupted => {
                 self.e.store(Width::W64, context::window_addend(number), ADDEND);
                 Kept::Context
-            } else {
-                Kept::Nowhere
             }
+            None => Kept::Nowhere,
         };
         self.addend = Addend::Window(number);
         self.windows[usize::from(number)] = Some(kept);
@@ -318,7 +281,9 @@ impl Builder<'_> {
             return Ok(());
         }
         if let Some((base, displacement)) = self.plain_base(instruction) {
-            self.check_based(at(base, displacement), instruction.memory_size().size() as i32, decoded);
+            let size = instruction.memory_size().size() as i32;
+            let write = analysis::writes_memory(decoded);
+            self.check_access(at(base, displacement), size, write, decoded.live_before);
             self.rename_based(instruction, renamed, base);
             free.retain(|&host| host != ADDEND);
             return Ok(());

@@ -9,7 +9,7 @@ use std::time::Duration;
 use bivisor_x86::env::Env;
 
 use super::analysis::Decoded;
-use super::block::Builder;
+use super::block::{Addend, Builder};
 use super::context;
 use super::emit::condition;
 use super::site::SiteKind;
@@ -51,7 +51,8 @@ impl Builder<'_> {
         let used_up = self.e.jump_if(condition::E);
         let resume = (self.request.start + self.e.position()) as u32;
         self.leave_from(used_up, SiteKind::Pause { resume });
-        self.forget_addend();
+        // Who comes back has changed it.
+        self.addend = Addend::Anything;
     }
 }
 
