@@ -14,6 +14,7 @@ use super::checks::Check;
 use super::code32;
 use super::interrupt_return::FRAME;
 use super::key::{Key, SUPERVISOR, SUPERVISOR_AC, USER};
+use super::operand::number;
 
 /// The arithmetic flags, as iced-x86 numbers them.
 pub const ALL_FLAGS: u32 =
@@ -847,16 +848,15 @@ fn stack_constant(decoded: &Decoded) -> Option<i64> {
     constant.then(|| instruction.immediate(1) as i64)
 }
 
-/// Accesses of the operands.
+/// Accesses of the operands, and the general registers that may change, by their numbers.
 pub fn accesses(factory: &mut InstructionInfoFactory, instruction: &Instruction) -> ([OpAccess; 4], u16) {
     let info = factory.info_options(instruction, InstructionInfoOptions::NO_MEMORY_USAGE);
     let written = info
         .used_registers()
         .iter()
-        .filter(|used| {
-            used.register().is_gpr() && !matches!(used.access(), OpAccess::Read | OpAccess::CondRead)
-        })
-        .fold(0, |mask, used| mask | 1 << (used.register().full_register() as u32 - Register::RAX as u32));
+        .filter(|used| !matches!(used.access(), OpAccess::Read | OpAccess::CondRead))
+        .filter_map(|used| number(used.register()))
+        .fold(0, |mask, number| mask | 1 << number);
     ([info.op0_access(), info.op1_access(), info.op2_access(), info.op3_access()], written)
 }
 

@@ -285,7 +285,8 @@ impl DbtVcpu {
         self.enter_variant(site, first & PAGE_MASK != last & PAGE_MASK)
     }
 
-    /// The same code from the site's instruction on, with each access checked by itself. `link`: the site is to lead there from now on.
+    /// The same code from the site's instruction on, with each access checked by itself. `link`: the site is to lead there
+    /// from now on.
     fn enter_variant(&mut self, site: &Site, link: bool) -> Next {
         let Some(block) = self.cache.block(site.block) else { return Next::Dispatch };
         let (start, key) = (block.offset, block.key.with_no_stack());

@@ -68,7 +68,7 @@ impl SharedTlbs {
         })
     }
 
-    /// How often stack windows and slots were emptied: what a block has checked at its start holds until then.
+    /// How often stack windows and slots were emptied: what a block has checked holds until then.
     pub fn resets(&self) -> u64 {
         self.resets.load(Ordering::SeqCst)
     }

@@ -790,7 +790,7 @@ impl DbtVcpu {
             match self.left(site) {
                 Next::Dispatch => return Ok(None),
                 Next::Leave(exit) => return exit.map(Some),
-                // What the block has checked at its start must still hold.
+                // What the block has checked must still hold.
                 Next::Resume(..) if self.spaces.shared().resets() != self.resets => return Ok(None),
                 Next::Resume(host, what) => (place, load) = (host, what),
             }
