@@ -4,6 +4,7 @@
 //! byte 100+n is held by who uses right n, byte 200+n by who bears no other user of right n; right 1 is to write.
 
 use std::fs::{self, File};
+use std::ops::Deref;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -29,8 +30,35 @@ fn range(kind: i32, start: i64, length: i64) -> flock {
     }
 }
 
+/// A file whose locks end with this value. Closing it would not be enough: a child that another thread has just forked
+/// holds it open until it executes its program.
+pub(super) struct Locked(File);
+
+impl Locked {
+    /// See [`lock`].
+    pub fn new(file: File, path: &Path, writer: bool) -> Result<Self, DiskError> {
+        let locked = Self(file);
+        lock(&locked, path, writer)?;
+        Ok(locked)
+    }
+}
+
+impl Deref for Locked {
+    type Target = File;
+    fn deref(&self) -> &File {
+        &self.0
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        // There is nobody to tell that it failed, and closing the file does the same sooner or later.
+        let _ = fcntl(&self.0, FcntlArg::F_OFD_SETLK(&range(libc::F_UNLCK, USES, FORBIDS + RIGHTS - USES)));
+    }
+}
+
 /// Takes the locks of a writer (nobody else may use the file) or of a reader (nobody may write). They last as long
-/// as the file is open anywhere in this process.
+/// as the file is open anywhere.
 pub(super) fn lock(file: &File, path: &Path, writer: bool) -> Result<(), DiskError> {
     let taken = if writer { lock_writer(file) } else { lock_reader(file) };
     match taken {

@@ -22,6 +22,7 @@ use bivisor_machine::block::BlockStore;
 use rustix::fs::OFlags;
 
 use content::Content;
+use lock::Locked;
 use overlay::Overlay;
 use qcow2::Qcow2;
 use raw::Raw;
@@ -75,7 +76,7 @@ fn overlay_file() -> io::Result<File> {
 fn open_content(spec: &DiskSpec, writes: bool) -> Result<Box<dyn Content>, DiskError> {
     let path = &spec.path;
     let (file, size) = open_file(path, writes)?;
-    lock::lock(&file, path, writes)?;
+    let file = Locked::new(file, path, writes)?;
     match spec.format.map_or_else(|| probe(&file, path), Ok)? {
         Format::Raw => {
             if size == 0 || !size.is_multiple_of(512) {

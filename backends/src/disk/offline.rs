@@ -1,18 +1,18 @@
 //! What is done with disks that no machine uses.
 
-use std::fs::File;
 use std::io;
 use std::path::Path;
 
 use super::content::Content;
 use super::error::DiskError;
+use super::lock::Locked;
 use super::spec::{DiskSpec, Format};
-use super::{lock, open_content, open_file, probe};
+use super::{open_content, open_file, probe};
 
 /// Keeps a disk from being used by anybody until dropped.
 #[must_use]
 pub struct Unused {
-    _file: File,
+    _file: Locked,
 }
 
 /// Makes sure that nobody uses a disk.
@@ -21,8 +21,7 @@ pub struct Unused {
 /// If somebody does, or the file can't be opened for writing.
 pub fn check_unused(spec: &DiskSpec) -> Result<Unused, DiskError> {
     let (file, _) = open_file(&spec.path, true)?;
-    lock::lock(&file, &spec.path, true)?;
-    Ok(Unused { _file: file })
+    Ok(Unused { _file: Locked::new(file, &spec.path, true)? })
 }
 
 /// The format that a file seems to have.

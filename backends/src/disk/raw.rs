@@ -9,10 +9,11 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
 use super::content::{Content, read_cached, write_zeroes_slowly};
+use super::lock::Locked;
 
 /// A raw image.
 pub(super) struct Raw {
-    file: File,
+    file: Locked,
     direct: Option<Direct>,
     size: u64,
 }
@@ -27,7 +28,7 @@ struct Direct {
 impl Raw {
     /// An image of so many bytes in an open file. `direct` is the same file opened with `O_DIRECT`; where the file
     /// system won't have it, the page cache is used.
-    pub(super) fn new(file: File, size: u64, direct: Option<File>) -> Self {
+    pub(super) fn new(file: Locked, size: u64, direct: Option<File>) -> Self {
         let direct = direct.and_then(|file| {
             let alignment = direct_alignment(&file)?;
             Some(Direct { file, alignment })
@@ -112,7 +113,7 @@ impl Content for Raw {
 
     fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
         let zero_range =
-            || fallocate(&self.file, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, offset, length);
+            || fallocate(&*self.file, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, offset, length);
         let first = if unmap { punch_hole(&self.file, offset, length) } else { zero_range() };
         match first.or_else(|error| if unmap { zero_range() } else { Err(error) }) {
             Err(error) if is_unsupported(error) => write_zeroes_slowly(self, offset, length),

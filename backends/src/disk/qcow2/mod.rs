@@ -16,8 +16,9 @@ use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Mapping, St
 
 use super::content::{Content, read_cached, write_zeroes_slowly};
 use super::error::DiskError;
+use super::lock::{self, Locked};
+use super::open_file;
 use super::spec::{Backing, Format};
-use super::{lock, open_file};
 use header::{BackingName, Header};
 
 /// Images that refer to one another, at most.
@@ -28,8 +29,8 @@ type Access = FormatAccess<imago::file::File>;
 /// A qcow2 image.
 pub(super) struct Qcow2 {
     image: Access,
-    /// The same file, for what imago would do holding a lock.
-    file: File,
+    /// The same file, for what imago would do holding a lock. Its own locks end after the image.
+    file: Locked,
     cluster_size: u64,
     /// All data is in this file, and the page cache may have it.
     cached: bool,
@@ -39,7 +40,7 @@ impl Qcow2 {
     /// The image in an open and locked file. `direct` is the same file opened with `O_DIRECT`.
     pub(super) fn open(
         path: &Path,
-        file: File,
+        file: Locked,
         size: u64,
         direct: Option<File>,
         writes: bool,
