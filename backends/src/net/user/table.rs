@@ -1,5 +1,7 @@
-//! A table of flows: found by what the guest's packets say, and by a number that epoll hands back.
+//! A table of flows: found by what the guest's packets say, and by a number that epoll hands back. Those that have
+//! something to do stand in a queue.
 
+use std::collections::VecDeque;
 use std::hash::Hash;
 
 use rustc_hash::FxHashMap;
@@ -16,7 +18,17 @@ pub const GENERATIONS: u32 = (1 << 29) - 1;
 
 struct Slot<V> {
     generation: u32,
+    queued: bool,
     value: Option<V>,
+}
+
+impl<V> Slot<V> {
+    /// Takes the flow out; its name is no one's any more.
+    fn take(&mut self) -> Option<V> {
+        self.generation = (self.generation + 1) & GENERATIONS;
+        self.queued = false;
+        self.value.take()
+    }
 }
 
 /// Flows by key and by [`Id`].
@@ -24,11 +36,12 @@ pub struct Table<K, V> {
     keys: FxHashMap<K, Id>,
     slots: Vec<Slot<V>>,
     free: Vec<u32>,
+    queue: VecDeque<Id>,
 }
 
 impl<K, V> Default for Table<K, V> {
     fn default() -> Self {
-        Self { keys: FxHashMap::default(), slots: Vec::new(), free: Vec::new() }
+        Self { keys: FxHashMap::default(), slots: Vec::new(), free: Vec::new(), queue: VecDeque::new() }
     }
 }
 
@@ -50,7 +63,7 @@ impl<K: Hash + Eq, V> Table<K, V> {
         let id = self.next_id();
         match self.free.pop() {
             Some(index) => self.slots[index as usize].value = Some(value),
-            None => self.slots.push(Slot { generation: 0, value: Some(value) }),
+            None => self.slots.push(Slot { generation: 0, queued: false, value: Some(value) }),
         }
         self.keys.insert(key, id);
         id
@@ -60,17 +73,49 @@ impl<K: Hash + Eq, V> Table<K, V> {
         self.keys.get(key).copied()
     }
 
+    fn slot(&mut self, id: Id) -> Option<&mut Slot<V>> {
+        self.slots.get_mut(id.index as usize).filter(|slot| slot.generation == id.generation)
+    }
+
     pub fn get_mut(&mut self, id: Id) -> Option<&mut V> {
-        let slot = self.slots.get_mut(id.index as usize)?;
-        if slot.generation == id.generation { slot.value.as_mut() } else { None }
+        self.slot(id)?.value.as_mut()
     }
 
     pub fn remove(&mut self, key: &K) -> Option<V> {
         let id = self.keys.remove(key)?;
-        let slot = &mut self.slots[id.index as usize];
-        slot.generation = (slot.generation + 1) & GENERATIONS;
         self.free.push(id.index);
-        slot.value.take()
+        self.slots[id.index as usize].take()
+    }
+
+    /// Takes all flows out.
+    pub fn drain(&mut self) -> impl Iterator<Item = V> {
+        self.queue.clear();
+        self.free.extend(self.keys.drain().map(|(_, id)| id.index));
+        self.slots.iter_mut().filter(|slot| slot.value.is_some()).filter_map(Slot::take)
+    }
+
+    /// Puts a flow into the queue, unless it stands there.
+    pub fn enqueue(&mut self, id: Id) {
+        if let Some(slot) = self.slot(id)
+            && !slot.queued
+        {
+            slot.queued = true;
+            self.queue.push_back(id);
+        }
+    }
+
+    /// Some flow has something to do.
+    pub fn is_busy(&self) -> bool {
+        !self.queue.is_empty()
+    }
+
+    /// The next of the queue. The flow may be gone.
+    pub fn next_queued(&mut self) -> Option<Id> {
+        let id = self.queue.pop_front()?;
+        if let Some(slot) = self.slot(id) {
+            slot.queued = false;
+        }
+        Some(id)
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &V> {

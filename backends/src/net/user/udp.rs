@@ -1,6 +1,5 @@
 //! UDP: each pair of addresses has a flow, with a connected socket of the host's, until it was quiet for a while.
 
-use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -51,7 +50,6 @@ struct Flow {
     way: Way,
     last_used: Instant,
     answered: bool,
-    queued: bool,
 }
 
 impl Flow {
@@ -80,7 +78,6 @@ impl Flow {
 #[derive(Default)]
 pub struct Udp {
     flows: Table<Key, Flow>,
-    ready: VecDeque<Id>,
 }
 
 impl Udp {
@@ -161,7 +158,7 @@ impl Udp {
     }
 
     fn insert(&mut self, core: &mut Core, key: Key, way: Way) {
-        let flow = Flow { key, way, last_used: core.now, answered: false, queued: false };
+        let flow = Flow { key, way, last_used: core.now, answered: false };
         let at = core.now + flow.lasts();
         let id = self.flows.insert(key, flow);
         core.arm(at, Target::Udp(id));
@@ -198,17 +195,12 @@ impl Udp {
 
     /// Something happened at a flow's socket.
     pub fn event(&mut self, id: Id) {
-        if let Some(flow) = self.flows.get_mut(id)
-            && !flow.queued
-        {
-            flow.queued = true;
-            self.ready.push_back(id);
-        }
+        self.flows.enqueue(id);
     }
 
     /// Some flow has something to read.
     pub fn is_busy(&self) -> bool {
-        !self.ready.is_empty()
+        self.flows.is_busy()
     }
 
     /// Reads from flows that have something, as far as the guest takes frames.
@@ -217,11 +209,10 @@ impl Udp {
             if !core.has_room() {
                 return;
             }
-            let Some(id) = self.ready.pop_front() else { return };
+            let Some(id) = self.flows.next_queued() else { return };
             let Some(flow) = self.flows.get_mut(id) else { continue };
-            flow.queued = read(core, flow);
-            if flow.queued {
-                self.ready.push_back(id);
+            if read(core, flow) {
+                self.flows.enqueue(id);
             }
         }
     }
@@ -256,7 +247,6 @@ impl Udp {
     /// Ends all flows.
     pub fn clear(&mut self) {
         self.flows = Table::default();
-        self.ready.clear();
     }
 }
 

@@ -116,8 +116,6 @@ pub struct Flow {
     pub readable: bool,
     pub writable: bool,
     pub ack_due: bool,
-    /// Stands in the list of flows that have something to do.
-    pub queued: bool,
     duplicates: u32,
     /// Losses up to here are being mended.
     recover: Option<Seq>,
@@ -151,7 +149,6 @@ impl Flow {
             readable: false,
             writable: false,
             ack_due: false,
-            queued: false,
             duplicates: 0,
             recover: None,
             retries: 0,

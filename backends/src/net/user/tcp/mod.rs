@@ -3,7 +3,6 @@
 mod flow;
 mod seq;
 
-use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 
@@ -43,7 +42,6 @@ pub struct Input<'a> {
 #[derive(Default)]
 pub struct Tcp {
     flows: Table<Key, Flow>,
-    ready: VecDeque<Id>,
     connecting: usize,
 }
 
@@ -80,7 +78,7 @@ impl Tcp {
         }
         let verdict = flow.input(core, input);
         self.settle(core, id, verdict);
-        self.enqueue(id);
+        self.flows.enqueue(id);
     }
 
     /// What came in answer to our SYN (RFC 9293, section 3.10.7.3).
@@ -102,7 +100,7 @@ impl Tcp {
             flow.stage = Stage::Open;
             flow.deadline = None;
             flow.ack_due = true;
-            self.enqueue(id);
+            self.flows.enqueue(id);
         }
     }
 
@@ -178,7 +176,7 @@ impl Tcp {
                 _ => self.settle(core, id, Verdict::Reset),
             }
         }
-        self.enqueue(id);
+        self.flows.enqueue(id);
     }
 
     /// A flow's timer has gone off.
@@ -189,18 +187,9 @@ impl Tcp {
         }
     }
 
-    fn enqueue(&mut self, id: Id) {
-        if let Some(flow) = self.flows.get_mut(id)
-            && !flow.queued
-        {
-            flow.queued = true;
-            self.ready.push_back(id);
-        }
-    }
-
     /// Some flow has something to do.
     pub fn is_busy(&self) -> bool {
-        !self.ready.is_empty()
+        self.flows.is_busy()
     }
 
     /// Gives flows that have something to do their turns, as far as the guest takes frames.
@@ -209,13 +198,12 @@ impl Tcp {
             if !core.has_room() {
                 return;
             }
-            let Some(id) = self.ready.pop_front() else { return };
+            let Some(id) = self.flows.next_queued() else { return };
             let Some(flow) = self.flows.get_mut(id) else { continue };
-            flow.queued = false;
             let (verdict, more) = flow.work(core);
             self.settle(core, id, verdict);
             if more {
-                self.enqueue(id);
+                self.flows.enqueue(id);
             }
         }
     }
@@ -254,13 +242,9 @@ impl Tcp {
 
     /// Ends all connections.
     pub fn clear(&mut self, core: &mut Core) {
-        let keys: Vec<Key> = self.flows.iter().map(|flow| flow.key).collect();
-        for key in keys {
-            if let Some(flow) = self.flows.remove(&key) {
-                flow.release(core, true);
-            }
+        for flow in self.flows.drain() {
+            flow.release(core, true);
         }
-        self.ready.clear();
         self.connecting = 0;
     }
 }
