@@ -4,14 +4,14 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use bivisor_backends::net::{Forward, Transport, UserConfig, UserNetwork};
+use bivisor_backends::net::{Transport, UserConfig, UserNetwork};
 use smoltcp::socket::tcp;
 use smoltcp::wire::Ipv4Address;
 
-use crate::guest::Guest;
+use crate::guest::{Guest, forwarded};
 
 const GATEWAY: Ipv4Address = Ipv4Address::new(10, 0, 2, 2);
 
@@ -50,11 +50,13 @@ fn told(what: &str, bytes: usize, began: Instant) {
     println!("{what}: {:.2} Gbit/s", bytes as f64 * 8.0 / seconds / 1e9);
 }
 
-fn to_host(mut guest: Guest, what: &str, total: usize) {
+/// The host's side of a connection that reads the stream, after a while, and tells how much came.
+fn reader(pause: Duration) -> (u16, JoinHandle<usize>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let server = thread::spawn(move || {
         let (mut peer, _) = listener.accept().unwrap();
+        thread::sleep(pause);
         let (stream, mut bytes, mut got) = (stream(), vec![0; 1 << 18], 0);
         loop {
             let count = peer.read(&mut bytes).unwrap();
@@ -65,26 +67,11 @@ fn to_host(mut guest: Guest, what: &str, total: usize) {
             got += count;
         }
     });
-    let handle = guest.tcp(1 << 20);
-    assert!(guest.connect(handle, (GATEWAY, port), 40000));
-    let (stream, mut sent, began) = (stream(), 0, Instant::now());
-    guest.until("the transfer", |guest| {
-        let socket = guest.tcp_socket(handle);
-        while sent < total && socket.can_send() {
-            let begin = sent % PERIOD;
-            let count = PERIOD.min(total - sent);
-            sent += socket.send_slice(&stream[begin..begin + count]).unwrap();
-        }
-        if sent == total {
-            socket.close();
-        }
-        server.is_finished()
-    });
-    assert_eq!(server.join().unwrap(), total);
-    told(what, total, began);
+    (port, server)
 }
 
-fn from_host(mut guest: Guest, what: &str, total: usize) {
+/// The host's side of a connection that writes so much of the stream.
+fn writer(total: usize) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     thread::spawn(move || {
@@ -96,16 +83,50 @@ fn from_host(mut guest: Guest, what: &str, total: usize) {
             sent += count;
         }
     });
+    port
+}
+
+/// Sends so much of the stream from the guest to a reader that waits a while first.
+fn send(guest: &mut Guest, total: usize, pause: Duration) -> Instant {
+    let (port, server) = reader(pause);
+    let handle = guest.tcp(1 << 20);
+    assert!(guest.connect(handle, (GATEWAY, port), 40000));
+    let (stream, mut sent, began) = (stream(), 0, Instant::now());
+    guest.until("the transfer", |guest| {
+        let socket = guest.tcp_socket(handle);
+        while sent < total && socket.can_send() {
+            let count = PERIOD.min(total - sent);
+            sent += socket.send_slice(&stream[sent % PERIOD..][..count]).unwrap();
+        }
+        if sent == total {
+            socket.close();
+        }
+        server.is_finished()
+    });
+    assert_eq!(server.join().unwrap(), total);
+    began
+}
+
+/// Takes what has come to a socket; `got`: how much came before.
+fn receive(socket: &mut tcp::Socket<'_>, stream: &[u8], got: &mut usize) {
+    while socket.can_recv() {
+        *got += socket.recv(|bytes| (bytes.len(), (check(stream, *got, bytes), bytes.len()).1)).unwrap();
+    }
+}
+
+fn to_host(mut guest: Guest, what: &str, total: usize) {
+    let began = send(&mut guest, total, Duration::ZERO);
+    told(what, total, began);
+}
+
+fn from_host(mut guest: Guest, what: &str, total: usize) {
+    let port = writer(total);
     let handle = guest.tcp(1 << 20);
     assert!(guest.connect(handle, (GATEWAY, port), 40000));
     let (stream, mut got, began) = (stream(), 0, Instant::now());
     guest.until("the transfer", |guest| {
         let socket = guest.tcp_socket(handle);
-        while socket.can_recv() {
-            let count =
-                socket.recv(|bytes| (bytes.len(), (check(&stream, got, bytes), bytes.len()).1)).unwrap();
-            got += count;
-        }
+        receive(socket, &stream, &mut got);
         socket.state() == tcp::State::CloseWait && !socket.can_recv()
     });
     assert_eq!(got, total);
@@ -135,55 +156,14 @@ fn plain_frames_from_the_host() {
 /// One that reads slowly, so that the guest must wait.
 #[test]
 fn a_slow_reader_slows_the_guest() {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
-    let total = 24 << 20;
-    let server = thread::spawn(move || {
-        let (mut peer, _) = listener.accept().unwrap();
-        thread::sleep(Duration::from_millis(700));
-        let (stream, mut bytes, mut got) = (stream(), vec![0; 1 << 16], 0);
-        loop {
-            let count = peer.read(&mut bytes).unwrap();
-            if count == 0 {
-                return got;
-            }
-            check(&stream, got, &bytes[..count]);
-            got += count;
-        }
-    });
-    let mut guest = large(UserConfig::default());
-    let handle = guest.tcp(1 << 20);
-    assert!(guest.connect(handle, (GATEWAY, port), 40000));
-    let (stream, mut sent) = (stream(), 0);
-    guest.until("the transfer", |guest| {
-        let socket = guest.tcp_socket(handle);
-        while sent < total && socket.can_send() {
-            let count = PERIOD.min(total - sent);
-            sent += socket.send_slice(&stream[sent % PERIOD..][..count]).unwrap();
-        }
-        if sent == total {
-            socket.close();
-        }
-        server.is_finished()
-    });
-    assert_eq!(server.join().unwrap(), total);
+    send(&mut large(UserConfig::default()), 24 << 20, Duration::from_millis(700));
 }
 
 /// A guest whose window closes, and which forgets to say when it opens: it is asked.
 #[test]
 fn a_slow_guest_slows_the_host() {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
     let total = 8 << 20;
-    thread::spawn(move || {
-        let (mut peer, _) = listener.accept().unwrap();
-        let (stream, mut sent) = (stream(), 0);
-        while sent < total {
-            let count = PERIOD.min(total - sent);
-            peer.write_all(&stream[sent % PERIOD..][..count]).unwrap();
-            sent += count;
-        }
-    });
+    let port = writer(total);
     let mut guest = small(UserConfig::default());
     let handle = guest.tcp(1 << 16);
     assert!(guest.connect(handle, (GATEWAY, port), 40000));
@@ -191,12 +171,7 @@ fn a_slow_guest_slows_the_host() {
     guest.until("a closed window", |_| Instant::now() > pause);
     let (stream, mut got) = (stream(), 0);
     guest.until("the transfer", |guest| {
-        let socket = guest.tcp_socket(handle);
-        while socket.can_recv() {
-            let count =
-                socket.recv(|bytes| (bytes.len(), (check(&stream, got, bytes), bytes.len()).1)).unwrap();
-            got += count;
-        }
+        receive(guest.tcp_socket(handle), &stream, &mut got);
         got == total
     });
 }
@@ -204,12 +179,7 @@ fn a_slow_guest_slows_the_host() {
 #[test]
 fn a_thousand_connections() {
     const COUNT: usize = 1000;
-    let forward =
-        Forward { transport: Transport::Tcp, host: "127.0.0.1:0".parse().unwrap(), guest: None, port: 80 };
-    let config = UserConfig { forwards: vec![forward], ..UserConfig::default() };
-    let network = Arc::new(UserNetwork::new(config).unwrap());
-    let address = network.forwarded()[0];
-    let mut guest = Guest::new(network).configured();
+    let (mut guest, address) = forwarded(Transport::Tcp, 80);
     let handles: Vec<_> = (0..COUNT).map(|_| guest.tcp(2048)).collect();
     for handle in &handles {
         guest.tcp_socket(*handle).listen(80).unwrap();

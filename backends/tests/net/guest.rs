@@ -1,10 +1,12 @@
 //! A guest: an interface of smoltcp's on a packet port.
 
 use std::collections::VecDeque;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use bivisor_backends::net::{Forward, Transport, UserConfig, UserNetwork};
 use bivisor_machine::packet::{Offload, PacketPort, PacketReceiver, PortFeatures};
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::phy::{Checksum, Device, DeviceCapabilities, Medium, RxToken, TxToken};
@@ -64,6 +66,19 @@ impl Queue {
             let _ = self.filled.wait_timeout(frames, timeout).unwrap();
         }
     }
+}
+
+/// A port of the host's loopback interface, whichever is free, that leads to one of the guest's.
+pub fn forward(transport: Transport, port: u16) -> Forward {
+    Forward { transport, host: "127.0.0.1:0".parse().unwrap(), guest: None, port }
+}
+
+/// A guest with one port of its own forwarded, and the host's address of it.
+pub fn forwarded(transport: Transport, port: u16) -> (Guest, SocketAddr) {
+    let config = UserConfig { forwards: vec![forward(transport, port)], ..UserConfig::default() };
+    let network = Arc::new(UserNetwork::new(config).unwrap());
+    let address = network.forwarded()[0];
+    (Guest::new(network).configured(), address)
 }
 
 /// The wire as smoltcp has it.

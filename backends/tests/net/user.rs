@@ -12,7 +12,7 @@ use bivisor_machine::packet::Offload;
 use smoltcp::socket::{icmp, tcp};
 use smoltcp::wire::{IpAddress, IpProtocol, Ipv4Address, Ipv4Cidr, Ipv4Packet, UdpPacket};
 
-use crate::guest::{Guest, MAC};
+use crate::guest::{Guest, MAC, forward, forwarded};
 
 const GATEWAY: Ipv4Address = Ipv4Address::new(10, 0, 2, 2);
 const DNS: Ipv4Address = Ipv4Address::new(10, 0, 2, 3);
@@ -118,12 +118,7 @@ fn loopback_is_closed_unless_allowed() {
 
 #[test]
 fn forwarded_tcp_reaches_the_guest() {
-    let forward =
-        Forward { transport: Transport::Tcp, host: "127.0.0.1:0".parse().unwrap(), guest: None, port: 22 };
-    let network =
-        Arc::new(UserNetwork::new(UserConfig { forwards: vec![forward], ..UserConfig::default() }).unwrap());
-    let address = network.forwarded()[0];
-    let mut guest = Guest::new(network).configured();
+    let (mut guest, address) = forwarded(Transport::Tcp, 22);
     let handle = guest.tcp(65536);
     guest.tcp_socket(handle).listen(22).unwrap();
     let client = thread::spawn(move || {
@@ -178,12 +173,7 @@ fn udp_and_back() {
 
 #[test]
 fn forwarded_udp_reaches_the_guest() {
-    let forward =
-        Forward { transport: Transport::Udp, host: "127.0.0.1:0".parse().unwrap(), guest: None, port: 53 };
-    let network =
-        Arc::new(UserNetwork::new(UserConfig { forwards: vec![forward], ..UserConfig::default() }).unwrap());
-    let address = network.forwarded()[0];
-    let mut guest = Guest::new(network).configured();
+    let (mut guest, address) = forwarded(Transport::Udp, 53);
     let handle = guest.udp(53);
     guest.poll();
     let client = UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -291,8 +281,7 @@ fn ports_that_cannot_be_had_are_told_of() {
             "cannot forward tcp 203.0.113.77:8080: the host has no such address".into(),
         ),
     ] {
-        let forward =
-            Forward { transport: Transport::Tcp, host: host.parse().unwrap(), guest: None, port: 22 };
+        let forward = Forward { host: host.parse().unwrap(), ..forward(Transport::Tcp, 22) };
         let config = UserConfig { forwards: vec![forward], ..UserConfig::default() };
         let Err(error) = UserNetwork::new(config) else { panic!("{host} was had") };
         assert!(error.to_string().starts_with(&tells), "{error}");
@@ -301,12 +290,8 @@ fn ports_that_cannot_be_had_are_told_of() {
 
 #[test]
 fn a_port_is_free_again_when_the_network_ends() {
-    let forward = Forward {
-        transport: Transport::Tcp,
-        host: TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap(),
-        guest: None,
-        port: 22,
-    };
+    let host = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let forward = Forward { host, ..forward(Transport::Tcp, 22) };
     for _ in 0..20 {
         drop(UserNetwork::new(UserConfig { forwards: vec![forward], ..UserConfig::default() }).unwrap());
     }
@@ -315,12 +300,7 @@ fn a_port_is_free_again_when_the_network_ends() {
 /// A guest that refuses what is forwarded to it: the peer is told.
 #[test]
 fn the_guest_may_refuse() {
-    let forward =
-        Forward { transport: Transport::Tcp, host: "127.0.0.1:0".parse().unwrap(), guest: None, port: 22 };
-    let network =
-        Arc::new(UserNetwork::new(UserConfig { forwards: vec![forward], ..UserConfig::default() }).unwrap());
-    let address = network.forwarded()[0];
-    let mut guest = Guest::new(network).configured();
+    let (mut guest, address) = forwarded(Transport::Tcp, 22);
     let client = thread::spawn(move || {
         let mut stream = TcpStream::connect(address).unwrap();
         stream.read(&mut [0; 16])
