@@ -8,6 +8,8 @@
 use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::sync::Arc;
+use core::sync::atomic::{AtomicBool, Ordering};
+
 use bivisor_x86::cpuid::CpuModel;
 use bivisor_x86::env::Event;
 use bivisor_x86::state::CpuState;
@@ -92,8 +94,22 @@ pub trait CodeMap: Send {
     fn cleared(&mut self);
 }
 
-/// A machine without anything in it: for measuring and testing engines by themselves.
-pub struct EmptyBus;
+/// A machine without anything in it, but that its owner may end a run: for measuring and testing engines by themselves.
+#[derive(Default)]
+pub struct EmptyBus {
+    kicked: AtomicBool,
+    observer: spin::Once<Arc<dyn crate::host::Waker>>,
+}
+
+impl EmptyBus {
+    /// Makes the engine return, now and whenever it runs again.
+    pub fn kick(&self) {
+        self.kicked.store(true, Ordering::SeqCst);
+        if let Some(observer) = self.observer.get() {
+            observer.wake();
+        }
+    }
+}
 
 impl VcpuBus for EmptyBus {
     fn mmio_read(&self, _gpa: u64, _size: usize) -> u64 {
@@ -105,11 +121,13 @@ impl VcpuBus for EmptyBus {
     }
     fn port_out(&self, _port: u16, _size: usize, _value: u32) {}
     fn has_event(&self) -> bool {
-        false
+        self.kicked.load(Ordering::Relaxed)
     }
-    fn set_observer(&self, _observer: Arc<dyn crate::host::Waker>) {}
+    fn set_observer(&self, observer: Arc<dyn crate::host::Waker>) {
+        self.observer.call_once(|| observer);
+    }
     fn take_event(&self, _interrupts: bool, _nmis: bool) -> Option<Event> {
-        None
+        self.has_event().then_some(Event::Kick)
     }
     fn cr8(&self) -> u8 {
         0

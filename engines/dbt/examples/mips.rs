@@ -54,7 +54,7 @@ fn main() -> std::io::Result<()> {
     memory.store_bytes(PROGRAM_AT, &PROGRAM);
     write_page_tables(&memory);
     let tracker = Arc::new(CodeTracker::new(memory.size()));
-    let mut env = VcpuEnv::new(memory, Arc::new(EmptyBus), tracker, Arc::default(), 0)?;
+    let mut env = VcpuEnv::new(memory, Arc::new(EmptyBus::default()), tracker, Arc::default(), 0)?;
     let mut cpu = Cpu::new(Arc::new(CpuModel::reference(1)));
     let state = &mut cpu.state;
     state.cr0 = (Cr0::PE | Cr0::PG | Cr0::ET).bits();

@@ -8,7 +8,7 @@ use std::time::Duration;
 use bivisor_dbt::SoftwareEngine;
 use bivisor_machine::boot::{self, BootImage};
 use bivisor_machine::dma::Dma;
-use bivisor_machine::engine::{EmptyBus, Engine, Exit, VcpuBus, VcpuSetup};
+use bivisor_machine::engine::{Engine, Exit, VcpuBus, VcpuSetup};
 use bivisor_machine::host::Waker;
 use bivisor_machine::memory::GuestMemory;
 use bivisor_x86::cpuid::CpuModel;
@@ -65,12 +65,12 @@ impl VcpuBus for Device {
             self.dma.store_bytes(PAGE - 506, &sector);
         }
     }
-    fn mmio_read(&self, gpa: u64, size: usize) -> u64 {
-        EmptyBus.mmio_read(gpa, size)
+    fn mmio_read(&self, _: u64, _: usize) -> u64 {
+        u64::MAX
     }
     fn mmio_write(&self, _: u64, _: usize, _: u64) {}
-    fn port_in(&self, port: u16, size: usize) -> u32 {
-        EmptyBus.port_in(port, size)
+    fn port_in(&self, _: u16, _: usize) -> u32 {
+        u32::MAX
     }
     fn has_event(&self) -> bool {
         false

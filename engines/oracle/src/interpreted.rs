@@ -57,7 +57,8 @@ impl Interpreted {
         system::write_tables(&memory, SYSTEM, HANDLERS, STACK_END, false);
         memory.store_bytes(DATA_PAGES, &images[0]);
         let tracker = Arc::new(CodeTracker::new(memory.size()));
-        let env = VcpuEnv::new(Arc::clone(&memory), Arc::new(EmptyBus), tracker, Arc::default(), 0)?;
+        let env =
+            VcpuEnv::new(Arc::clone(&memory), Arc::new(EmptyBus::default()), tracker, Arc::default(), 0)?;
         let mut cpu = Cpu::new(model);
         cpu.state = system::initial_state(TABLES);
         cpu.state_changed();

@@ -2,17 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock, mpsc};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
 use bivisor_dbt::SoftwareEngine;
-use bivisor_machine::engine::{Engine, Exit, VcpuBus, VcpuSetup};
-use bivisor_machine::host::Waker;
+use bivisor_machine::engine::{EmptyBus, Engine, Exit, VcpuSetup};
 use bivisor_machine::memory::GuestMemory;
 use bivisor_x86::cpuid::CpuModel;
-use bivisor_x86::env::Event;
 use bivisor_x86::registers::{Cr4, Rflags, gpr};
 use bivisor_x86::state::{CpuState, SegReg, Segment};
 
@@ -47,52 +44,6 @@ const INT_80H: u64 = 0x80 << 3 | 2;
 /// Number of the handler that SYSCALL leads to.
 const SYSTEM_CALL: u64 = 40;
 
-/// A bus with nothing on it but a way to end the run.
-#[derive(Default)]
-struct Kick {
-    kicked: AtomicBool,
-    observer: OnceLock<Arc<dyn Waker>>,
-}
-
-impl VcpuBus for Kick {
-    fn mmio_read(&self, _gpa: u64, _size: usize) -> u64 {
-        u64::MAX
-    }
-    fn mmio_write(&self, _gpa: u64, _size: usize, _value: u64) {}
-    fn port_in(&self, _port: u16, _size: usize) -> u32 {
-        u32::MAX
-    }
-    fn port_out(&self, _port: u16, _size: usize, _value: u32) {}
-    fn has_event(&self) -> bool {
-        self.kicked.load(Ordering::Relaxed)
-    }
-    fn set_observer(&self, observer: Arc<dyn Waker>) {
-        // The engine calls it once.
-        let _ = self.observer.set(observer);
-    }
-    fn take_event(&self, _interrupts: bool, _nmis: bool) -> Option<Event> {
-        self.has_event().then_some(Event::Kick)
-    }
-    fn cr8(&self) -> u8 {
-        0
-    }
-    fn set_cr8(&self, _value: u8) {}
-    fn read_msr(&self, _msr: u32) -> Option<u64> {
-        None
-    }
-    fn write_msr(&self, _msr: u32, _value: u64) -> bool {
-        false
-    }
-    fn on_init(&self) {}
-    fn tsc_offset(&self) -> u64 {
-        0
-    }
-    fn set_tsc(&self, _value: u64) {}
-    fn hypercall(&self, _state: &CpuState) -> Option<u64> {
-        None
-    }
-}
-
 /// Executes a test's code on an engine. Returns the state at its HLT, or why there is none.
 ///
 /// # Errors
@@ -104,18 +55,18 @@ pub fn execute(
     code: &[u8],
 ) -> Result<CpuState, Verdict> {
     let (memory, state) = guest(config, code).map_err(Verdict::Skipped)?;
-    let bus = Arc::new(Kick::default());
-    let setup =
-        VcpuSetup { memory: Arc::clone(&memory), bus: Arc::<Kick>::clone(&bus), model: Arc::clone(model) };
+    let bus = Arc::new(EmptyBus::default());
+    let setup = VcpuSetup {
+        memory: Arc::clone(&memory),
+        bus: Arc::<EmptyBus>::clone(&bus),
+        model: Arc::clone(model),
+    };
     let mut vcpu = engine.create_vcpu(0, setup).map_err(failed)?;
     vcpu.set_state(&state).map_err(failed)?;
     let (done, is_done) = mpsc::channel::<()>();
     let watch = thread::spawn(move || {
         if is_done.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
-            bus.kicked.store(true, Ordering::SeqCst);
-            if let Some(observer) = bus.observer.get() {
-                observer.wake();
-            }
+            bus.kick();
         }
     });
     let ran = catch_unwind(AssertUnwindSafe(|| vcpu.run()));
