@@ -156,16 +156,8 @@ impl Builder<'_> {
             // Those come from templates, which see that the sequence can go on.
             _ if self.is_supervisor && is_system(instruction) => 300,
             _ if instruction.is_privileged() => 100,
-            M::In
-            | M::Insb
-            | M::Insw
-            | M::Insd
-            | M::Out
-            | M::Outsb
-            | M::Outsw
-            | M::Outsd
-            | M::Cli
-            | M::Sti => 100,
+            M::Cli | M::Sti => 100,
+            mnemonic if uses_ports(mnemonic) => 100,
             M::Div | M::Idiv => 3,
             M::Popf | M::Popfq | M::Popfd | M::Enter => 20,
             // They come from templates: the host knows a bit of MXCSR that the guest does not.
@@ -343,19 +335,13 @@ fn is_system(instruction: &Instruction) -> bool {
         && instruction.op0_register().is_segment_register();
     loads_segment
         || instruction.is_privileged()
-        || matches!(
-            instruction.mnemonic(),
-            M::In
-                | M::Insb
-                | M::Insw
-                | M::Insd
-                | M::Out
-                | M::Outsb
-                | M::Outsw
-                | M::Outsd
-                | M::Popf
-                | M::Popfq
-        )
+        || uses_ports(instruction.mnemonic())
+        || matches!(instruction.mnemonic(), M::Popf | M::Popfq)
+}
+
+fn uses_ports(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(mnemonic, M::In | M::Insb | M::Insw | M::Insd | M::Out | M::Outsb | M::Outsw | M::Outsd)
 }
 
 /// What a base register holds for an access in this segment: FS and GS have bases in the data pages.
