@@ -8,7 +8,7 @@ use super::context::{
     self, ADDEND, ADDRESS, JUMP_MASK, TEMPORARY, jump_bias_of, jump_host, jump_rip, page_base,
 };
 use super::emit::{Emitter, Fixup, Width, at, condition, indexed};
-use super::operand::{host_register, number};
+use super::operand::{host_register, lives_in_memory, number};
 use super::site::{SiteKind, Undo};
 
 impl Builder<'_> {
@@ -17,7 +17,7 @@ impl Builder<'_> {
         let instruction = &decoded.instruction;
         if instruction.op0_kind() == OpKind::Register {
             let guest = number(instruction.op0_register()).ok_or(NotRenamed)?;
-            if guest >= 12 {
+            if lives_in_memory(guest) {
                 self.e.load(Width::W64, ADDRESS, context::spilled(guest));
             } else {
                 self.e.copy(self.width(), ADDRESS, host_register(guest));
@@ -88,7 +88,7 @@ impl Builder<'_> {
         self.e.lea(self.width(), ADDRESS, at(ADDRESS, target));
         let link = self.request.first_link + self.links;
         self.links += 1;
-        self.new_site(SiteKind::Link { target, link, stub: 0 });
+        self.new_site(SiteKind::Link { target, link, stub: 0, noted_by: None });
         self.e.jump_mem(context::link(link));
     }
 
