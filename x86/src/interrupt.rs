@@ -119,7 +119,8 @@ impl Cpu {
     }
 
     /// Takes an event between two instructions: an interrupt or NMI is delivered (and ends HLT), INIT resets,
-    /// a SIPI starts a processor that waits for one. [`Event::Kick`] is not for the processor and does nothing.
+    /// a SIPI starts a processor that waits for one. [`Event::Kick`] is not for the processor and does nothing. The
+    /// others are those of a paravirtual interface.
     pub fn deliver_event<E: Env>(&mut self, env: &mut E, event: Event) {
         match event {
             Event::Interrupt(number) => self.deliver_external(env, number),
@@ -130,6 +131,11 @@ impl Cpu {
             Event::Init => self.init(env),
             Event::Sipi(page) => self.start(page),
             Event::Kick => {}
+            Event::Unhalt if self.state.activity == Activity::Halted => {
+                self.state.activity = Activity::Running;
+            }
+            Event::Unhalt => self.unhalted = true,
+            Event::FlushTlb => self.flush_tlb(),
         }
     }
 

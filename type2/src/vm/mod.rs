@@ -21,7 +21,7 @@ use bivisor_machine::memory::GuestMemory;
 use bivisor_x86::cpuid::CpuModel;
 
 use crate::backends::Backends;
-use crate::config::VmConfig;
+use crate::config::{Paravirtual, VmConfig};
 use crate::error::Failure;
 use crate::guest::Guest;
 use crate::host::alarm::{AlarmThread, HostAlarm};
@@ -129,7 +129,12 @@ impl Session {
         let gate = Arc::new(Gate::new());
         let alarm = HostAlarm::new(parts.clock.clone());
         let machine = Machine::new(
-            MachineConfig { cpus: config.cpus, testdev: config.testdev, packed_rings: true },
+            MachineConfig {
+                cpus: config.cpus,
+                testdev: config.testdev,
+                packed_rings: true,
+                pv: config.pv == Paravirtual::On,
+            },
             memory.clone(),
             Arc::new(CpuModel::from_host(host_cpuid, config.cpus, parts.clock.frequency())),
             HostParts {

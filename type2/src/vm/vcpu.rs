@@ -151,8 +151,13 @@ impl VcpuThread {
     fn sleep(&self, poll: &mut HaltPoll) {
         let Surroundings { gate, clock, alarm, expired, .. } = &*self.surroundings;
         let start = clock.now();
-        while !self.bus.has_event() && clock.now() < start + poll.time() {
+        let awake = if self.bus.host_polls() { poll.time() } else { 0 };
+        while !self.bus.has_event() && clock.now() < start + awake {
             hint::spin_loop();
+        }
+        let parks = !self.bus.has_event();
+        if parks {
+            self.bus.parked();
         }
         while !self.bus.has_event() && gate.is_open() {
             let now = clock.now();
@@ -161,6 +166,9 @@ impl VcpuThread {
             } else {
                 alarm.park();
             }
+        }
+        if parks {
+            self.bus.unparked();
         }
         poll.halted(clock.now() - start);
     }
