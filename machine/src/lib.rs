@@ -13,6 +13,7 @@ pub mod device;
 pub mod devices;
 pub mod dma;
 pub mod engine;
+pub mod exits;
 pub mod firmware;
 pub mod host;
 pub mod irq;

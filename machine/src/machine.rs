@@ -14,6 +14,7 @@ use crate::devices::lapic::Lapic;
 use crate::devices::{RestoreError, Saved};
 use crate::dma::Dma;
 use crate::engine::VcpuSetup;
+use crate::exits::Exits;
 use crate::firmware;
 use crate::host::{Alarm, ByteStream, Clock, EventSink, MachineEvent, Nanos, Waker};
 use crate::irq::Interrupts;
@@ -126,6 +127,8 @@ pub struct Machine {
     pc: Pc,
     /// Each processor's side of the paravirtual interface; none without it.
     pv: Vec<Arc<pv::Processor>>,
+    /// By processor.
+    exits: Vec<Arc<Exits>>,
     lifecycle: Mutex<Lifecycle>,
     /// State after power-up, which a reset restores.
     power_up: SavedMachine,
@@ -201,6 +204,7 @@ impl Machine {
             interrupts,
             pc,
             pv,
+            exits: (0..config.cpus).map(|_| Arc::default()).collect(),
             lifecycle: Mutex::new(Lifecycle::Created),
             power_up,
         }))
@@ -219,6 +223,11 @@ impl Machine {
         &self.pc
     }
 
+    /// Why the guest's code was left, by processor.
+    pub fn exits(&self) -> &[Arc<Exits>] {
+        &self.exits
+    }
+
     /// What an engine needs to make the processor of this index; `None` if there is no such processor.
     pub fn vcpu_setup(&self, index: u32) -> Option<VcpuSetup> {
         let bus = ProcessorBus {
@@ -226,6 +235,7 @@ impl Machine {
             mmio: self.pc.mmio().clone(),
             apic: self.interrupts.vcpu(index as usize)?,
             pv: self.pv.get(index as usize).cloned(),
+            exits: self.exits.get(index as usize)?.clone(),
             hypercalls: self.config.testdev,
         };
         Some(VcpuSetup { memory: self.memory.clone(), bus: Arc::new(bus), model: self.model.clone() })

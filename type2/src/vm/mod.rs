@@ -210,11 +210,14 @@ impl Session {
         &self.vcpus
     }
 
-    /// What the engine has counted, a line each. The machine must stand still.
+    /// What machine and engine have counted, a line each. The machine must stand still.
     pub fn statistics(&self) -> String {
         let mut text = String::new();
-        for (index, vcpu) in self.vcpus.iter().enumerate() {
-            for (name, count) in lock(vcpu).statistics().into_iter().filter(|(_, count)| *count != 0) {
+        for (index, (vcpu, exits)) in self.vcpus.iter().zip(self.machine.exits()).enumerate() {
+            let exits =
+                exits.list().into_iter().map(|(name, count)| (format!("exits by kind: {name}"), count));
+            let engine = lock(vcpu).statistics();
+            for (name, count) in exits.chain(engine).filter(|(_, count)| *count != 0) {
                 text.push_str(&format!("CPU {index} {count:>14} {name}\n"));
             }
         }
