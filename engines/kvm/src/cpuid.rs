@@ -1,12 +1,14 @@
 //! What CPUID says on a vCPU: the machine's model, as far as the host's KVM executes it.
 
 use bivisor_machine::pv::cpuid::{FEATURE_LEAF, feature};
-use bivisor_x86::cpuid::{CpuModel, HYPERVISOR_LEAF, Leaf, Word};
+use bivisor_x86::cpuid::{CpuModel, HYPERVISOR_LEAF, Leaf, Vendor, Word};
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
-/// Features of leaf 1 ECX that the machine's local APIC has, whatever KVM says: x2APIC, TSC deadline; and the bit that says
-/// that there is a hypervisor.
-const OF_THE_MACHINE: u32 = 1 << 21 | 1 << 24 | 1 << 31;
+/// Features of leaf 1 ECX that are the machine's, whatever KVM says: x2APIC, and that there is a hypervisor.
+const OF_THE_MACHINE: u32 = 1 << 21 | 1 << 31;
+/// The deadline mode of the local APIC's timer. It is the machine's too, but where the processor has a timer of its own for
+/// guests, which Intel's have, KVM takes the writes for its own local APIC and drops them.
+const TSC_DEADLINE: u32 = 1 << 24;
 /// Of the paravirtual interface, what is KVM's own without a local APIC in it.
 const OF_KVM: u32 = feature::CLOCK_SOURCE
     | feature::NO_IO_DELAY
@@ -19,7 +21,9 @@ const OF_THE_INTERFACE: u32 = feature::PV_EOI | feature::POLL_CONTROL;
 
 /// The entries for a vCPU: `index` is its APIC ID.
 pub fn entries(model: &CpuModel, supported: &[kvm_cpuid_entry2], index: u32) -> Vec<kvm_cpuid_entry2> {
-    let mut entries: Vec<_> = model.leaves.iter().map(|leaf| entry(leaf, supported, index)).collect();
+    let machine = OF_THE_MACHINE | if model.vendor == Vendor::Amd { TSC_DEADLINE } else { 0 };
+    let made = model.leaves.iter().map(|leaf| entry(leaf, supported, index, machine));
+    let mut entries: Vec<_> = made.collect();
     // Levels beyond the last of leaf Bh: type 0.
     entries.push(kvm_cpuid_entry2 {
         function: 0xb,
@@ -37,14 +41,17 @@ pub fn list(entries: &[kvm_cpuid_entry2]) -> Option<CpuId> {
     CpuId::from_entries(entries).ok()
 }
 
-fn entry(leaf: &Leaf, supported: &[kvm_cpuid_entry2], index: u32) -> kvm_cpuid_entry2 {
+fn entry(leaf: &Leaf, supported: &[kvm_cpuid_entry2], index: u32, machine: u32) -> kvm_cpuid_entry2 {
     let mut registers = leaf.registers;
     let there = find(supported, leaf.function, leaf.index.unwrap_or(0));
     for word in Word::ALL {
         let (function, sub_leaf, register) = word.place();
         if (function, sub_leaf) == (leaf.function, leaf.index.unwrap_or(0)) {
-            let kept = if word == Word::L1Ecx { OF_THE_MACHINE } else { 0 };
-            registers[register] &= there.map_or(0, |registers| registers[register]) | kept;
+            let there = there.map_or(0, |registers| registers[register]);
+            registers[register] &= match word {
+                Word::L1Ecx => there & !TSC_DEADLINE | machine,
+                _ => there,
+            };
         }
     }
     let [eax, ebx, _, edx] = &mut registers;
@@ -118,7 +125,7 @@ mod tests {
             model.query(1, 0)[2] & !AVX,
             "x2APIC is the machine's"
         );
-        assert_eq!(leaf1(&[])[2] & !OF_THE_MACHINE, 0);
+        assert_eq!(leaf1(&[])[2] & !(OF_THE_MACHINE | TSC_DEADLINE), 0);
     }
 
     #[test]

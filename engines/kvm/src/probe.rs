@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bivisor_machine::engine::{EmptyBus, Engine, EngineError, Exit, VcpuSetup};
 use bivisor_machine::memory::GuestMemory;
@@ -28,8 +28,10 @@ pub const DEVICE: &str = "/dev/kvm";
 const API_VERSION: i32 = 12;
 /// Rounds of the guest's loop. A processor takes some 0.1 ms for them, and 3 ms if it is emulated by QEMU itself.
 const ROUNDS: u64 = 200_000;
-/// What the guest may take.
-const LIMIT: Duration = Duration::from_millis(25);
+/// What the guest may take; on a busy host, its thread waits for a processor meanwhile.
+const LIMIT: Duration = Duration::from_millis(40);
+/// What KVM may take to make it.
+const SETUP_LIMIT: Duration = Duration::from_millis(250);
 /// Where the guest's code is.
 const CODE: u64 = 0x1000;
 
@@ -65,6 +67,9 @@ pub enum Unusable {
     /// The guest took too long.
     #[error("a small guest that hardware executes in 0.1 ms was not done after {} ms on it, so it is software", .0.as_millis())]
     Slow(Duration),
+    /// It could not even be made in this time.
+    #[error("it made no small virtual machine within {} ms", .0.as_millis())]
+    SetUp(Duration),
 }
 
 /// What KVM must have.
@@ -147,39 +152,60 @@ pub fn probe() -> Result<(), Unusable> {
         [answer.eax, answer.ebx, answer.ecx, answer.edx]
     };
     check_host(cpuid, &modules(Path::new("/sys/module")))?;
-    measure(LIMIT)
+    measure(SETUP_LIMIT, LIMIT)
 }
 
 /// Measures the small guest, in a thread of its own: whatever hangs must not hang who asks.
-fn measure(limit: Duration) -> Result<(), Unusable> {
+fn measure(set_up: Duration, limit: Duration) -> Result<(), Unusable> {
     let bus = Arc::new(EmptyBus::default());
     let (tell, hear) = channel();
     let guest_bus = bus.clone();
-    let start = Instant::now();
     thread::Builder::new()
         .name("kvm-probe".into())
         .spawn(move || {
+            let result = execute(guest_bus, || {
+                let _ = tell.send(Progress::Ready);
+            });
             // Nobody listens any more after the limit.
-            let _ = tell.send(execute(guest_bus));
+            let _ = tell.send(Progress::Done(result));
         })
         .map_err(|error| Unusable::Failed(error.to_string()))?;
-    let result = hear.recv_timeout(limit);
+    let mut result = hear.recv_timeout(set_up);
+    let late = match result {
+        Ok(Progress::Ready) => {
+            result = hear.recv_timeout(limit);
+            Unusable::Slow(limit)
+        }
+        _ => Unusable::SetUp(set_up),
+    };
     // Ends a guest that goes on.
     bus.kick();
     match result {
-        Ok(result) => result,
-        Err(RecvTimeoutError::Timeout) => Err(Unusable::Slow(start.elapsed())),
+        Ok(Progress::Done(result)) => result,
+        Ok(Progress::Ready) | Err(RecvTimeoutError::Timeout) => Err(late),
         Err(RecvTimeoutError::Disconnected) => Err(Unusable::Failed("it ended".into())),
     }
 }
 
-/// Executes the small guest to its end.
-fn execute(bus: Arc<EmptyBus>) -> Result<(), Unusable> {
-    let engine = KvmEngine::new()?;
-    run_guest(&engine, bus).map_err(|error| Unusable::Failed(error.to_string()))?
+/// How far the small guest has come.
+enum Progress {
+    /// It is about to execute.
+    Ready,
+    /// It has ended, or failed before.
+    Done(Result<(), Unusable>),
 }
 
-fn run_guest(engine: &dyn Engine, bus: Arc<EmptyBus>) -> Result<Result<(), Unusable>, EngineError> {
+/// Executes the small guest to its end.
+fn execute(bus: Arc<EmptyBus>, ready: impl FnOnce()) -> Result<(), Unusable> {
+    let engine = KvmEngine::new()?;
+    run_guest(&engine, bus, ready).map_err(|error| Unusable::Failed(error.to_string()))?
+}
+
+fn run_guest(
+    engine: &dyn Engine,
+    bus: Arc<EmptyBus>,
+    ready: impl FnOnce(),
+) -> Result<Result<(), Unusable>, EngineError> {
     // dec ecx; jnz to itself; hlt
     const LOOP: [u8; 4] = [0x49, 0x75, 0xfd, 0xf4];
     let memory = Arc::new(GuestMemory::on_heap(2 << 20));
@@ -191,6 +217,7 @@ fn run_guest(engine: &dyn Engine, bus: Arc<EmptyBus>) -> Result<Result<(), Unusa
     let model = Arc::new(CpuModel::from_host(cpuid, 1, 1_000_000_000));
     let mut vcpu = engine.create_vcpu(0, VcpuSetup { memory, bus, model })?;
     vcpu.set_state(&flat_state())?;
+    ready();
     let exit = vcpu.run()?;
     let state = vcpu.state()?;
     let done = exit == Exit::Halt && state.gpr[RCX] == 0 && state.rip == CODE + LOOP.len() as u64;
@@ -212,6 +239,7 @@ fn flat_state() -> CpuState {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Instant;
 
     fn none(_: u32) -> [u32; 4] {
         [0; 4]
