@@ -7,7 +7,7 @@ use bivisor_backends::disk::DiskSpec;
 use bivisor_backends::net::NetSpec;
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{EngineChoice, GdbSpec, MemorySize};
+use crate::config::{EngineChoice, GdbSpec, MemorySize, Paravirtual};
 use crate::image::{DiskRecipe, ImportRequest};
 use crate::status;
 
@@ -85,6 +85,9 @@ pub struct RunArgs {
     /// What executes the guest's instructions [default: auto]
     #[arg(long, value_enum, value_name = "ENGINE")]
     pub engine: Option<EngineChoice>,
+    /// Whether the guest finds KVM's paravirtual interface, by which it asks instead of being emulated [default: on]
+    #[arg(long, value_enum, value_name = "on|off", hide_possible_values = true)]
+    pub pv: Option<Paravirtual>,
     /// Disk, again for each: an image or block device, then options such as format=raw|qcow2, readonly, snapshot,
     /// serial=TEXT
     #[arg(long = "disk", value_name = "PATH[,OPTION]…")]
@@ -142,14 +145,14 @@ mod tests {
 
     #[test]
     fn every_option_of_run_is_understood() {
-        let line = "bivisor run vm.toml --kernel k --initrd i --append -x --memory 1G --cpus 4 --engine interp \
+        let line = "bivisor run vm.toml --kernel k --initrd i --append -x --memory 1G --cpus 4 --engine interp --pv off \
                     --disk a.img,readonly --disk b.img --net user --virtio-console pty --vsock v --rng --balloon --console unix=s --no-reboot --testdev --stats --trace t --perf-map --gdb :1234";
         let Command::Run(run) = Cli::try_parse_from(line.split_whitespace()).unwrap().command else {
             panic!("not run");
         };
         assert_eq!(run.target.as_deref(), Some("vm.toml"));
         assert_eq!(run.append.as_deref(), Some("-x"));
-        assert_eq!(run.cpus, Some(4));
+        assert_eq!((run.cpus, run.pv), (Some(4), Some(Paravirtual::Off)));
         assert!(run.no_reboot && run.testdev && run.stats && run.perf_map);
         assert_eq!(run.trace, Some(PathBuf::from("t")));
         assert_eq!((run.nets.len(), run.virtio_console), (1, Some(ConsoleSpec::Pty)));

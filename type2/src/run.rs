@@ -38,9 +38,9 @@ impl Ending {
 
 /// Runs a machine to its end; returns the exit status.
 pub fn run(args: &RunArgs, verbose: bool) -> Result<u8, Failure> {
-    let config = VmConfig::new(args).map_err(Failure::configuration)?;
+    let mut config = VmConfig::new(args).map_err(Failure::configuration)?;
     config.check_memory(memory::host_memory()).map_err(Failure::configuration)?;
-    engines::make(config.engine).map_err(Failure::configuration)?;
+    config.engine = engines::choose(config.engine).map_err(Failure::configuration)?;
     let guest = Guest::find(&config).map_err(Failure::configuration)?;
     let clock = Arc::new(LinuxClock::start());
     set_yield(|| {

@@ -1,6 +1,7 @@
 //! The project's own tasks: `cargo xtask help` lists them.
 mod bench;
 mod linux;
+mod nested;
 mod setup;
 mod steps;
 mod test;
@@ -27,6 +28,8 @@ enum Task {
         #[arg(long)]
         quick: bool,
     },
+    /// Run the guests and Linux on the engine kvm, in a Linux with KVM that QEMU emulates.
+    NestedKvm,
     /// Measure the same benchmark program on the host, in Bivisor and in every QEMU, in turns.
     ///
     /// Writes a table, a plot and the raw results. Status 0 only if every row of every run came out right.
@@ -58,6 +61,7 @@ enum Task {
 fn main() -> ExitCode {
     let result = match Arguments::parse().task {
         Task::Test { quick } => test::all(quick),
+        Task::NestedKvm => test::nested_kvm(),
         Task::Bench(arguments) => bench::bench(&arguments),
         Task::AsmTests { arguments } => optimised("asm-tests", &arguments),
         Task::Oracle { arguments } => optimised("bivisor-oracle", &arguments),

@@ -1,5 +1,5 @@
 //! `cargo xtask test`: everything that has to hold.
-use crate::{linux, setup, steps::Tally, trace_diff};
+use crate::{linux, nested, setup, steps::Tally, trace_diff};
 use anyhow::Result;
 use std::{
     env,
@@ -17,6 +17,17 @@ pub fn cargo(folder: &str) -> Command {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(root().join(folder));
     cargo
+}
+
+/// Builds the program and runs the checks of the engine kvm.
+///
+/// # Errors
+/// If something that the checks need is missing.
+pub fn nested_kvm() -> Result<bool> {
+    let mut tally = Tally::default();
+    let program = linux::program(&mut tally)?;
+    nested::all(&mut tally, &program)?;
+    Ok(tally.close())
 }
 
 /// Runs every check; with `quick`, without what needs an optimised build: traces and the boot of Linux.

@@ -9,6 +9,7 @@ use std::thread::{self, JoinHandle, Thread};
 use std::time::Duration;
 
 use bivisor_machine::engine::{EngineError, Exit, Vcpu, VcpuBus};
+use bivisor_machine::exits::Kind;
 use bivisor_machine::host::{Clock, Nanos, Waker};
 use bivisor_machine::memory::GuestMemory;
 use bivisor_x86::state::CpuState;
@@ -133,6 +134,7 @@ impl VcpuThread {
                 // Halted again in spite of an event: it is masked, and only another one can help.
                 Ok(Exit::Halt) if idle && self.bus.has_event() => thread::park_timeout(MASKED_RECHECK),
                 Ok(Exit::Halt) => {
+                    self.bus.count(Kind::Halt);
                     self.sleep(&mut poll);
                     idle = true;
                     continue;
@@ -151,8 +153,13 @@ impl VcpuThread {
     fn sleep(&self, poll: &mut HaltPoll) {
         let Surroundings { gate, clock, alarm, expired, .. } = &*self.surroundings;
         let start = clock.now();
-        while !self.bus.has_event() && clock.now() < start + poll.time() {
+        let awake = if self.bus.host_polls() { poll.time() } else { 0 };
+        while !self.bus.has_event() && clock.now() < start + awake {
             hint::spin_loop();
+        }
+        let parks = !self.bus.has_event();
+        if parks {
+            self.bus.parked();
         }
         while !self.bus.has_event() && gate.is_open() {
             let now = clock.now();
@@ -161,6 +168,9 @@ impl VcpuThread {
             } else {
                 alarm.park();
             }
+        }
+        if parks {
+            self.bus.unparked();
         }
         poll.halted(clock.now() - start);
     }
