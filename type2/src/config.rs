@@ -164,6 +164,8 @@ pub struct VmConfig {
     pub perf_map: bool,
     /// Debugger.
     pub gdb: Option<GdbSpec>,
+    /// Do without the jail.
+    pub no_jail: bool,
 }
 
 /// Why a configuration can't be used.
@@ -242,6 +244,7 @@ struct FileConfig {
     trace: Option<PathBuf>,
     perf_map: Option<bool>,
     gdb: Option<Spanned<String>>,
+    no_jail: Option<bool>,
 }
 
 impl VmConfig {
@@ -296,6 +299,7 @@ impl VmConfig {
             trace: settings.trace,
             perf_map: settings.perf_map,
             gdb: settings.gdb,
+            no_jail: settings.no_jail,
         })
     }
 
@@ -336,6 +340,7 @@ struct Settings {
     trace: Option<PathBuf>,
     perf_map: bool,
     gdb: Option<GdbSpec>,
+    no_jail: bool,
 }
 
 impl Settings {
@@ -391,6 +396,7 @@ impl Settings {
                 GdbSpec::Unix(path) => GdbSpec::Unix(folder.join(path)),
                 port => port,
             }),
+            no_jail: file.no_jail.unwrap_or(false),
         };
         Ok((settings, file.image))
     }
@@ -421,6 +427,7 @@ impl Settings {
         self.testdev |= args.testdev;
         self.stats |= args.stats;
         self.perf_map |= args.perf_map;
+        self.no_jail |= args.no_jail;
     }
 }
 

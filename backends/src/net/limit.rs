@@ -3,13 +3,13 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use bivisor_machine::packet::{Offload, PacketPort, PacketReceiver, PortFeatures};
 
 use super::NetError;
 use crate::rate::{RateLimit, RateLimiter};
+use crate::thread::{Role, spawn};
 
 /// What waits to be sent, at most: in bytes, and in frames.
 const QUEUE_BYTES: usize = 1 << 20;
@@ -67,10 +67,7 @@ impl LimitedPort {
         };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         let (thread, port) = (shared.clone(), inner.clone());
-        thread::Builder::new()
-            .name("net-limit".into())
-            .spawn(move || run(&thread, &*port))
-            .map_err(NetError::Start)?;
+        spawn(Role::NetLimit, "net-limit", move || run(&thread, &*port)).map_err(NetError::Start)?;
         Ok(Self { inner, shared })
     }
 }

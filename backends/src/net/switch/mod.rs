@@ -10,7 +10,6 @@ use std::io::IoSlice;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::Instant;
 
 use bivisor_machine::net_switch::{Destination, NetSwitch, PortId};
@@ -27,6 +26,7 @@ use super::NetError;
 use super::outlet::Outlet;
 use super::{segment, vnet};
 use crate::runtime;
+use crate::thread::{Role, spawn};
 
 /// The guest's own port of the switch; the others are members.
 const GUEST: PortId = 0;
@@ -111,10 +111,7 @@ impl SwitchPort {
         }
         let shared = Arc::new(shared);
         let thread = shared.clone();
-        thread::Builder::new()
-            .name("net-switch".into())
-            .spawn(move || Reader::new(&thread).run())
-            .map_err(failed)?;
+        spawn(Role::NetSwitch, "net-switch", move || Reader::new(&thread).run()).map_err(failed)?;
         Ok(Self { shared })
     }
 
