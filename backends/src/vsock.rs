@@ -110,8 +110,8 @@ impl VsockSockets {
             lingering: VecDeque::new(),
             next_port: FIRST_PORT,
         };
-        let thread = spawn(Role::Vsock, "vsock", move || while server.turn() {})
-            .map_err(VsockError::Start)?;
+        let thread =
+            spawn(Role::Vsock, "vsock", move || while server.turn() {}).map_err(VsockError::Start)?;
         Ok(Self { shared, thread: Some(thread), _file: file })
     }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crate::host::clock::{self, host_cpuid};
 use crate::host::memory;
+use crate::jail::{self, Support};
 use crate::{image, status};
 
 /// How a finding bears on `bivisor run`.
@@ -40,6 +41,7 @@ pub fn run() -> (String, u8) {
         interpreter(),
         translator(),
         kvm(Path::new("/dev/kvm"), host_cpuid),
+        confinement(),
         cpu(&host_flags()),
         tsc(),
         ram(),
@@ -87,6 +89,34 @@ fn interpreter() -> Finding {
             ),
         ),
     }
+}
+
+/// How far machines' processes can be confined.
+fn confinement() -> Finding {
+    let (verdict, text) = match jail::try_out() {
+        Err(error) => (Verdict::Lacking, error.to_string()),
+        Ok(Support::Full) => {
+            (Verdict::Good, "machines run confined to what is theirs, by seccomp and Landlock".into())
+        }
+        Ok(Support::Partial) => (
+            Verdict::Good,
+            "machines run confined to what is theirs, by seccomp and an early Landlock".into(),
+        ),
+        Ok(missing) => {
+            let why = match missing {
+                Support::NotEnabled => {
+                    "the kernel was started without Landlock: add it to the boot parameter lsm="
+                }
+                _ => "the kernel has no Landlock, which came with Linux 5.13",
+            };
+            let text = format!(
+                "machines run confined by seccomp alone, so that one with sockets in the file system could remove other \
+                 files, and one with a user-mode network does not hear of new name servers: {why}"
+            );
+            (Verdict::Lacking, text)
+        }
+    };
+    Finding::new(verdict, "jail", text)
 }
 
 /// CPUID 1 ECX bit 5 (Intel VMX) and 8000_0001h ECX bit 2 (AMD SVM).

@@ -238,7 +238,7 @@ mod tests {
         assert!(counter.sent.lock().unwrap().len() <= 110, "a second's worth goes at once");
         while counter.sent.lock().unwrap().len() < 150 {
             assert!(began.elapsed() < Duration::from_secs(10));
-            thread::sleep(Duration::from_millis(5));
+            std::thread::sleep(Duration::from_millis(5));
         }
         assert!(began.elapsed() > Duration::from_millis(450), "{:?}", began.elapsed());
         assert!(counter.sent.lock().unwrap().iter().copied().eq(0..150));
@@ -265,7 +265,7 @@ mod tests {
         let began = Instant::now();
         limited.ready();
         while began.elapsed() < Duration::from_millis(1500) {
-            thread::sleep(Duration::from_millis(5));
+            std::thread::sleep(Duration::from_millis(5));
         }
         // A second's worth at once, and half a second's since.
         let (taken, given) = (taker.0.load(Ordering::Relaxed), counter.given.load(Ordering::Relaxed));

@@ -88,13 +88,16 @@ const NEW_MACHINE: &[c_long] = &[libc::SYS_memfd_create];
 
 /// Settings of a terminal: every thread restores them when it has to end the process.
 /// (Linux, include/uapi/asm-generic/ioctls.h: TCGETS to TCSETSF, TCFLSH, and TCGETS2 to TCSETSF2.)
-const TERMINAL: &[u32] = &[
-    0x5401, 0x5402, 0x5403, 0x5404, 0x540b, 0x802c_542a, 0x402c_542b, 0x402c_542c, 0x402c_542d,
-];
+const TERMINAL: &[u32] =
+    &[0x5401, 0x5402, 0x5403, 0x5404, 0x540b, 0x802c_542a, 0x402c_542b, 0x402c_542c, 0x402c_542d];
 /// TUNSETOFFLOAD (Linux, include/uapi/linux/if_tun.h).
 const TAP: &[u32] = &[0x4004_54d0];
 /// FIONBIO, by which a socket is made not to wait.
 const NONBLOCKING: &[u32] = &[0x5421];
+
+/// What fcntl may do to a descriptor. Of the others, some send signals to any process.
+const DESCRIPTOR_COMMANDS: &[i32] =
+    &[libc::F_GETFD, libc::F_GETFL, libc::F_SETFL, libc::F_DUPFD_CLOEXEC, libc::F_OFD_SETLK];
 
 /// What a call is tested for: argument number, comparison, value.
 type Test = (u8, SeccompCmpOp, u64);
@@ -162,6 +165,9 @@ impl Calls {
         self.only(libc::SYS_kill, &[(0, Eq, process)])?;
         // What catches refused calls stays.
         self.only(libc::SYS_rt_sigaction, &[(0, Ne, libc::SIGSYS as u64)])?;
+        for command in DESCRIPTOR_COMMANDS {
+            self.only(libc::SYS_fcntl, &[(1, Eq, *command as u64)])?;
+        }
         self.ioctls(TERMINAL)
     }
 
@@ -197,11 +203,10 @@ impl Calls {
         self.guest(needs)?;
         self.any(NEW_THREAD);
         self.any(NEW_MACHINE);
-        // The locks of disks are given back, and descriptors copied.
-        self.any(&[libc::SYS_fcntl]);
         self.only(libc::SYS_prctl, &[(0, Eq, libc::PR_SET_NAME as u64)])?;
-        let thread = (libc::CLONE_VM | libc::CLONE_FS | libc::CLONE_FILES | libc::CLONE_SIGHAND
-            | libc::CLONE_THREAD) as u64;
+        let thread =
+            (libc::CLONE_VM | libc::CLONE_FS | libc::CLONE_FILES | libc::CLONE_SIGHAND | libc::CLONE_THREAD)
+                as u64;
         self.only(libc::SYS_clone, &[(0, MaskedEq(thread), thread)])?;
         // Code is written through another mapping: none is ever both.
         let code = (libc::PROT_READ | libc::PROT_EXEC) as u64;

@@ -12,11 +12,13 @@ mod probe;
 mod refusal;
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bivisor_backends::console::ConsoleSpec;
-use bivisor_backends::net::NetworkSpec;
+use bivisor_backends::net::{NetworkSpec, SwitchPort};
+use bivisor_backends::runtime;
 use bivisor_backends::thread::{self, Role};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -62,31 +64,43 @@ struct Needs {
 impl Needs {
     fn of(config: &VmConfig) -> Self {
         let any = |wanted: fn(&NetworkSpec) -> bool| config.nets.iter().any(|net| wanted(&net.network));
-        let switch = any(|network| matches!(network, NetworkSpec::Switch(_)));
         Self {
             user_network: any(|network| matches!(network, NetworkSpec::User(_))),
             tap: any(|network| matches!(network, NetworkSpec::Tap(_))),
-            switch,
+            switch: any(|network| matches!(network, NetworkSpec::Switch(_))),
             vsock: config.vsock.is_some(),
-            socket_files: switch || !socket_files(config).is_empty(),
+            socket_files: !socket_folders(config).is_empty(),
             paths_confined: false,
         }
     }
 }
 
-/// Sockets that are removed when the machine ends.
-fn socket_files(config: &VmConfig) -> Vec<&std::path::Path> {
-    let console = |spec: &'_ ConsoleSpec| matches!(spec, ConsoleSpec::Unix(_));
-    let consoles = [Some(&config.console), config.virtio_console.as_ref()].into_iter().flatten();
-    let consoles = consoles.filter(|spec| console(spec)).filter_map(|spec| match spec {
-        ConsoleSpec::Unix(path) => Some(path.as_path()),
-        _ => None,
-    });
-    let debugger = match &config.gdb {
-        Some(GdbSpec::Unix(path)) => Some(path.as_path()),
+/// The folders of sockets that are removed when the machine ends.
+fn socket_folders(config: &VmConfig) -> Vec<PathBuf> {
+    let console = |spec: &ConsoleSpec| match spec {
+        ConsoleSpec::Unix(path) => Some(path.clone()),
         _ => None,
     };
-    consoles.chain(debugger).chain(config.vsock.as_deref()).collect()
+    let debugger = config.gdb.as_ref().and_then(|spec| match spec {
+        GdbSpec::Unix(path) => Some(path.clone()),
+        GdbSpec::Port(_) => None,
+    });
+    let virtio_console = config.virtio_console.as_ref().and_then(console);
+    let paths = [console(&config.console), virtio_console, config.vsock.clone(), debugger];
+    let folders = paths.into_iter().flatten().filter_map(|path| match path.parent()? {
+        folder if folder.as_os_str().is_empty() => Some(".".into()),
+        folder => Some(folder.to_owned()),
+    });
+    let switches = config.nets.iter().filter_map(|net| match &net.network {
+        NetworkSpec::Switch(name) => {
+            let folder = SwitchPort::folder(name).ok()?;
+            // A rule needs a folder that is there. What is wrong with it is told by who joins.
+            let _ = runtime::private(&folder);
+            Some(folder)
+        }
+        _ => None,
+    });
+    folders.chain(switches).collect()
 }
 
 /// A jail whose threads enter it one by one.
@@ -107,7 +121,7 @@ impl Jail {
         refusal::install().map_err(|error| JailError::new("a handler for SIGSYS", error))?;
         let mut needs = Needs::of(config);
         let landlock = |error| JailError::new("Landlock", error);
-        let paths = Paths::new(&needs, &socket_files(config)).map_err(landlock)?;
+        let paths = Paths::new(&needs, &socket_folders(config)).map_err(landlock)?;
         let support = paths::support().map_err(landlock)?;
         needs.paths_confined = matches!(support, Support::Full | Support::Partial);
         let jail = Arc::new(Self { needs, paths, closed: AtomicBool::new(false) });

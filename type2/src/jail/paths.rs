@@ -4,10 +4,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use bivisor_backends::runtime;
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, LandlockStatus, PathBeneath, PathFd,
-    RestrictionStatus, Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
+    RestrictionStatus, Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus,
+    Scope,
 };
 
 use super::Needs;
@@ -35,9 +35,9 @@ const VERSION: ABI = ABI::V7;
 pub struct Paths(RulesetCreated);
 
 impl Paths {
-    /// For a machine with these needs, whose sockets lie at these paths.
-    pub fn new(needs: &Needs, sockets: &[&Path]) -> io::Result<Self> {
-        rules(needs, sockets).map(Self).map_err(io::Error::other)
+    /// For a machine with these needs, whose sockets lie in these folders.
+    pub fn new(needs: &Needs, socket_folders: &[PathBuf]) -> io::Result<Self> {
+        rules(needs, socket_folders).map(Self).map_err(io::Error::other)
     }
 
     /// Confines the current thread, as far as the kernel can.
@@ -63,7 +63,7 @@ pub fn support() -> io::Result<Support> {
     })
 }
 
-fn rules(needs: &Needs, sockets: &[&Path]) -> Result<RulesetCreated, RulesetError> {
+fn rules(needs: &Needs, socket_folders: &[PathBuf]) -> Result<RulesetCreated, RulesetError> {
     let mut ruleset = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(VERSION))?
@@ -79,12 +79,8 @@ fn rules(needs: &Needs, sockets: &[&Path]) -> Result<RulesetCreated, RulesetErro
         }
     }
     // Landlock grants the removal of files by folder.
-    let mut folders: Vec<PathBuf> = sockets.iter().filter_map(|path| folder_of(path)).collect();
-    if needs.switch {
-        folders.extend(runtime::folder().ok());
-    }
-    for folder in folders {
-        rules = allow(rules, &folder, AccessFs::RemoveFile.into())?;
+    for folder in socket_folders {
+        rules = allow(rules, folder, AccessFs::RemoveFile.into())?;
     }
     Ok(rules)
 }
@@ -99,11 +95,6 @@ fn allow(
         Ok(file) => rules.add_rule(PathBeneath::new(file, access)),
         Err(_) => Ok(rules),
     }
-}
-
-fn folder_of(path: &Path) -> Option<PathBuf> {
-    let folder = path.parent()?;
-    Some(if folder.as_os_str().is_empty() { PathBuf::from(".") } else { folder.to_owned() })
 }
 
 /// The file of name servers. What replaces it is another file: where it is kept in a folder of its own, that folder.

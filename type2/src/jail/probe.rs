@@ -12,7 +12,7 @@ use std::str::FromStr;
 use bivisor_backends::terminal::message;
 use bivisor_backends::thread::{self, Role};
 use rustix::net::{AddressFamily, SocketType, socket};
-use rustix::process::{Signal, getppid, kill_process};
+use rustix::process::{Pid, Signal, getppid, kill_process};
 
 use crate::status;
 
@@ -37,6 +37,8 @@ enum Attempt {
 pub struct Probe {
     role: Role,
     attempt: Attempt,
+    /// The process that started this one.
+    parent: Pid,
 }
 
 impl FromStr for Probe {
@@ -52,7 +54,8 @@ impl FromStr for Probe {
             "log" => Role::Log,
             _ => return Err(format!("'{role}' is no role of a thread that can be probed")),
         };
-        Ok(Self { role, attempt: clap::ValueEnum::from_str(attempt, false)? })
+        let parent = getppid().ok_or("the parent is in another namespace")?;
+        Ok(Self { role, attempt: clap::ValueEnum::from_str(attempt, false)?, parent })
     }
 }
 
@@ -83,7 +86,7 @@ impl Probe {
 
     /// Ends the process, if the attempt itself doesn't.
     fn run(self) {
-        let (status, told) = match self.attempt.make() {
+        let (status, told) = match self.attempt.make(self.parent) {
             Ok(()) => (status::SUCCESS, "the jail let it happen".into()),
             Err(error) => (status::JAIL, format!("the jail let it fail: {error}")),
         };
@@ -93,7 +96,7 @@ impl Probe {
 }
 
 impl Attempt {
-    fn make(self) -> io::Result<()> {
+    fn make(self, parent: Pid) -> io::Result<()> {
         match self {
             Self::Open => fs::read("/etc/passwd").map(drop),
             Self::Create => fs::write("jail-probe", "x"),
@@ -102,21 +105,27 @@ impl Attempt {
             Self::NetlinkSocket => Ok(socket(AddressFamily::NETLINK, SocketType::RAW, None).map(drop)?),
             Self::Listen => TcpListener::bind(("127.0.0.1", 0)).map(drop),
             Self::Execute => Err(Command::new("/bin/true").exec()),
-            Self::Fork => Command::new("/bin/true").status().map(drop),
-            Self::Trace => trace_parent(),
-            Self::Kill => match getppid() {
-                Some(parent) => Ok(kill_process(parent, Signal::CONT)?),
-                None => Err(io::ErrorKind::NotFound.into()),
-            },
+            Self::Fork => fork(),
+            Self::Trace => trace(parent),
+            Self::Kill => Ok(kill_process(parent, Signal::CONT)?),
             Self::ExecutableMemory => executable_memory(),
         }
     }
 }
 
-fn trace_parent() -> io::Result<()> {
-    let parent = getppid().map_or(0, rustix::process::Pid::as_raw_pid);
+fn fork() -> io::Result<()> {
+    // SAFETY: a child ends at once.
+    match unsafe { libc::fork() } {
+        // SAFETY: see above.
+        0 => unsafe { libc::_exit(0) },
+        1.. => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn trace(process: Pid) -> io::Result<()> {
     // SAFETY: reads and writes nothing of ours.
-    let result = unsafe { libc::ptrace(libc::PTRACE_SEIZE, parent, 0, 0) };
+    let result = unsafe { libc::ptrace(libc::PTRACE_SEIZE, process.as_raw_pid(), 0, 0) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 

@@ -6,7 +6,7 @@ mod meeting;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs;
-use std::io::IoSlice;
+use std::io::{self, IoSlice};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -74,8 +74,16 @@ impl SwitchPort {
     /// # Errors
     /// The user's runtime folder does not let us.
     pub fn join(name: &str) -> Result<Self, NetError> {
-        let folder = runtime::folder().map_err(|error| NetError::Switch(name.into(), error))?;
-        Self::join_in(&folder.join(format!("net-{name}")), name)
+        let folder = Self::folder(name).map_err(|error| NetError::Switch(name.into(), error))?;
+        Self::join_in(&folder, name)
+    }
+
+    /// Where the members of a switch of this name meet. The folder may not be there yet.
+    ///
+    /// # Errors
+    /// The user's runtime folder does not let us.
+    pub fn folder(name: &str) -> io::Result<PathBuf> {
+        Ok(runtime::folder()?.join(format!("net-{name}")))
     }
 
     /// Joins those who meet in this folder.
