@@ -50,7 +50,8 @@ pub fn run(args: &RunArgs, verbose: bool) -> Result<u8, Failure> {
     });
 
     let processors = available_parallelism().map_or(1, usize::from);
-    let jail = (!config.no_jail).then(|| Jail::begin(&config)).transpose().map_err(Failure::host)?;
+    let jail =
+        (!config.no_jail).then(|| Jail::begin(&config, processors)).transpose().map_err(Failure::host)?;
 
     let (events, happenings) = channel();
     let log = Arc::new(Log::start(verbose).map_err(Failure::host)?);

@@ -112,11 +112,13 @@ pub struct Jail {
 }
 
 impl Jail {
-    /// Begins to confine the process: threads that are started from now on are in the jail.
+    /// Begins to confine the process, which may use that many of the host's processors at once: threads that are started
+    /// from now on are in the jail.
     ///
     /// # Errors
     /// The host can't.
-    pub fn begin(config: &VmConfig) -> Result<Arc<Self>, JailError> {
+    pub fn begin(config: &VmConfig, processors: usize) -> Result<Arc<Self>, JailError> {
+        settle_heaps(processors);
         rustix::thread::set_no_new_privs(true).map_err(|error| JailError::new("no new privileges", error))?;
         refusal::install().map_err(|error| JailError::new("a handler for SIGSYS", error))?;
         let mut needs = Needs::of(config);
@@ -167,6 +169,15 @@ pub fn try_out() -> Result<Support, JailError> {
     let tried = tried.unwrap_or_else(|_| Err(io::Error::other("the thread that tries it has failed")));
     tried.map_err(|error| JailError::new("seccomp", error))?;
     Ok(support)
+}
+
+/// As many heaps for threads as the C library would settle for by itself: it would ask /sys for the number of processors
+/// when some thread needs one more.
+#[allow(unsafe_code)]
+fn settle_heaps(processors: usize) {
+    let heaps = processors.saturating_mul(8).try_into().unwrap_or(i32::MAX);
+    // SAFETY: sets a number. That it is refused does no harm here.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, heaps) };
 }
 
 /// No core dumps, which would hold the guest's memory, and no more descriptors than are asked for by now.
