@@ -1,6 +1,7 @@
 //! The project's own tasks: `cargo xtask help` lists them.
 mod bench;
 mod linux;
+mod power_cut;
 mod setup;
 mod steps;
 mod test;
@@ -43,6 +44,11 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Kill a machine at random moments while its guest writes, and look whether all is there that was safe.
+    ///
+    /// Disks in both formats, with every mode of caching; each time the image, the file system, and what the guest had been
+    /// told to be written are checked.
+    PowerCut(power_cut::Arguments),
     /// Find where two traces of one guest (`bivisor run --trace`), one of them of the interpreter, first differ.
     TraceDiff {
         /// A trace.
@@ -61,6 +67,7 @@ fn main() -> ExitCode {
         Task::Bench(arguments) => bench::bench(&arguments),
         Task::AsmTests { arguments } => optimised("asm-tests", &arguments),
         Task::Oracle { arguments } => optimised("bivisor-oracle", &arguments),
+        Task::PowerCut(arguments) => power_cut::run(&arguments),
         Task::TraceDiff { a, b, cpu } => trace_diff::run(&a, &b, cpu),
     };
     match result {
