@@ -11,7 +11,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { RECORD = 512, SLOTS = 4096, KEPT = 16, LARGEST = 96 << 10 };
+enum { RECORD = 512, SLOTS = 4096, KEPT = 128, LARGEST = 96 << 10 };
 
 static unsigned char buffer[LARGEST];
 

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bivisor_backends::thread::Role;
 use libc::{c_long, sock_fprog};
@@ -11,21 +12,37 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, SeccompRule, TargetA
 use super::Needs;
 use super::calls::Calls;
 
-/// Puts the current thread under the filter of its role. The process must have given up new privileges.
-///
-/// # Errors
-/// The kernel has no such filters.
-pub fn install(role: Role, needs: &Needs) -> io::Result<()> {
-    if role == Role::Main {
-        // Its arguments are in memory, where a filter can't look: the C library then takes clone.
-        answer(libc::SYS_clone3, libc::ENOSYS)?;
+/// The filters of a machine's threads, each made when a thread first needs it.
+#[derive(Default)]
+pub struct Filters(Mutex<Vec<(Role, Arc<BpfProgram>)>>);
+
+impl Filters {
+    /// Puts the current thread under the filter of its role. The process must have given up new privileges.
+    ///
+    /// # Errors
+    /// The kernel has no such filters.
+    pub fn install(&self, role: Role, needs: &Needs) -> io::Result<()> {
+        if role == Role::Main {
+            // Its arguments are in memory, where a filter can't look: the C library then takes clone.
+            answer(libc::SYS_clone3, libc::ENOSYS)?;
+        }
+        if needs.user_network && !needs.paths_confined {
+            // It would open any file. The network goes on with the name servers that it knows.
+            answer(libc::SYS_openat, libc::EACCES)?;
+        }
+        load(&*self.of(role, needs)?)
     }
-    if needs.user_network && !needs.paths_confined {
-        // It would open any file. The network goes on with the name servers that it knows.
-        answer(libc::SYS_openat, libc::EACCES)?;
+
+    fn of(&self, role: Role, needs: &Needs) -> io::Result<Arc<BpfProgram>> {
+        let mut made = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, program)) = made.iter().find(|(other, _)| *other == role) {
+            return Ok(program.clone());
+        }
+        let rules = Calls::of(role, needs).map_err(io::Error::other)?.into_rules();
+        let program = Arc::new(compile(rules, SeccompAction::Trap, SeccompAction::Allow)?);
+        made.push((role, program.clone()));
+        Ok(program)
     }
-    let rules = Calls::of(role, needs).map_err(io::Error::other)?.into_rules();
-    load(&compile(rules, SeccompAction::Trap, SeccompAction::Allow)?)
 }
 
 /// Lets a call fail that the filter of the role allows.

@@ -23,6 +23,7 @@ use bivisor_backends::thread::{self, Role};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::config::{GdbSpec, VmConfig};
+use filter::Filters;
 use paths::Paths;
 pub use paths::Support;
 pub use probe::Probe;
@@ -107,6 +108,7 @@ fn socket_folders(config: &VmConfig) -> Vec<PathBuf> {
 pub struct Jail {
     needs: Needs,
     paths: Paths,
+    filters: Filters,
     /// The main thread is inside, and so are all threads that it starts from now on.
     closed: AtomicBool,
 }
@@ -126,7 +128,8 @@ impl Jail {
         let paths = Paths::new(&needs, &socket_folders(config)).map_err(landlock)?;
         let support = paths::support().map_err(landlock)?;
         needs.paths_confined = matches!(support, Support::Full | Support::Partial);
-        let jail = Arc::new(Self { needs, paths, closed: AtomicBool::new(false) });
+        let jail =
+            Arc::new(Self { needs, paths, filters: Filters::default(), closed: AtomicBool::new(false) });
         let entered = jail.clone();
         thread::on_entry(move |role| {
             // A thread that can't enter must not run.
@@ -154,7 +157,7 @@ impl Jail {
         if !self.closed.load(Ordering::SeqCst) {
             self.paths.confine().map_err(|error| JailError::new("Landlock", error))?;
         }
-        filter::install(role, &self.needs).map_err(|error| JailError::new("seccomp", error))
+        self.filters.install(role, &self.needs).map_err(|error| JailError::new("seccomp", error))
     }
 }
 
@@ -165,7 +168,7 @@ impl Jail {
 pub fn try_out() -> Result<Support, JailError> {
     rustix::thread::set_no_new_privs(true).map_err(|error| JailError::new("no new privileges", error))?;
     let support = paths::support().map_err(|error| JailError::new("Landlock", error))?;
-    let tried = std::thread::spawn(|| filter::install(Role::Log, &Needs::default())).join();
+    let tried = std::thread::spawn(|| Filters::default().install(Role::Log, &Needs::default())).join();
     let tried = tried.unwrap_or_else(|_| Err(io::Error::other("the thread that tries it has failed")));
     tried.map_err(|error| JailError::new("seccomp", error))?;
     Ok(support)
