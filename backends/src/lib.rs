@@ -6,4 +6,5 @@ pub mod net;
 pub mod rate;
 pub mod runtime;
 pub mod terminal;
+pub mod thread;
 pub mod vsock;

@@ -176,6 +176,8 @@ pub struct VmConfig {
     pub perf_map: bool,
     /// Debugger.
     pub gdb: Option<GdbSpec>,
+    /// Do without the jail.
+    pub no_jail: bool,
 }
 
 /// Why a configuration can't be used.
@@ -255,6 +257,7 @@ struct FileConfig {
     trace: Option<PathBuf>,
     perf_map: Option<bool>,
     gdb: Option<Spanned<String>>,
+    no_jail: Option<bool>,
 }
 
 impl VmConfig {
@@ -310,6 +313,7 @@ impl VmConfig {
             trace: settings.trace,
             perf_map: settings.perf_map,
             gdb: settings.gdb,
+            no_jail: settings.no_jail,
         })
     }
 
@@ -351,6 +355,7 @@ struct Settings {
     trace: Option<PathBuf>,
     perf_map: bool,
     gdb: Option<GdbSpec>,
+    no_jail: bool,
 }
 
 impl Settings {
@@ -407,6 +412,7 @@ impl Settings {
                 GdbSpec::Unix(path) => GdbSpec::Unix(folder.join(path)),
                 port => port,
             }),
+            no_jail: file.no_jail.unwrap_or(false),
         };
         Ok((settings, file.image))
     }
@@ -438,6 +444,7 @@ impl Settings {
         self.testdev |= args.testdev;
         self.stats |= args.stats;
         self.perf_map |= args.perf_map;
+        self.no_jail |= args.no_jail;
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::host::clock;
 use crate::host::memory;
+use crate::jail::{self, Support};
 use crate::{image, status};
 
 /// How a finding bears on `bivisor run`.
@@ -35,8 +36,17 @@ impl Finding {
 
 /// Looks at everything; gives the report, and as status 0 if machines can run.
 pub fn run() -> (String, u8) {
-    let findings =
-        [interpreter(), translator(), kvm(), cpu(&host_flags()), tsc(), ram(), packages(), cache_folder()];
+    let findings = [
+        interpreter(),
+        translator(),
+        kvm(),
+        confinement(),
+        cpu(&host_flags()),
+        tsc(),
+        ram(),
+        packages(),
+        cache_folder(),
+    ];
     let mut report = String::new();
     for Finding { verdict, what, text } in &findings {
         let mark = match verdict {
@@ -80,6 +90,34 @@ fn interpreter() -> Finding {
             ),
         ),
     }
+}
+
+/// How far machines' processes can be confined.
+fn confinement() -> Finding {
+    let (verdict, text) = match jail::try_out() {
+        Err(error) => (Verdict::Lacking, error.to_string()),
+        Ok(Support::Full) => {
+            (Verdict::Good, "machines run confined to what is theirs, by seccomp and Landlock".into())
+        }
+        Ok(Support::Partial) => (
+            Verdict::Good,
+            "machines run confined to what is theirs, by seccomp and an early Landlock".into(),
+        ),
+        Ok(missing) => {
+            let why = match missing {
+                Support::NotEnabled => {
+                    "the kernel was started without Landlock: add it to the boot parameter lsm="
+                }
+                _ => "the kernel has no Landlock, which came with Linux 5.13",
+            };
+            let text = format!(
+                "machines run confined by seccomp alone, so that one with sockets in the file system could remove other \
+                 files, and one with a user-mode network does not hear of new name servers: {why}"
+            );
+            (Verdict::Lacking, text)
+        }
+    };
+    Finding::new(verdict, "jail", text)
 }
 
 /// Executes a small guest on it, which takes some milliseconds.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
+use std::thread::available_parallelism;
 
 use bivisor_backends::console::{Command, Console, ConsoleEvent};
 use bivisor_backends::terminal::{self, message};
@@ -17,6 +18,7 @@ use crate::guest::Guest;
 use crate::host::clock::LinuxClock;
 use crate::host::log::Log;
 use crate::host::{memory, signals};
+use crate::jail::Jail;
 use crate::perf_map::PerfMap;
 use crate::trace::TraceFile;
 use crate::vm::vcpu::VcpuEvent;
@@ -47,6 +49,10 @@ pub fn run(args: &RunArgs, verbose: bool) -> Result<u8, Failure> {
         rustix::thread::sched_yield();
     });
 
+    let processors = available_parallelism().map_or(1, usize::from);
+    let jail =
+        (!config.no_jail).then(|| Jail::begin(&config, processors)).transpose().map_err(Failure::host)?;
+
     let (events, happenings) = channel();
     let log = Arc::new(Log::start(verbose).map_err(Failure::host)?);
     let on_signal = events.clone();
@@ -69,7 +75,16 @@ pub fn run(args: &RunArgs, verbose: bool) -> Result<u8, Failure> {
     let trace = trace.transpose().map_err(Failure::host)?;
     let perf_map = config.perf_map.then(PerfMap::create).transpose().map_err(Failure::host)?;
     let backends = Backends::open(&config, &guest)?;
-    let parts = Parts { config, guest, clock, console, backends, trace, perf_map, log, events };
+    if let Some(probe) = args.jail_probe {
+        probe.before_close();
+    }
+    if let Some(jail) = jail {
+        jail.close().map_err(Failure::host)?;
+    }
+    if let Some(probe) = args.jail_probe {
+        probe.after_close();
+    }
+    let parts = Parts { config, guest, clock, processors, console, backends, trace, perf_map, log, events };
     let ending = supervise(&parts, &happenings, debugger.as_ref());
 
     if let (Some(debugger), Ok(ending)) = (&debugger, &ending) {

@@ -461,6 +461,8 @@ pub(crate) fn on_new_stack(exception: Exception, selector: u16) -> Exception {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::registers::Cr0;
+    use crate::state::CpuState;
     use crate::testing::{Machine, at, sel};
 
     const INTERRUPT32: u8 = 0x8e;

@@ -1,5 +1,5 @@
 //! `cargo xtask test`: everything that has to hold.
-use crate::{linux, nested, setup, steps::Tally, trace_diff};
+use crate::{fuzz, linux, nested, power_cut, setup, steps::Tally, trace_diff};
 use anyhow::Result;
 use std::{
     env,
@@ -48,6 +48,8 @@ pub fn all(quick: bool) -> Result<bool> {
         let program = linux::program(&mut tally)?;
         trace_diff::guests::agree(&mut tally, &program);
         linux::boots(&mut tally, &program);
+        power_cut::briefly(&mut tally, &program);
+        fuzz::briefly(&mut tally)?;
     }
     Ok(tally.close())
 }

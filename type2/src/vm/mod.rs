@@ -59,6 +59,8 @@ pub struct Parts {
     pub guest: Guest,
     /// Time.
     pub clock: Arc<LinuxClock>,
+    /// Processors of the host's that the process may use at once.
+    pub processors: usize,
     /// Its first serial port's far end.
     pub console: Console,
     /// What its devices are backed by.
@@ -170,6 +172,7 @@ impl Session {
             alarm,
             memory,
             vcpus: session.vcpus.len(),
+            processors: parts.processors,
             expired: Box::new(move |now| expiring.expired(now)),
         });
         session.start_threads(&surroundings, parts)?;

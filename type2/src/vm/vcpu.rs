@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::Duration;
 
+use bivisor_backends::thread::{Role, spawn};
 use bivisor_machine::engine::{EngineError, Exit, Vcpu, VcpuBus};
 use bivisor_machine::exits::Kind;
 use bivisor_machine::host::{Clock, Nanos, Waker};
@@ -71,6 +72,8 @@ pub struct Surroundings {
     pub alarm: Arc<HostAlarm>,
     /// How many vCPUs there are.
     pub vcpus: usize,
+    /// Processors of the host's that the process may use at once.
+    pub processors: usize,
     /// RAM.
     pub memory: Arc<GuestMemory>,
     /// Polls the devices that are due.
@@ -102,7 +105,7 @@ pub struct VcpuThread {
 impl VcpuThread {
     /// Starts the thread, which waits at the gate. `waker` then wakes it.
     pub fn start(self, waker: &ThreadWaker) -> io::Result<JoinHandle<()>> {
-        let handle = thread::Builder::new().name(format!("vcpu{}", self.index)).spawn(move || self.run())?;
+        let handle = spawn(Role::Vcpu, &format!("vcpu{}", self.index), move || self.run())?;
         // A waker serves one thread.
         let _ = waker.0.set(handle.thread().clone());
         Ok(handle)
@@ -176,9 +179,7 @@ impl VcpuThread {
     }
 
     fn halt_poll(&self) -> HaltPoll {
-        // A host that doesn't tell has one.
-        let processors = thread::available_parallelism().map_or(1, usize::from);
-        HaltPoll::new(self.surroundings.vcpus, processors)
+        HaltPoll::new(self.surroundings.vcpus, self.surroundings.processors)
     }
 
     fn crash(&self, vcpu: &mut dyn Vcpu) -> VcpuEvent {
