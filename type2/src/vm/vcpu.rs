@@ -19,7 +19,7 @@ use super::gate::Gate;
 use super::halt_poll::HaltPoll;
 use super::{Event, inspect};
 use crate::host::alarm::HostAlarm;
-use crate::host::clock::LinuxClock;
+use crate::host::clock::{LinuxClock, asleep};
 
 /// How often a halted vCPU whose events are all masked looks again.
 const MASKED_RECHECK: Duration = Duration::from_millis(10);
@@ -115,7 +115,7 @@ impl VcpuThread {
         // Wake-ups exact to the nanosecond instead of 50 µs; a kernel that refuses leaves the default.
         let _ = rustix::thread::set_current_timer_slack(NonZeroU64::new(1));
         let gate = &self.surroundings.gate;
-        while gate.enter(self.index) {
+        while asleep(|| gate.enter(self.index)) {
             let event = self.execute();
             // Before others see the gate empty, so that they find it closed, and the event sent.
             if let Some(event) = event {
@@ -135,7 +135,9 @@ impl VcpuThread {
         while self.surroundings.gate.is_open() {
             match vcpu.run() {
                 // Halted again in spite of an event: it is masked, and only another one can help.
-                Ok(Exit::Halt) if idle && self.bus.has_event() => thread::park_timeout(MASKED_RECHECK),
+                Ok(Exit::Halt) if idle && self.bus.has_event() => {
+                    asleep(|| thread::park_timeout(MASKED_RECHECK));
+                }
                 Ok(Exit::Halt) => {
                     self.bus.count(Kind::Halt);
                     self.sleep(&mut poll);
@@ -169,7 +171,7 @@ impl VcpuThread {
             if alarm.deadline().is_some_and(|deadline| deadline <= now) {
                 expired(now);
             } else {
-                alarm.park();
+                asleep(|| alarm.park());
             }
         }
         if parks {
