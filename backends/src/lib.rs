@@ -5,5 +5,6 @@ pub mod disk;
 pub mod net;
 pub mod rate;
 pub mod runtime;
+pub mod stderr_log;
 pub mod terminal;
 pub mod vsock;

@@ -51,7 +51,7 @@ mke2fs -q -t ext4 -L "$LABEL" -U "$UUID" -E lazy_itable_init=1 -d root "$DISK"
 "#;
 
 /// `bivisor image build debian`: with one of these words a disk is made, without a small system in memory.
-#[derive(Clone, Debug, Default, Args)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
 pub struct DiskRecipe {
     /// Make a disk of this size, such as 8G, with a Debian system on it [default, if a disk is made: 8G]
     #[arg(long, value_name = "SIZE")]

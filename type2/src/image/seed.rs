@@ -17,7 +17,7 @@ const MAX_FILE: u64 = 16 << 20;
 const LABEL: [u8; 11] = *b"CIDATA     ";
 
 /// Who a new machine is: options of `bivisor image build debian` and `bivisor image import`.
-#[derive(Clone, Debug, Default, Args)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
 pub struct Personality {
     /// Name of the machine [default: the image's name]
     #[arg(long, value_name = "NAME")]

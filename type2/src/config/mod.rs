@@ -1,5 +1,7 @@
 //! What a machine is made of: the options of `bivisor run`, the same words in a TOML file, and their defaults.
 
+mod set;
+
 use std::borrow::Borrow;
 use std::fmt;
 use std::fs;
@@ -11,10 +13,13 @@ use bivisor_backends::console::ConsoleSpec;
 use bivisor_backends::disk::DiskSpec;
 use bivisor_backends::net::NetSpec;
 use clap::ValueEnum;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 use crate::cli::RunArgs;
+use crate::image::DiskRecipe;
+
+pub use set::{Described, read_set};
 
 /// RAM of a machine whose user says nothing: 512 MiB.
 const DEFAULT_MEMORY: MemorySize = MemorySize(512 << 20);
@@ -107,6 +112,19 @@ impl FromStr for GdbSpec {
     }
 }
 
+/// When the supervisor starts a machine again that has ended by itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestartPolicy {
+    /// Never
+    #[default]
+    No,
+    /// Unless the guest powered off
+    OnFailure,
+    /// Always
+    Always,
+}
+
 /// What to boot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Boot {
@@ -164,6 +182,10 @@ pub struct VmConfig {
     pub perf_map: bool,
     /// Debugger.
     pub gdb: Option<GdbSpec>,
+    /// When the supervisor starts it again.
+    pub restart: RestartPolicy,
+    /// How its image is made if it is not there.
+    pub build: Option<DiskRecipe>,
 }
 
 /// Why a configuration can't be used.
@@ -200,6 +222,17 @@ pub enum ConfigError {
         "only one console can be at the terminal: say --virtio-console pty or unix=PATH, or --console so"
     )]
     TwoTerminals,
+    /// A file of several machines where one is asked for.
+    #[error("{path} describes {machines}: start them with `bivisor up {path}`", path = .path.display())]
+    SeveralMachines {
+        /// The file.
+        path: PathBuf,
+        /// Their names.
+        machines: String,
+    },
+    /// A recipe for an image that has no name.
+    #[error("'build' says how an image is made, so the machine needs `image = \"NAME\"` too")]
+    BuildWithoutImage,
     /// A command line with a NUL character.
     #[error("the kernel command line contains a NUL character: leave it away")]
     NulInAppend,
@@ -242,6 +275,8 @@ struct FileConfig {
     trace: Option<PathBuf>,
     perf_map: Option<bool>,
     gdb: Option<Spanned<String>>,
+    restart: Option<Spanned<String>>,
+    build: Option<Spanned<toml::Table>>,
 }
 
 impl VmConfig {
@@ -261,6 +296,13 @@ impl VmConfig {
             // An option wins over the file's image, and the file's initrd belongs to the file's kernel.
             image = None;
             settings.initrd.clone_from(&args.initrd);
+        }
+        Self::of_settings(settings, image)
+    }
+
+    fn of_settings(settings: Settings, image: Option<String>) -> Result<Self, ConfigError> {
+        if settings.build.is_some() && image.is_none() {
+            return Err(ConfigError::BuildWithoutImage);
         }
         let boot = match (settings.kernel, image) {
             (Some(_), Some(image)) => return Err(ConfigError::KernelAndImage(image)),
@@ -296,6 +338,8 @@ impl VmConfig {
             trace: settings.trace,
             perf_map: settings.perf_map,
             gdb: settings.gdb,
+            restart: settings.restart,
+            build: settings.build,
         })
     }
 
@@ -336,22 +380,28 @@ struct Settings {
     trace: Option<PathBuf>,
     perf_map: bool,
     gdb: Option<GdbSpec>,
+    restart: RestartPolicy,
+    build: Option<DiskRecipe>,
 }
 
 impl Settings {
     /// Reads a file; returns its settings and its image's name.
     fn read(path: &Path) -> Result<(Self, Option<String>), ConfigError> {
-        let bytes = fs::read(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        let text = String::from_utf8(bytes).map_err(|error| {
-            let valid = String::from_utf8_lossy(&error.as_bytes()[..error.utf8_error().valid_up_to()]);
-            Source { path, text: &valid }.error(valid.len(), "this is not UTF-8 text, so not TOML".into())
-        })?;
+        let text = Source::read(path)?;
         let source = Source { path, text: &text };
-        let file: FileConfig = toml::from_str(&text).map_err(|error| {
-            let at = error.span().map_or(0, |span| span.start);
-            source.error(at, one_line(error.message()))
-        })?;
-        let folder = path.parent().unwrap_or(Path::new(""));
+        if let Some(names) = set::names(&text) {
+            let machines = names.join(", ");
+            return Err(ConfigError::SeveralMachines { path: path.to_owned(), machines });
+        }
+        Self::of_file(source.parse()?, &source, path.parent().unwrap_or(Path::new("")))
+    }
+
+    /// The settings of a file, whose paths are relative to a folder.
+    fn of_file(
+        file: FileConfig,
+        source: &Source<'_>,
+        folder: &Path,
+    ) -> Result<(Self, Option<String>), ConfigError> {
         let settings = Self {
             kernel: file.kernel.map(|path| folder.join(path)),
             initrd: file.initrd.map(|path| folder.join(path)),
@@ -391,6 +441,8 @@ impl Settings {
                 GdbSpec::Unix(path) => GdbSpec::Unix(folder.join(path)),
                 port => port,
             }),
+            restart: source.value("restart", file.restart, parse_restart)?.unwrap_or_default(),
+            build: source.value("build", file.build, |table| set::recipe(table, folder))?,
         };
         Ok((settings, file.image))
     }
@@ -431,6 +483,22 @@ struct Source<'a> {
 }
 
 impl Source<'_> {
+    /// The text of a file.
+    fn read(path: &Path) -> Result<String, ConfigError> {
+        let bytes = fs::read(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        String::from_utf8(bytes).map_err(|error| {
+            let valid = String::from_utf8_lossy(&error.as_bytes()[..error.utf8_error().valid_up_to()]);
+            Source { path, text: &valid }.error(valid.len(), "this is not UTF-8 text, so not TOML".into())
+        })
+    }
+
+    fn parse<T: serde::de::DeserializeOwned>(&self) -> Result<T, ConfigError> {
+        toml::from_str(self.text).map_err(|error| {
+            let at = error.span().map_or(0, |span| span.start);
+            self.error(at, one_line(error.message()))
+        })
+    }
+
     fn error(&self, at: usize, message: String) -> ConfigError {
         let before = self.text.get(..at).unwrap_or(self.text);
         let line = before.matches('\n').count() + 1;
@@ -483,6 +551,11 @@ fn disk_of(table: &toml::Table, folder: &Path) -> Result<DiskSpec, String> {
 fn parse_engine(text: &str) -> Result<EngineChoice, String> {
     EngineChoice::from_str(text, false)
         .map_err(|_| format!("'{text}' is no engine: say auto, interp, dbt or kvm"))
+}
+
+fn parse_restart(text: &str) -> Result<RestartPolicy, String> {
+    RestartPolicy::from_str(text, false)
+        .map_err(|_| format!("'{text}' is no policy: say no, on-failure or always"))
 }
 
 fn parse_cpus(number: &i64) -> Result<u32, String> {
