@@ -189,7 +189,10 @@ mod tests {
             ("memory = \"1G\"\n[vm.a]\n", "FILE:1:1: unknown field"),
             ("[vm.a]\nrestart = \"often\"\n", "FILE:2:11: restart: 'often' is no policy"),
             ("[vm.a]\ninitrd = \"i\"\n", "FILE:1:5: vm.a: an initrd needs a kernel"),
-            ("[vm.a]\nimage = \"i\"\nbuild = { colour = 1 }\n", "FILE:3:9: build: unexpected argument '--colour'"),
+            (
+                "[vm.a]\nimage = \"i\"\nbuild = { colour = 1 }\n",
+                "FILE:3:9: build: unexpected argument '--colour'",
+            ),
             ("[vm.a]\nbuild = { ssh = true }\n", "FILE:1:5: vm.a: 'build' says how an image is made"),
             ("[vm]\n", "FILE:1:1: there is no machine in this file"),
             ("[[vm]]\n", "FILE:1:1: invalid type: sequence"),

@@ -1,0 +1,214 @@
+//! What the commands and the supervisor say to each other: a line of JSON each way, by a socket of the user's.
+
+use std::fs::OpenOptions;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use super::places::Places;
+use super::record::{Ending, Spec};
+use crate::config::RestartPolicy;
+use crate::error::Failure;
+use crate::status;
+
+/// Changes with what is said, so that an older supervisor says so instead of misunderstanding.
+const VERSION: u32 = 1;
+/// Bytes of a line at most.
+const LONGEST: u64 = 64 << 20;
+/// How long a supervisor may take to listen.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What a command wants.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Request {
+    /// Start these machines, or none of them.
+    Up(Vec<Spec>),
+    /// Tell of all machines.
+    List,
+    /// End these by the power button, or after so many seconds without it.
+    Stop {
+        /// Which.
+        names: Vec<String>,
+        /// Seconds.
+        patience: u64,
+    },
+    /// End these at once.
+    Kill(Vec<String>),
+    /// Stop these, if they run, and start them.
+    Restart {
+        /// Which.
+        names: Vec<String>,
+        /// Seconds.
+        patience: u64,
+    },
+    /// Stop these and forget them.
+    Down {
+        /// Which; none: all.
+        which: Vec<Which>,
+        /// Seconds.
+        patience: u64,
+    },
+}
+
+/// Machines as a user names them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Which {
+    /// The one of this name.
+    Name(String),
+    /// All of a file.
+    File(PathBuf),
+}
+
+/// What the supervisor answers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Reply {
+    /// It is done, to these machines.
+    Done(Vec<String>),
+    /// All machines.
+    List(Vec<MachineStatus>),
+    /// It is not done.
+    Refused {
+        /// The exit status.
+        status: u8,
+        /// Why.
+        sentence: String,
+    },
+}
+
+impl Reply {
+    /// A refusal because of what was asked.
+    pub fn refused(sentence: impl Into<String>) -> Self {
+        Self::Refused { status: status::CONFIGURATION, sentence: sentence.into() }
+    }
+}
+
+/// A machine as `bivisor ps` shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineStatus {
+    /// Its name.
+    pub name: String,
+    /// What it does.
+    pub state: State,
+    /// Its process, if it has one.
+    pub pid: Option<i32>,
+    /// Since when its guest runs, in seconds since 1970.
+    pub since: Option<u64>,
+    /// Restarts by policy since the user started it.
+    pub restarts: u64,
+    /// Its policy.
+    pub policy: RestartPolicy,
+    /// How its last process ended.
+    pub ending: Option<Ending>,
+    /// The file that describes it.
+    pub file: PathBuf,
+    /// Its log.
+    pub log: PathBuf,
+}
+
+/// What a machine does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// Its process opens what it needs.
+    Starting,
+    /// Its guest runs.
+    Running,
+    /// It has been told to end.
+    Stopping,
+    /// It has ended and will start again.
+    Waiting,
+    /// It has ended.
+    Stopped,
+    /// It has ended too often.
+    GivenUp,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Line<T> {
+    version: u32,
+    said: T,
+}
+
+/// Asks the supervisor, which is started if none runs.
+///
+/// # Errors
+/// It can't be started or refuses.
+pub fn ask(places: &Places, request: &Request) -> Result<Reply, Failure> {
+    let begin = Instant::now();
+    let mut started = false;
+    loop {
+        let error = match UnixStream::connect(places.socket()) {
+            Ok(stream) => match exchange(&stream, request) {
+                Ok(Reply::Refused { status, sentence }) => return Err(Failure::new(status, sentence)),
+                Ok(reply) => return Ok(reply),
+                Err(error) => error,
+            },
+            Err(error) => error,
+        };
+        if begin.elapsed() > PATIENCE {
+            let sentence = format!(
+                "the supervisor can't be reached ({error}); {} may say more",
+                places.supervisor_log().display()
+            );
+            return Err(Failure::new(status::HOST, sentence));
+        }
+        if !started {
+            start(places).map_err(|error| {
+                Failure::new(status::HOST, format!("the supervisor can't be started: {error}"))
+            })?;
+            started = true;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn start(places: &Places) -> io::Result<()> {
+    let log = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(places.supervisor_log())?;
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg("supervisor").current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    command.spawn().map(drop)
+}
+
+fn exchange(stream: &UnixStream, request: &Request) -> io::Result<Reply> {
+    send(stream, request)?;
+    let reply: Line<Reply> = serde_json::from_str(&receive(stream)?)?;
+    Ok(reply.said)
+}
+
+fn send(mut stream: &UnixStream, said: &impl Serialize) -> io::Result<()> {
+    let mut text = serde_json::to_vec(&Line { version: VERSION, said })?;
+    text.push(b'\n');
+    stream.write_all(&text)
+}
+
+fn receive(stream: &UnixStream) -> io::Result<String> {
+    let mut line = String::new();
+    BufReader::new(stream.take(LONGEST)).read_line(&mut line)?;
+    if line.ends_with('\n') { Ok(line) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+}
+
+/// The supervisor's side of one conversation.
+pub fn answer(stream: &UnixStream, with: impl FnOnce(Request) -> Reply) {
+    let Ok(line) = receive(stream) else { return };
+    let version = serde_json::from_str::<Line<serde_json::Value>>(&line).map_or(0, |line| line.version);
+    let reply = match serde_json::from_str::<Line<Request>>(&line) {
+        Ok(request) if version == VERSION => with(request.said),
+        _ => Reply::refused(format!(
+            "the supervisor (process {}) is of another version of bivisor: end it with `kill {0}`; machines go on, and the next command starts a new one",
+            std::process::id()
+        )),
+    };
+    // Who does not wait for the answer does not want it.
+    let _ = send(stream, &reply);
+}
