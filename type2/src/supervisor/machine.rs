@@ -68,6 +68,8 @@ pub struct Machine {
     phase: Phase,
     /// The user has asked for this start and has not heard yet that it worked.
     asked: bool,
+    /// The user has it killed.
+    killed: bool,
     /// It is to be forgotten.
     gone: bool,
     messages: Sender<Message>,
@@ -95,6 +97,7 @@ impl Machine {
             progress,
             phase: Phase::Ended,
             asked: false,
+            killed: false,
             gone: false,
             messages: messages.clone(),
         }
@@ -251,6 +254,7 @@ impl Machine {
     /// Begins to end its process.
     fn end(&mut self, how: How) {
         let now = Instant::now();
+        self.killed = matches!(how, How::Kill);
         self.phase = match (std::mem::replace(&mut self.phase, Phase::Ended), how) {
             (
                 Phase::Starting(process, _) | Phase::Running(process) | Phase::Stopping(process, _),
@@ -271,7 +275,11 @@ impl Machine {
         self.tick(now);
     }
 
-    fn ended(&mut self, ending: Ending) {
+    fn ended(&mut self, mut ending: Ending) {
+        // It was asked by the power button, and then told.
+        if matches!(self.phase, Phase::Stopping(_, Step::Kill(_) | Step::Wait)) && !self.killed {
+            ending.sentence = "it did not end in time when asked, so it was ended".into();
+        }
         let ran = self.progress.since.map_or(0, |since| ending.at.saturating_sub(since));
         let success = ending.is_success();
         self.progress.ending = Some(ending);

@@ -55,7 +55,6 @@ impl Restarts {
         self.total += 1;
         Verdict::Again(delay)
     }
-
 }
 
 #[cfg(test)]
