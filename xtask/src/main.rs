@@ -26,6 +26,9 @@ enum Task {
         /// Leave out what takes minutes: the guests' traces and the boot of Linux.
         #[arg(long)]
         quick: bool,
+        /// Add what takes many minutes: three Debian servers, whose images are made the first time.
+        #[arg(long, conflicts_with = "quick")]
+        all: bool,
     },
     /// Measure the same benchmark program on the host, in Bivisor and in every QEMU, in turns.
     ///
@@ -57,7 +60,7 @@ enum Task {
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().task {
-        Task::Test { quick } => test::all(quick),
+        Task::Test { quick, all } => test::run(quick, all),
         Task::Bench(arguments) => bench::bench(&arguments),
         Task::AsmTests { arguments } => optimised("asm-tests", &arguments),
         Task::Oracle { arguments } => optimised("bivisor-oracle", &arguments),

@@ -19,11 +19,12 @@ pub fn cargo(folder: &str) -> Command {
     cargo
 }
 
-/// Runs every check; with `quick`, without what needs an optimised build: traces and the boot of Linux.
+/// Runs every check; with `quick`, without what needs an optimised build: traces and the boot of Linux. With `all`, with
+/// the servers of `examples/consolidation.toml` too.
 ///
 /// # Errors
 /// If something that the checks need is missing.
-pub fn all(quick: bool) -> Result<bool> {
+pub fn run(quick: bool, all: bool) -> Result<bool> {
     setup::prepare()?;
     let mut tally = Tally::default();
     tally.step("formatting", cargo(".").args(["fmt", "--all", "--check"]))?;
@@ -37,6 +38,11 @@ pub fn all(quick: bool) -> Result<bool> {
         let program = linux::program(&mut tally)?;
         trace_diff::guests::agree(&mut tally, &program);
         linux::boots(&mut tally, &program);
+    }
+    if all {
+        let servers = ["test", "--release", "--package", "bivisor", "--test", "consolidation"];
+        tally
+            .cargo_test("three servers", cargo(".").args(servers).args(["--", "--ignored", "--nocapture"]))?;
     }
     Ok(tally.close())
 }
