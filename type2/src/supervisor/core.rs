@@ -265,6 +265,9 @@ impl Core {
             let Some(machine) = self.machines.get(name) else {
                 return Some(Err(Reply::refused(format!("{name} was taken down meanwhile"))));
             };
+            if machine.is_to_stop() {
+                return Some(Err(Reply::refused(format!("{name} was stopped meanwhile"))));
+            }
             match machine.start_worked() {
                 Some(Err(ending)) => {
                     let status = ending.status.filter(|status| *status != 0).unwrap_or(status::HOST);

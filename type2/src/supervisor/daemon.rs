@@ -29,6 +29,7 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 pub fn run() -> Result<u8, Failure> {
     // Not the session, terminal and folder of whoever happened to start it; what it makes is its user's alone.
     let _ = setsid();
+    let _ = rustix::thread::set_name(c"biv-supervisor");
     umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let places = Places::find()?;
     let failed =

@@ -12,7 +12,7 @@ use rustix::process::Signal;
 use super::core::Message;
 use super::places::{MachinePlaces, Places};
 use super::policy::{Restarts, Verdict};
-use super::process::{self, News, Process};
+use super::process::{self, Found, News, Process};
 use super::protocol::{MachineStatus, State};
 use super::record::{self, Ending, Goal, Progress, Spec, seconds};
 use crate::status;
@@ -23,6 +23,8 @@ const START_LIMIT: Duration = Duration::from_secs(120);
 const PRESS_AGAIN: Duration = Duration::from_secs(10);
 /// How long an orderly end of the process may take: disks are flushed.
 const END_LIMIT: Duration = Duration::from_secs(20);
+/// How often a process is looked for.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// The time-out of a stop that another supervisor has begun.
 const INHERITED_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -36,6 +38,8 @@ pub enum How {
 }
 
 enum Phase {
+    /// It has a process, but which one is not known; that is looked for at this time.
+    Lost(Instant),
     /// Its process opens what it needs, and may until then.
     Starting(Process, Instant),
     /// Its guest runs.
@@ -106,7 +110,7 @@ impl Machine {
     /// Takes over a machine from a supervisor that is gone. None: nothing is left of it.
     ///
     /// # Errors
-    /// It has a process that can't be named.
+    /// What is left of it can't be removed.
     pub fn adopt(name: &str, all: &Places, messages: &Sender<Message>) -> io::Result<Option<Self>> {
         let places = all.machine(name);
         let Some(spec) = record::read::<Spec>(&places.spec()) else {
@@ -114,29 +118,38 @@ impl Machine {
             fs::remove_dir_all(places.folder())?;
             return Ok(None);
         };
-        let progress: Progress = record::read(&places.progress()).unwrap_or_default();
-        let mut machine = Self::new(spec, progress, all, messages);
-        let found = Process::find(&machine.places, machine.news())?;
-        if !machine.progress.committed {
-            machine.progress.goal = Goal::Remove;
+        let mut progress: Progress = record::read(&places.progress()).unwrap_or_default();
+        if !progress.committed {
+            progress.goal = Goal::Remove;
         }
+        let mut machine = Self::new(spec, progress, all, messages);
+        machine.look();
+        Ok((!machine.gone).then_some(machine))
+    }
+
+    /// Looks for the process that another supervisor may have started.
+    fn look(&mut self) {
+        let found = Process::find(&self.places, self.news()).unwrap_or_else(|error| {
+            eprintln!("bivisor: the process of {} can't be found: {error}", self.spec.name);
+            Found::Nameless
+        });
+        let progress = &self.progress;
         match found {
-            Some(process) => {
-                machine.phase = Phase::Running(process);
-                match machine.progress.goal {
+            Found::Nameless => self.phase = Phase::Lost(Instant::now() + LOOK_AGAIN),
+            Found::Process(process) => {
+                self.phase = Phase::Running(process);
+                match progress.goal {
                     Goal::Run => {}
-                    _ if machine.progress.committed => machine.end(How::PowerButton(INHERITED_PATIENCE)),
-                    _ => machine.end(How::Kill),
+                    _ if progress.committed => self.end(How::PowerButton(INHERITED_PATIENCE)),
+                    _ => self.end(How::Kill),
                 }
             }
-            None if !machine.progress.settled && machine.progress.started > 0 => {
-                let ending = process::ending_of_unwatched(&machine.places);
-                machine.ended(ending);
+            Found::Nobody if !progress.settled && progress.started > 0 => {
+                self.ended(process::ending_of_unwatched(&self.places));
             }
-            None if machine.progress.goal == Goal::Run && machine.progress.over => {}
-            None => machine.go_on(),
+            Found::Nobody if progress.goal == Goal::Run && progress.over => self.phase = Phase::Ended,
+            Found::Nobody => self.go_on(),
         }
-        Ok((!machine.gone).then_some(machine))
     }
 
     fn news(&self) -> impl Fn(News) + Send + 'static {
@@ -169,10 +182,11 @@ impl Machine {
         self.progress.goal = goal;
         self.asked = goal == Goal::Restart;
         self.save();
-        if self.process().is_some() {
-            self.end(how);
-        } else {
-            self.go_on();
+        match self.phase {
+            Phase::Waiting(_) | Phase::Ended => self.go_on(),
+            Phase::Starting(..) | Phase::Running(_) | Phase::Stopping(..) => self.end(how),
+            // Once it is found.
+            Phase::Lost(_) => {}
         }
     }
 
@@ -205,6 +219,7 @@ impl Machine {
             return;
         }
         match &self.phase {
+            Phase::Lost(_) => self.look(),
             Phase::Waiting(_) => self.start(),
             Phase::Starting(process, _) => {
                 process.signal(Signal::KILL);
@@ -244,7 +259,7 @@ impl Machine {
     /// When something is due.
     pub fn deadline(&self) -> Option<Instant> {
         match &self.phase {
-            Phase::Waiting(until) | Phase::Starting(_, until) => Some(*until),
+            Phase::Lost(until) | Phase::Waiting(until) | Phase::Starting(_, until) => Some(*until),
             Phase::Stopping(_, Step::Press(next, end)) => Some(*next.min(end)),
             Phase::Stopping(_, Step::Kill(at)) => Some(*at),
             Phase::Stopping(_, Step::Wait) | Phase::Running(_) | Phase::Ended => None,
@@ -335,7 +350,7 @@ impl Machine {
             Phase::Starting(process, _) | Phase::Running(process) | Phase::Stopping(process, _) => {
                 Some(process)
             }
-            Phase::Waiting(_) | Phase::Ended => None,
+            Phase::Lost(_) | Phase::Waiting(_) | Phase::Ended => None,
         }
     }
 
@@ -347,6 +362,11 @@ impl Machine {
     /// Whether it has neither a process nor will have one by itself.
     pub fn is_over(&self) -> bool {
         matches!(self.phase, Phase::Ended)
+    }
+
+    /// Whether somebody wants it to stop.
+    pub fn is_to_stop(&self) -> bool {
+        self.progress.goal == Goal::Stop
     }
 
     /// Whether the start that the user asked for has worked; an error is why it did not.
@@ -366,7 +386,7 @@ impl Machine {
     /// What there is to tell of it.
     pub fn status(&self) -> MachineStatus {
         let state = match &self.phase {
-            Phase::Starting(..) => State::Starting,
+            Phase::Lost(_) | Phase::Starting(..) => State::Starting,
             Phase::Running(_) => State::Running,
             Phase::Stopping(..) => State::Stopping,
             Phase::Waiting(_) => State::Waiting,

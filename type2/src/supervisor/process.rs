@@ -5,12 +5,12 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FlockOperation, flock};
@@ -25,8 +25,6 @@ use crate::host::signals;
 pub const READY: &str = "ready\n";
 /// What the control socket understands: press the power button.
 pub const POWER_BUTTON: &str = "power-button\n";
-/// How long a process that was just started may take to say which one it is.
-const NAMING: Duration = Duration::from_secs(5);
 
 /// A process of a machine, which can't be mistaken for another one that later has the same number.
 #[derive(Clone, Debug)]
@@ -34,6 +32,16 @@ pub struct Process {
     /// Its number.
     pub pid: i32,
     handle: Arc<OwnedFd>,
+}
+
+/// What is found of a machine's process.
+pub enum Found {
+    /// It is gone.
+    Nobody,
+    /// It is there, but has not said yet which one it is, or is about to go.
+    Nameless,
+    /// This one.
+    Process(Process),
 }
 
 /// What a process lets its supervisor know, in this order.
@@ -70,7 +78,7 @@ impl Process {
             }
         }
         let log = OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(log)?;
-        let mut child = Command::new(std::env::current_exe()?)
+        let mut child = this_program()
             .arg("machine")
             .arg(places.folder())
             .current_dir(folder)
@@ -97,35 +105,27 @@ impl Process {
         }
     }
 
-    /// Finds the process that another supervisor has started, if it still runs.
+    /// Looks for the process that another supervisor has started.
     ///
     /// # Errors
-    /// It runs, but can't be named.
-    pub fn find(places: &MachinePlaces, news: impl Fn(News) + Send + 'static) -> io::Result<Option<Self>> {
-        let begin = Instant::now();
-        loop {
-            if lock(places)?.is_some() {
-                return Ok(None);
-            }
-            let record: Option<ProcessRecord> = record::read(&places.process());
-            // First the handle, then the comparison: what it names now, it names for ever.
-            let process = record.and_then(|record| {
-                let process = Self::open(record.pid).ok()?;
-                (start_time(record.pid).ok()? == record.start).then_some(process)
-            });
-            if let Some(process) = process {
-                let (watched, ending) = (process.clone(), places.ending());
-                thread::Builder::new().name("watch".into()).spawn(move || {
-                    watched.wait();
-                    news(News::Ended(told(&ending, None)));
-                })?;
-                return Ok(Some(process));
-            }
-            if begin.elapsed() > NAMING {
-                return Err(io::Error::other("its process does not say which one it is"));
-            }
-            thread::sleep(Duration::from_millis(10));
+    /// The host does not let us.
+    pub fn find(places: &MachinePlaces, news: impl Fn(News) + Send + 'static) -> io::Result<Found> {
+        if lock(places)?.is_some() {
+            return Ok(Found::Nobody);
         }
+        let record: Option<ProcessRecord> = record::read(&places.process());
+        // First the handle, then the comparison: what it names now, it names for ever.
+        let process = record.and_then(|record| {
+            let process = Self::open(record.pid).ok()?;
+            (start_time(record.pid).ok()? == record.start).then_some(process)
+        });
+        let Some(process) = process else { return Ok(Found::Nameless) };
+        let (watched, ending) = (process.clone(), places.ending());
+        thread::Builder::new().name("watch".into()).spawn(move || {
+            watched.wait();
+            news(News::Ended(told(&ending, None)));
+        })?;
+        Ok(Found::Process(process))
     }
 
     fn wait(&self) {
@@ -141,6 +141,13 @@ impl Process {
     pub fn signal(&self, signal: Signal) {
         let _ = pidfd_send_signal(&*self.handle, signal);
     }
+}
+
+/// This program, even if another version of it has taken its place.
+pub fn this_program() -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("bivisor");
+    command
 }
 
 /// Presses the power button. A process that does not listen will hear of it in another way.

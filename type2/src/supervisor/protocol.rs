@@ -5,13 +5,14 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
 use super::places::Places;
+use super::process;
 use super::record::{Ending, Spec};
 use crate::config::RestartPolicy;
 use crate::error::Failure;
@@ -175,7 +176,7 @@ fn start(places: &Places) -> io::Result<()> {
         .truncate(true)
         .mode(0o600)
         .open(places.supervisor_log())?;
-    let mut command = Command::new(std::env::current_exe()?);
+    let mut command = process::this_program();
     command.arg("supervisor").current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
     command.spawn().map(drop)
 }
@@ -200,6 +201,8 @@ fn receive(stream: &UnixStream) -> io::Result<String> {
 
 /// The supervisor's side of one conversation.
 pub fn answer(stream: &UnixStream, with: impl FnOnce(Request) -> Reply) {
+    // Nobody may keep the supervisor waiting for a question.
+    let _ = stream.set_read_timeout(Some(PATIENCE));
     let Ok(line) = receive(stream) else { return };
     let version = serde_json::from_str::<Line<serde_json::Value>>(&line).map_or(0, |line| line.version);
     let reply = match serde_json::from_str::<Line<Request>>(&line) {
