@@ -12,7 +12,7 @@ use std::process::{Child, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{COUNT, ECHO, Folder, RESET, TRIPLE_FAULT, stderr};
+use common::{Background, COUNT, ECHO, Folder, RESET, TRIPLE_FAULT, stderr};
 use rustix::fs::{FileType, Mode, mknodat};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::Value;
@@ -31,7 +31,7 @@ impl Deref for User {
 
 impl Drop for User {
     fn drop(&mut self) {
-        let _ = self.bivisor(&["down", "--timeout", "0"]).output();
+        drop(Background(&self.0));
     }
 }
 

@@ -117,6 +117,15 @@ impl Folder {
     }
 }
 
+/// Whatever happens to a test, its machines in the background end with this.
+pub struct Background<'a>(pub &'a Folder);
+
+impl Drop for Background<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.bivisor(&["down", "--timeout", "0"]).output();
+    }
+}
+
 pub fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
