@@ -3,10 +3,11 @@
 mod common;
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::ops::Deref;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Output, Stdio};
 use std::thread;
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use common::{Background, COUNT, ECHO, Folder, RESET, TRIPLE_FAULT, stderr};
 use rustix::fs::{FileType, Mode, mknodat};
+use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::Value;
 
@@ -410,4 +412,17 @@ fn a_busy_guest_does_not_hold_up_an_end() {
     let begin = Instant::now();
     assert_eq!(user.done(&["down", "--timeout", "0"]), "down: vm\n");
     assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+}
+
+#[test]
+fn nothing_of_who_starts_it_stays_open() {
+    let user = User::new();
+    user.file("two.toml", TWO);
+    let (mut ours, inherited) = UnixStream::pair().unwrap();
+    fcntl_setfd(&inherited, FdFlags::empty()).unwrap();
+    user.done(&["up", "two.toml"]);
+    drop(inherited);
+    ours.set_read_timeout(Some(LONG)).unwrap();
+    assert_eq!(ours.read(&mut [0]).unwrap(), 0, "nobody else has it");
+    assert_eq!(user.machine("two")["state"], "running");
 }

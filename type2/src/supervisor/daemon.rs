@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bivisor_backends::console::listen_at;
+use bivisor_backends::runtime;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::process::{setsid, umask};
@@ -27,10 +28,12 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Holds the machines of a user until there are none. If another supervisor does, there is nothing to do.
 pub fn run() -> Result<u8, Failure> {
+    let inherited = runtime::close_inherited();
     // Not the session, terminal and folder of whoever happened to start it; what it makes is its user's alone.
     let _ = setsid();
     let _ = rustix::thread::set_name(c"biv-supervisor");
     umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
+    inherited.map_err(Failure::host)?;
     let places = Places::find()?;
     let failed =
         |error: std::io::Error| Failure::new(status::HOST, format!("{}: {error}", places.lock().display()));

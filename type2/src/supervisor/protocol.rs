@@ -22,6 +22,8 @@ use crate::status;
 const VERSION: u32 = 1;
 /// Bytes of a line at most.
 const LONGEST: u64 = 64 << 20;
+/// How often something is asked of supervisors that are ended in the middle.
+const ATTEMPTS: u32 = 3;
 /// How long a supervisor may take to listen.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -141,32 +143,45 @@ struct Line<T> {
 /// # Errors
 /// It can't be started or refuses.
 pub fn ask(places: &Places, request: &Request) -> Result<Reply, Failure> {
+    let mut error = None;
+    for _ in 0..ATTEMPTS {
+        let stream = connect(places)?;
+        match exchange(&stream, request) {
+            Ok(Reply::Refused { status, sentence }) => return Err(Failure::new(status, sentence)),
+            Ok(reply) => return Ok(reply),
+            // It was ended in the middle, and the next one finds things as far as they were.
+            Err(broken) => error = Some(broken),
+        }
+    }
+    let error = error.map(|error| error.to_string()).unwrap_or_default();
+    Err(out_of_reach(places, &error))
+}
+
+/// A connection to the supervisor, which is started if none runs.
+fn connect(places: &Places) -> Result<UnixStream, Failure> {
     let begin = Instant::now();
     let mut started = false;
     loop {
         let error = match UnixStream::connect(places.socket()) {
-            Ok(stream) => match exchange(&stream, request) {
-                Ok(Reply::Refused { status, sentence }) => return Err(Failure::new(status, sentence)),
-                Ok(reply) => return Ok(reply),
-                Err(error) => error,
-            },
+            Ok(stream) => return Ok(stream),
             Err(error) => error,
         };
         if begin.elapsed() > PATIENCE {
-            let sentence = format!(
-                "the supervisor can't be reached ({error}); {} may say more",
-                places.supervisor_log().display()
-            );
-            return Err(Failure::new(status::HOST, sentence));
+            return Err(out_of_reach(places, &error.to_string()));
         }
-        if !started {
+        if !std::mem::replace(&mut started, true) {
             start(places).map_err(|error| {
                 Failure::new(status::HOST, format!("the supervisor can't be started: {error}"))
             })?;
-            started = true;
         }
         thread::sleep(Duration::from_millis(10));
     }
+}
+
+fn out_of_reach(places: &Places, why: &str) -> Failure {
+    let log = places.supervisor_log();
+    let sentence = format!("the supervisor can't be reached ({why}); {} may say more", log.display());
+    Failure::new(status::HOST, sentence)
 }
 
 fn start(places: &Places) -> io::Result<()> {
