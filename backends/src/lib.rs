@@ -5,6 +5,7 @@ pub mod disk;
 pub mod net;
 pub mod rate;
 pub mod runtime;
+pub mod stderr_log;
 pub mod terminal;
 pub mod thread;
 pub mod vsock;

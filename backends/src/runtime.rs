@@ -39,6 +39,21 @@ pub fn private(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Closes what whoever started this process has left open to it by mistake, all but the three standard streams: a
+/// process that stays would keep, say, somebody's pipe open for ever. To be called before anything else is opened.
+///
+/// # Errors
+/// The host does not say what is open.
+pub fn close_inherited() -> io::Result<()> {
+    let open = fs::read_dir("/proc/self/fd")?;
+    let numbers: Vec<i32> = open.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
+    for number in numbers.into_iter().filter(|number| *number > 2) {
+        // Among them is the one by which the list was read, which is closed already.
+        let _ = nix::unistd::close(number);
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,13 +4,15 @@
 //! the panic hook must be able to reach them without a lock.
 #![allow(unsafe_code)]
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::termios::{OptionalActions, QueueSelector, Termios, tcflush, tcgetattr, tcsetattr};
 use signal_hook::consts;
+
+use crate::stderr_log;
 
 static SAVED: OnceLock<Termios> = OnceLock::new();
 static RAW: AtomicBool = AtomicBool::new(false);
@@ -98,10 +100,8 @@ pub fn set_raw() -> io::Result<()> {
 
 /// Writes a message of ours to standard error; in raw mode a line needs its carriage return.
 pub fn message(text: &str) {
-    let mut stderr = io::stderr().lock();
     let text = if is_raw() { text.replace('\n', "\r\n") } else { text.to_owned() };
-    // Nobody to tell if standard error is closed.
-    let _ = stderr.write_all(text.as_bytes());
+    stderr_log::write(text.as_bytes());
 }
 
 /// Makes panics and fatal signals restore the terminal.

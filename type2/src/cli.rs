@@ -10,11 +10,11 @@ use clap::{Args, Parser, Subcommand};
 use crate::config::{EngineChoice, GdbSpec, MemorySize, Paravirtual};
 use crate::image::{DiskRecipe, ImportRequest};
 use crate::jail::Probe;
-use crate::status;
+use crate::{status, supervisor};
 
 /// Virtual machines with or without virtualization hardware.
 #[derive(Debug, Parser)]
-#[command(name = "bivisor", version, propagate_version = true, arg_required_else_help = true)]
+#[command(name = "bivisor", version, propagate_version = true, arg_required_else_help = true, after_help = supervisor::LONG_HELP)]
 pub struct Cli {
     /// Tell more: causes of errors, and what guests do that devices refuse
     #[arg(short, long, global = true)]
@@ -30,6 +30,9 @@ pub enum Command {
     /// Run a virtual machine
     #[command(after_help = status::HELP)]
     Run(Box<RunArgs>),
+    /// Machines in the background
+    #[command(flatten)]
+    Background(supervisor::Command),
     /// Make and list images of guests
     #[command(subcommand)]
     Image(ImageCommand),

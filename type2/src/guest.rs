@@ -10,7 +10,7 @@ use bivisor_backends::terminal;
 use bivisor_guests::HELLO;
 
 use crate::config::{Boot, VmConfig};
-use crate::image::{self, Image, ImageError};
+use crate::image::{self, DiskRecipe, Image, ImageError};
 
 /// Why a guest's file can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -138,6 +138,23 @@ pub struct Guest {
     pub command_line: String,
     /// Disks that belong to it, before those of the configuration.
     pub disks: Vec<DiskSpec>,
+}
+
+/// Makes the image of a machine if it is not there and the configuration says how.
+///
+/// # Errors
+/// It can't be made.
+pub fn make_missing_image(config: &VmConfig) -> Result<(), ImageError> {
+    match (&config.boot, &config.build) {
+        (Boot::Image(name), Some(recipe)) => match Image::open(name) {
+            Err(ImageError::Unknown { .. }) => {
+                let recipe = DiskRecipe { name: Some(name.clone()), ..recipe.clone() };
+                image::build_debian_disk(&recipe).map(drop)
+            }
+            other => other.map(drop),
+        },
+        _ => Ok(()),
+    }
 }
 
 impl Guest {

@@ -14,6 +14,7 @@ mod jail;
 mod perf_map;
 mod run;
 mod status;
+mod supervisor;
 mod trace;
 mod vm;
 
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
     std::panic::set_hook(Box::new(|info| {
         terminal::restore();
         terminal::message(&format!("bivisor: a bug in bivisor ended it; please report it: {info}\n"));
+        supervisor::tell_ending(status::INTERNAL, &format!("a bug in bivisor ended it: {info}"));
         // Nothing that a vCPU's or a device's thread left half-done may go on.
         std::process::exit(status::INTERNAL.into());
     }));
@@ -39,6 +41,7 @@ fn main() -> ExitCode {
     };
     let result = match &cli.command {
         Command::Run(args) => run::run(args, cli.verbose),
+        Command::Background(command) => supervisor::run(command, cli.verbose),
         Command::Image(command) => manage_images(command),
         Command::Doctor => {
             let (report, status) = doctor::run();

@@ -1,7 +1,8 @@
 //! `bivisor run`: makes the machine, supervises it, and tells how it ended.
 
+use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::available_parallelism;
 
 use bivisor_backends::console::{Command, Console, ConsoleEvent};
@@ -14,11 +15,11 @@ use crate::cli::RunArgs;
 use crate::config::VmConfig;
 use crate::debugger::{Debugger, Stop};
 use crate::error::Failure;
-use crate::guest::Guest;
+use crate::guest::{self, Guest};
 use crate::host::clock::LinuxClock;
 use crate::host::log::Log;
 use crate::host::{memory, signals};
-use crate::jail::Jail;
+use crate::jail::{Jail, Probe};
 use crate::perf_map::PerfMap;
 use crate::trace::TraceFile;
 use crate::vm::vcpu::VcpuEvent;
@@ -26,10 +27,19 @@ use crate::vm::{Event, Parts, Session, inspect};
 use crate::{engines, status};
 
 /// How a machine ended.
-struct Ending {
-    status: u8,
+pub struct Ending {
+    /// The exit status.
+    pub status: u8,
     /// What is told; nothing after an orderly power-off.
-    sentence: String,
+    pub sentence: String,
+}
+
+/// What a machine has that the supervisor has started.
+pub struct Managed {
+    /// Called when everything is open and the guest is about to run.
+    pub ready: Box<dyn FnOnce()>,
+    /// Starts to take orders.
+    pub control: Box<dyn FnOnce(Sender<Event>) -> io::Result<()>>,
 }
 
 impl Ending {
@@ -38,9 +48,24 @@ impl Ending {
     }
 }
 
-/// Runs a machine to its end; returns the exit status.
+/// `bivisor run`: runs a machine to its end; returns the exit status.
 pub fn run(args: &RunArgs, verbose: bool) -> Result<u8, Failure> {
-    let mut config = VmConfig::new(args).map_err(Failure::configuration)?;
+    let config = VmConfig::new(args).map_err(Failure::configuration)?;
+    guest::make_missing_image(&config).map_err(Failure::configuration)?;
+    let ending = machine(config, verbose, None, args.jail_probe)?;
+    if !ending.sentence.is_empty() {
+        message(&format!("bivisor: {}\n", ending.sentence));
+    }
+    Ok(ending.status)
+}
+
+/// Runs a machine to its end.
+pub fn machine(
+    mut config: VmConfig,
+    verbose: bool,
+    managed: Option<Managed>,
+    jail_probe: Option<Probe>,
+) -> Result<Ending, Failure> {
     config.check_memory(memory::host_memory()).map_err(Failure::configuration)?;
     config.engine = engines::choose(config.engine).map_err(Failure::configuration)?;
     let guest = Guest::find(&config).map_err(Failure::configuration)?;
@@ -62,30 +87,36 @@ pub fn run(args: &RunArgs, verbose: bool) -> Result<u8, Failure> {
     })
     .map_err(Failure::host)?;
     let console_events = events.clone();
-    let console = Console::open(
+    let mut console = Console::open(
         &config.console,
         Arc::new(move |event| {
             let _ = console_events.send(Event::Console(event));
         }),
     )
     .map_err(Failure::host)?;
+    let mut ready = None;
+    if let Some(managed) = managed {
+        console.copy_to_stderr().map_err(Failure::host)?;
+        (managed.control)(events.clone()).map_err(Failure::host)?;
+        ready = Some(managed.ready);
+    }
     let debugger = config.gdb.as_ref().map(|spec| Debugger::start(spec, events.clone()));
     let debugger = debugger.transpose().map_err(Failure::host)?;
     let trace = config.trace.as_ref().map(|path| TraceFile::create(path, events.clone()));
     let trace = trace.transpose().map_err(Failure::host)?;
     let perf_map = config.perf_map.then(PerfMap::create).transpose().map_err(Failure::host)?;
     let backends = Backends::open(&config, &guest)?;
-    if let Some(probe) = args.jail_probe {
+    if let Some(probe) = jail_probe {
         probe.before_close();
     }
     if let Some(jail) = jail {
         jail.close().map_err(Failure::host)?;
     }
-    if let Some(probe) = args.jail_probe {
+    if let Some(probe) = jail_probe {
         probe.after_close();
     }
     let parts = Parts { config, guest, clock, processors, console, backends, trace, perf_map, log, events };
-    let ending = supervise(&parts, &happenings, debugger.as_ref());
+    let ending = supervise(&parts, &happenings, debugger.as_ref(), ready);
 
     if let (Some(debugger), Ok(ending)) = (&debugger, &ending) {
         debugger.ended(ending.status);
@@ -97,12 +128,9 @@ pub fn run(args: &RunArgs, verbose: bool) -> Result<u8, Failure> {
     let traced = parts.trace.as_ref().map_or(Ok(()), |trace| trace.finish());
     let mapped = parts.perf_map.as_ref().map_or(Ok(()), PerfMap::write);
     let ending = ending?;
-    if !ending.sentence.is_empty() {
-        message(&format!("bivisor: {}\n", ending.sentence));
-    }
     traced.map_err(Failure::host)?;
     mapped.map_err(Failure::host)?;
-    Ok(ending.status)
+    Ok(ending)
 }
 
 /// Tells what a user must know to use the console.
@@ -122,12 +150,16 @@ fn supervise(
     parts: &Parts,
     happenings: &Receiver<Event>,
     debugger: Option<&Debugger>,
+    mut ready: Option<Box<dyn FnOnce()>>,
 ) -> Result<Ending, Failure> {
     let mut greeted = false;
     loop {
         let session = Arc::new(Session::new(parts)?);
         if !std::mem::replace(&mut greeted, true) {
             greet(parts);
+        }
+        if let Some(ready) = ready.take() {
+            ready();
         }
         match debugger {
             Some(debugger) => debugger.session_started(&session).map_err(Failure::engine)?,

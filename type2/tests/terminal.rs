@@ -9,7 +9,7 @@ use std::process::{Child, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use common::{ECHO, Folder, TEST_EXIT, TRIPLE_FAULT};
+use common::{Background, ECHO, Folder, TEST_EXIT, TRIPLE_FAULT};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
@@ -26,7 +26,16 @@ struct Terminal {
 }
 
 impl Terminal {
+    /// `bivisor run` with a kernel of this code and more words.
     fn start(folder: &Folder, code: &[u8], words: &[&str]) -> Self {
+        let kernel = folder.kernel(code);
+        let mut all = vec!["run", "--memory", "16M", "--kernel", kernel.to_str().unwrap()];
+        all.extend(words);
+        Self::of(folder, &all)
+    }
+
+    /// `bivisor` with these words.
+    fn of(folder: &Folder, words: &[&str]) -> Self {
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         grantpt(&master).unwrap();
         unlockpt(&master).unwrap();
@@ -34,11 +43,8 @@ impl Terminal {
         let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
         let slave = rustix::fs::open(&name, flags, Mode::empty()).unwrap();
         let before = tcgetattr(&slave).unwrap();
-        let kernel = folder.kernel(code);
-        let mut all = vec!["run", "--memory", "16M", "--kernel", kernel.to_str().unwrap()];
-        all.extend(words);
         let end = || Stdio::from(slave.try_clone().unwrap());
-        let child = folder.bivisor(&all).stdin(end()).stdout(end()).stderr(end()).spawn().unwrap();
+        let child = folder.bivisor(words).stdin(end()).stdout(end()).stderr(end()).spawn().unwrap();
         let keys = File::from(master);
         let mut reader = keys.try_clone().unwrap();
         let (tell, screen) = channel();
@@ -176,4 +182,33 @@ fn a_paste_larger_than_any_buffer_arrives_whole() {
     terminal.expect(&text);
     terminal.press("\x01x");
     assert_eq!(terminal.end(), Some(12));
+}
+
+#[test]
+fn a_console_in_the_background_is_left_and_the_machine_goes_on() {
+    let folder = Folder::new();
+    folder.kernel(ECHO);
+    let _background = Background(&folder);
+    folder.file("vm.toml", "kernel = \"kernel\"\nmemory = \"16M\"\n");
+    assert!(folder.bivisor(&["up", "vm.toml"]).output().unwrap().status.success());
+    for keys in ["ls\x03", "again"] {
+        let mut terminal = Terminal::of(&folder, &["console", "vm"]);
+        terminal.expect("this is the console of vm; Ctrl-A x leaves it");
+        assert!(terminal.is_raw());
+        terminal.press(keys);
+        terminal.expect(keys);
+        let mut second = Terminal::of(&folder, &["console", "vm"]);
+        second.expect("another client has this console");
+        assert_eq!(second.end(), Some(0));
+        terminal.press("\x01h");
+        terminal.expect("leave the console; the machine goes on");
+        terminal.press("\x01x");
+        terminal.expect("bivisor: vm goes on");
+        assert_eq!(terminal.end(), Some(0));
+    }
+    let mut terminal = Terminal::of(&folder, &["console", "vm"]);
+    terminal.expect("Ctrl-A x leaves it");
+    assert!(folder.bivisor(&["down", "--timeout", "0"]).output().unwrap().status.success());
+    terminal.expect("bivisor: the console of vm has ended");
+    assert_eq!(terminal.end(), Some(0));
 }

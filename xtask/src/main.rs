@@ -29,6 +29,9 @@ enum Task {
         /// Leave out what takes minutes: the guests' traces and the boot of Linux.
         #[arg(long)]
         quick: bool,
+        /// Add what takes many minutes: three Debian servers, whose images are made the first time.
+        #[arg(long, conflicts_with = "quick")]
+        all: bool,
     },
     /// Run the guests and Linux on the engine kvm, in a Linux with KVM that QEMU emulates.
     NestedKvm,
@@ -69,7 +72,7 @@ enum Task {
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().task {
-        Task::Test { quick } => test::all(quick),
+        Task::Test { quick, all } => test::run(quick, all),
         Task::NestedKvm => test::nested_kvm(),
         Task::Bench(arguments) => bench::bench(&arguments),
         Task::AsmTests { arguments } => optimised("asm-tests", &arguments),

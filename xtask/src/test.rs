@@ -30,11 +30,12 @@ pub fn nested_kvm() -> Result<bool> {
     Ok(tally.close())
 }
 
-/// Runs every check; with `quick`, without what needs an optimised build: traces and the boot of Linux.
+/// Runs every check; with `quick`, without what needs an optimised build: traces and the boot of Linux. With `all`, with
+/// the servers of `examples/consolidation.toml` too.
 ///
 /// # Errors
 /// If something that the checks need is missing.
-pub fn all(quick: bool) -> Result<bool> {
+pub fn run(quick: bool, all: bool) -> Result<bool> {
     setup::prepare()?;
     let mut tally = Tally::default();
     tally.step("formatting", cargo(".").args(["fmt", "--all", "--check"]))?;
@@ -50,6 +51,11 @@ pub fn all(quick: bool) -> Result<bool> {
         linux::boots(&mut tally, &program);
         power_cut::briefly(&mut tally, &program);
         fuzz::briefly(&mut tally)?;
+    }
+    if all {
+        let servers = ["test", "--release", "--package", "bivisor", "--test", "consolidation"];
+        tally
+            .cargo_test("three servers", cargo(".").args(servers).args(["--", "--ignored", "--nocapture"]))?;
     }
     Ok(tally.close())
 }

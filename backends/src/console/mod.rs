@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use bivisor_machine::host::ByteStream;
 
-pub use escape::{Command, HELP};
+pub use escape::{Command, Escape, HELP};
 pub use input::{Input, InputSink};
 pub use output::Output;
 pub use unix::{SocketFile, listen_at};
@@ -102,6 +102,8 @@ pub type EventHandler = Arc<dyn Fn(ConsoleEvent) + Send + Sync>;
 /// An open console. Dropping it restores the terminal and removes the socket.
 pub struct Console {
     output: Output,
+    /// Where output goes besides.
+    copy: Option<Output>,
     input: Input,
     /// What a user must know to reach the console: the name of the pseudo-terminal, the path of the socket.
     address: Option<String>,
@@ -138,12 +140,20 @@ impl Console {
     }
 
     fn new(output: Output, input: Input, address: Option<String>, patience: Duration, held: Held) -> Self {
-        Self { output, input, address, patience, _held: held }
+        Self { output, copy: None, input, address, patience, _held: held }
+    }
+
+    /// Lets what the guest writes go to standard error too, which is a log file then. No client of the console can hold
+    /// that up.
+    pub fn copy_to_stderr(&mut self) -> Result<(), ConsoleError> {
+        self.copy = Some(Output::start(StderrEnd, |_| ()).map_err(ConsoleError::Thread)?);
+        Ok(())
     }
 
     /// The far end of the guest's serial port.
     pub fn line(&self) -> Arc<dyn ByteStream> {
-        Arc::new(FarSide { output: self.output.clone(), input: self.input.clone() })
+        let (output, copy) = (self.output.clone(), self.copy.clone());
+        Arc::new(FarSide { output, copy, input: self.input.clone() })
     }
 
     /// Where the guest's serial port writes to.
@@ -164,6 +174,9 @@ impl Console {
     /// Writes out what the guest has sent, then closes the console. Returns the number of bytes that the far end
     /// did not take.
     pub fn close(self) -> u64 {
+        if let Some(copy) = &self.copy {
+            copy.flush(self.patience);
+        }
         self.output.flush(self.patience)
     }
 }
@@ -171,12 +184,16 @@ impl Console {
 /// Both directions of the line, as the guest's serial port sees them.
 struct FarSide {
     output: Output,
+    copy: Option<Output>,
     input: Input,
 }
 
 impl ByteStream for FarSide {
     fn write(&self, bytes: &[u8]) {
         self.output.write(bytes);
+        if let Some(copy) = &self.copy {
+            copy.write(bytes);
+        }
     }
     fn ready(&self) {
         self.input.ready();
@@ -195,6 +212,15 @@ struct FileEnd(File);
 impl FarEnd for FileEnd {
     fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.0.write_all(bytes)
+    }
+}
+
+struct StderrEnd;
+
+impl FarEnd for StderrEnd {
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        crate::stderr_log::write(bytes);
+        Ok(())
     }
 }
 

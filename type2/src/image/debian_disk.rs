@@ -51,7 +51,7 @@ mke2fs -q -t ext4 -L "$LABEL" -U "$UUID" -E lazy_itable_init=1 -d root "$DISK"
 "#;
 
 /// `bivisor image build debian`: with one of these words a disk is made, without a small system in memory.
-#[derive(Clone, Debug, Default, Args)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
 pub struct DiskRecipe {
     /// Make a disk of this size, such as 8G, with a Debian system on it [default, if a disk is made: 8G]
     #[arg(long, value_name = "SIZE")]
@@ -68,6 +68,9 @@ pub struct DiskRecipe {
     /// A file whose first line becomes root's password; without it the console logs in by itself
     #[arg(long, value_name = "FILE")]
     pub password_file: Option<PathBuf>,
+    /// A folder whose files are put over the system, as root's, such as etc/nginx/nginx.conf in it
+    #[arg(long, value_name = "FOLDER")]
+    pub files: Option<PathBuf>,
     /// Who the machine is
     #[command(flatten)]
     pub personality: Personality,
@@ -83,7 +86,8 @@ impl DiskRecipe {
             || self.name.is_some()
             || self.password_file.is_some()
             || who.host_name.is_some()
-            || who.ssh_key.is_some()
+            || who.wants_ssh()
+            || self.files.is_some()
             || who.has_cloud_init()
     }
 
@@ -110,7 +114,7 @@ impl DiskRecipe {
         }
         let mut all: Vec<String> = PACKAGES.iter().map(|&name| name.to_owned()).collect();
         all.extend(self.packages.iter().cloned());
-        if self.personality.ssh_key.is_some() {
+        if self.personality.wants_ssh() {
             all.push("openssh-server".into());
         }
         if self.personality.has_cloud_init() {
@@ -149,8 +153,11 @@ pub fn build_debian_disk(recipe: &DiskRecipe) -> Result<Image, ImageError> {
     check_new_name(name)?;
     let (size, packages, suite) = (recipe.size()?, recipe.packages()?, recipe.suite()?);
     let host_name = recipe.personality.host_name(name)?;
-    let ssh_key = recipe.personality.ssh_key()?;
+    let ssh_key = recipe.personality.ssh_keys()?;
     let password = recipe.password()?;
+    if let Some(folder) = recipe.files.as_deref().filter(|folder| !folder.is_dir()) {
+        return Err(ImageError::Refused(format!("{} is no folder of files for a system", folder.display())));
+    }
     let seed = recipe.personality.has_cloud_init().then(|| recipe.personality.seed(name)).transpose()?;
     let rootless = !rustix::process::geteuid().is_root();
     check_tools(rootless)?;
@@ -169,6 +176,7 @@ pub fn build_debian_disk(recipe: &DiskRecipe) -> Result<Image, ImageError> {
         ssh_key: ssh_key.as_deref(),
         has_password: password.is_some(),
         cloud_init: seed.is_some(),
+        more: recipe.files.as_deref(),
     };
     write_file(&work.path().join("own.tar"), |file| files.pack(file))?;
     let kernel = extract_boot_files(&work.path().join("root.tar"), &image)?;

@@ -50,7 +50,7 @@ pub struct ImportRequest {
 pub fn import(request: &ImportRequest) -> Result<Image, ImageError> {
     check_new_name(&request.name)?;
     let who = &request.personality;
-    let wants_seed = who.has_cloud_init() || who.ssh_key.is_some() || who.host_name.is_some();
+    let wants_seed = who.has_cloud_init() || who.wants_ssh() || who.host_name.is_some();
     let seed = wants_seed.then(|| who.seed(&request.name)).transpose()?;
     let format = disk::format_of(&request.file)?;
     let spec = DiskSpec { backing: Backing::Off, format: Some(format), ..DiskSpec::new(&request.file) };

@@ -11,6 +11,7 @@ mod debian_disk;
 mod import;
 mod initramfs;
 mod kernel_finder;
+pub mod own_key;
 mod partitions;
 mod root_files;
 mod seed;
@@ -173,6 +174,10 @@ impl Store {
     /// The folder: `bivisor/images` in `$XDG_DATA_HOME` or `$XDG_CACHE_HOME`, by default `~/.local/share` and
     /// `~/.cache` (XDG Base Directory Specification: relative values are ignored).
     fn folder(self) -> Result<PathBuf, ImageError> {
+        Ok(self.base()?.join("images"))
+    }
+
+    fn base(self) -> Result<PathBuf, ImageError> {
         let (variable, default) = match self {
             Self::Data => ("XDG_DATA_HOME", ".local/share"),
             Self::Cache => ("XDG_CACHE_HOME", ".cache"),
@@ -180,7 +185,7 @@ impl Store {
         let absolute =
             |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
         let base = absolute(variable).or_else(|| Some(absolute("HOME")?.join(default)));
-        Ok(base.ok_or(ImageError::NoFolder)?.join("bivisor").join("images"))
+        Ok(base.ok_or(ImageError::NoFolder)?.join("bivisor"))
     }
 
     /// Names of what looks like images, in order.
@@ -341,6 +346,11 @@ pub fn default_image() -> Result<Image, ImageError> {
         Err(ImageError::Unknown { .. } | ImageError::Damaged { .. }) => build_debian(),
         other => other,
     }
+}
+
+/// Our folder in the user's data folder.
+pub fn data_folder() -> Result<PathBuf, ImageError> {
+    Store::Data.base()
 }
 
 /// The folder of the images that can be made again.

@@ -1,6 +1,9 @@
 //! The files of our own in a Debian root file system: names, network, serial console, who may log in.
 
+use std::fs;
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use tar::{Builder, EntryType, Header};
 
@@ -22,6 +25,8 @@ pub(super) struct RootFiles<'a> {
     /// Root has a password, which the console asks for.
     pub(super) has_password: bool,
     pub(super) cloud_init: bool,
+    /// A folder of the user's with more files.
+    pub(super) more: Option<&'a Path>,
 }
 
 impl RootFiles<'_> {
@@ -59,6 +64,9 @@ impl RootFiles<'_> {
         if self.cloud_init {
             archive.file("etc/cloud/cloud.cfg.d/90-bivisor.cfg", 0o644, CLOUD)?;
         }
+        if let Some(folder) = self.more {
+            archive.folder_of_user(folder, "")?;
+        }
         archive.0.into_inner()?.flush()
     }
 }
@@ -67,13 +75,17 @@ struct Archive<W: Write>(Builder<W>);
 
 impl<W: Write> Archive<W> {
     fn entry(&mut self, path: &str, kind: EntryType, mode: u32, contents: &str) -> io::Result<()> {
+        self.bytes(path, kind, mode, contents.as_bytes())
+    }
+
+    fn bytes(&mut self, path: &str, kind: EntryType, mode: u32, contents: &[u8]) -> io::Result<()> {
         let mut header = Header::new_gnu();
         header.set_entry_type(kind);
         header.set_mode(mode);
         header.set_uid(0);
         header.set_gid(0);
         header.set_size(contents.len() as u64);
-        self.0.append_data(&mut header, path, contents.as_bytes())
+        self.0.append_data(&mut header, path, contents)
     }
 
     fn file(&mut self, path: &str, mode: u32, contents: &str) -> io::Result<()> {
@@ -82,6 +94,30 @@ impl<W: Write> Archive<W> {
 
     fn folder(&mut self, path: &str, mode: u32) -> io::Result<()> {
         self.entry(path, EntryType::Directory, mode, "")
+    }
+
+    /// Files, folders and symbolic links of the user's, as root's. Nobody but their owner may write to them.
+    fn folder_of_user(&mut self, from: &Path, to: &str) -> io::Result<()> {
+        let mut entries = fs::read_dir(from)?.collect::<io::Result<Vec<_>>>()?;
+        entries.sort_by_key(fs::DirEntry::file_name);
+        for entry in entries {
+            let name = entry.file_name().into_string();
+            let name = name.map_err(|name| io::Error::other(format!("{} is not UTF-8", name.display())))?;
+            let (path, kind) = (format!("{to}{name}"), entry.file_type()?);
+            let mode = fs::symlink_metadata(entry.path())?.mode() & 0o755;
+            if kind.is_dir() {
+                self.folder(&path, mode)?;
+                self.folder_of_user(&entry.path(), &format!("{path}/"))?;
+            } else if kind.is_symlink() {
+                self.link(&path, &fs::read_link(entry.path())?.to_string_lossy())?;
+            } else if kind.is_file() {
+                self.bytes(&path, EntryType::Regular, mode, &fs::read(entry.path())?)?;
+            } else {
+                let text = format!("{} is no file, folder or symbolic link", entry.path().display());
+                return Err(io::Error::other(text));
+            }
+        }
+        Ok(())
     }
 
     fn link(&mut self, path: &str, target: &str) -> io::Result<()> {
@@ -98,6 +134,7 @@ mod tests {
     use super::*;
     use std::collections::BTreeMap;
     use std::io::Read;
+    use std::os::unix::fs::PermissionsExt;
 
     fn packed(files: &RootFiles<'_>) -> BTreeMap<String, (u32, String)> {
         let mut bytes = Vec::new();
@@ -123,6 +160,7 @@ mod tests {
             ssh_key: None,
             has_password: false,
             cloud_init: false,
+            more: None,
         };
         let plain = packed(&files);
         assert_eq!(plain["etc/hostname"].1, "web\n");
@@ -136,5 +174,27 @@ mod tests {
         assert_eq!(full["root/.ssh/authorized_keys"], (0o600, "ssh-ed25519 AAAA me\n".into()));
         assert!(!full.keys().any(|path| path.ends_with("autologin.conf")));
         assert!(full.contains_key("etc/cloud/cloud.cfg.d/90-bivisor.cfg"));
+    }
+    #[test]
+    fn files_of_the_user_become_roots() {
+        let folder = tempfile::tempdir().unwrap();
+        let etc = folder.path().join("etc");
+        fs::create_dir(&etc).unwrap();
+        fs::write(etc.join("motd"), "hello\n").unwrap();
+        fs::set_permissions(etc.join("motd"), fs::Permissions::from_mode(0o666)).unwrap();
+        std::os::unix::fs::symlink("motd", etc.join("issue")).unwrap();
+        let files = RootFiles {
+            host_name: "web",
+            uuid: "1-2",
+            ssh_key: None,
+            has_password: false,
+            cloud_init: false,
+            more: Some(folder.path()),
+        };
+        let all = packed(&files);
+        assert_eq!(all["etc/motd"], (0o644, "hello\n".into()));
+        assert_eq!(all["etc/issue"].1, "-> motd");
+        let _socket = std::os::unix::net::UnixListener::bind(etc.join("socket")).unwrap();
+        assert!(files.pack(Vec::new()).unwrap_err().to_string().contains("no file, folder or symbolic link"));
     }
 }

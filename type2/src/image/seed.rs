@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::Args;
 use fatfs::{FileSystem, FormatVolumeOptions, FsOptions};
 
-use super::ImageError;
+use super::{ImageError, own_key};
 
 /// Bytes of the seed's disk at least: the smallest FAT file system has room for more than is ever said here.
 const SIZE: usize = 1 << 20;
@@ -17,7 +17,7 @@ const MAX_FILE: u64 = 16 << 20;
 const LABEL: [u8; 11] = *b"CIDATA     ";
 
 /// Who a new machine is: options of `bivisor image build debian` and `bivisor image import`.
-#[derive(Clone, Debug, Default, Args)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
 pub struct Personality {
     /// Name of the machine [default: the image's name]
     #[arg(long, value_name = "NAME")]
@@ -25,6 +25,9 @@ pub struct Personality {
     /// A public key that may log in by ssh
     #[arg(long, value_name = "FILE")]
     pub ssh_key: Option<PathBuf>,
+    /// Let `bivisor ssh` log in, by a key of Bivisor's own that is made the first time
+    #[arg(long)]
+    pub ssh: bool,
     /// Files for cloud-init: user-data, then meta-data, then network-config
     #[arg(long, value_name = "FILE", value_delimiter = ',')]
     pub cloud_init: Vec<PathBuf>,
@@ -46,8 +49,21 @@ impl Personality {
         )))
     }
 
-    /// The public key, checked to be one.
-    pub(super) fn ssh_key(&self) -> Result<Option<String>, ImageError> {
+    /// Whether anybody is to log in by ssh.
+    pub(super) fn wants_ssh(&self) -> bool {
+        self.ssh || self.ssh_key.is_some()
+    }
+
+    /// The public keys, a line each: the user's, checked to be one, and ours.
+    pub(super) fn ssh_keys(&self) -> Result<Option<String>, ImageError> {
+        let mut keys: Vec<String> = self.users_key()?.into_iter().collect();
+        if self.ssh {
+            keys.push(own_key::public()?);
+        }
+        Ok((!keys.is_empty()).then(|| keys.join("\n")))
+    }
+
+    fn users_key(&self) -> Result<Option<String>, ImageError> {
         let Some(path) = &self.ssh_key else { return Ok(None) };
         let text = read(path)?;
         let is_key = |line: &str| {
@@ -77,7 +93,7 @@ impl Personality {
             ));
         }
         let host = self.host_name(image)?;
-        let key = self.ssh_key()?;
+        let key = self.ssh_keys()?;
         let given = |index: usize| self.cloud_init.get(index).map(read).transpose();
         let meta = given(1)?.unwrap_or_else(|| meta_data(image, &host, key.as_deref()));
         let user = given(0)?.unwrap_or_else(|| "#cloud-config\n{}\n".into());
@@ -156,7 +172,7 @@ mod tests {
         let mut who = Personality {
             ssh_key: Some(file("key.pub", "ssh-ed25519 AAAA it's me\n")),
             cloud_init: vec![file("user", "#cloud-config\npackages: [nginx]\n")],
-            host_name: None,
+            ..Personality::default()
         };
         let files = unpacked(who.seed("web").unwrap());
         assert_eq!(files[0], ("user-data".into(), "#cloud-config\npackages: [nginx]\n".into()));

@@ -70,7 +70,9 @@ pub struct Folder(tempfile::TempDir);
 
 impl Folder {
     pub fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
+        let folder = Self(tempfile::tempdir().unwrap());
+        std::fs::create_dir(folder.path().join("run")).unwrap();
+        folder
     }
 
     pub fn path(&self) -> &Path {
@@ -96,11 +98,12 @@ impl Folder {
         self.file("kernel", bytes)
     }
 
-    /// `bivisor` with these words, and this folder as its only cache and home.
+    /// `bivisor` with these words, and this folder as its only cache, home and place for what runs.
     pub fn bivisor(&self, words: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bivisor"));
         command.args(words).env("HOME", self.path());
         command.env("XDG_CACHE_HOME", self.path()).env("XDG_DATA_HOME", self.path().join("data"));
+        command.env("XDG_RUNTIME_DIR", self.path().join("run"));
         command.current_dir(self.path()).stdin(Stdio::null());
         command
     }
@@ -111,6 +114,15 @@ impl Folder {
         let mut all = vec!["run", "--kernel", kernel.to_str().unwrap(), "--memory", "16M"];
         all.extend(words);
         self.bivisor(&all).output().unwrap()
+    }
+}
+
+/// Whatever happens to a test, its machines in the background end with this.
+pub struct Background<'a>(pub &'a Folder);
+
+impl Drop for Background<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.bivisor(&["down", "--timeout", "0"]).output();
     }
 }
 

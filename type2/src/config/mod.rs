@@ -1,5 +1,7 @@
 //! What a machine is made of: the options of `bivisor run`, the same words in a TOML file, and their defaults.
 
+mod set;
+
 use std::borrow::Borrow;
 use std::fmt;
 use std::fs;
@@ -11,10 +13,13 @@ use bivisor_backends::console::ConsoleSpec;
 use bivisor_backends::disk::DiskSpec;
 use bivisor_backends::net::NetSpec;
 use clap::ValueEnum;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 use crate::cli::RunArgs;
+use crate::image::DiskRecipe;
+
+pub use set::{Described, read_set};
 
 /// RAM of a machine whose user says nothing: 512 MiB.
 const DEFAULT_MEMORY: MemorySize = MemorySize(512 << 20);
@@ -117,6 +122,19 @@ impl FromStr for GdbSpec {
     }
 }
 
+/// When the supervisor starts a machine again that has ended by itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestartPolicy {
+    /// Never
+    #[default]
+    No,
+    /// Unless the guest powered off
+    OnFailure,
+    /// Always
+    Always,
+}
+
 /// What to boot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Boot {
@@ -178,6 +196,10 @@ pub struct VmConfig {
     pub gdb: Option<GdbSpec>,
     /// Do without the jail.
     pub no_jail: bool,
+    /// When the supervisor starts it again.
+    pub restart: RestartPolicy,
+    /// How its image is made if it is not there.
+    pub build: Option<DiskRecipe>,
 }
 
 /// Why a configuration can't be used.
@@ -214,6 +236,17 @@ pub enum ConfigError {
         "only one console can be at the terminal: say --virtio-console pty or unix=PATH, or --console so"
     )]
     TwoTerminals,
+    /// A file of several machines where one is asked for.
+    #[error("{path} describes {machines}: start them with `bivisor up {path}`", path = .path.display())]
+    SeveralMachines {
+        /// The file.
+        path: PathBuf,
+        /// Their names.
+        machines: String,
+    },
+    /// A recipe for an image that has no name.
+    #[error("'build' says how an image is made, so the machine needs `image = \"NAME\"` too")]
+    BuildWithoutImage,
     /// A command line with a NUL character.
     #[error("the kernel command line contains a NUL character: leave it away")]
     NulInAppend,
@@ -258,6 +291,8 @@ struct FileConfig {
     perf_map: Option<bool>,
     gdb: Option<Spanned<String>>,
     no_jail: Option<bool>,
+    restart: Option<Spanned<String>>,
+    build: Option<Spanned<toml::Table>>,
 }
 
 impl VmConfig {
@@ -277,6 +312,13 @@ impl VmConfig {
             // An option wins over the file's image, and the file's initrd belongs to the file's kernel.
             image = None;
             settings.initrd.clone_from(&args.initrd);
+        }
+        Self::of_settings(settings, image)
+    }
+
+    fn of_settings(settings: Settings, image: Option<String>) -> Result<Self, ConfigError> {
+        if settings.build.is_some() && image.is_none() {
+            return Err(ConfigError::BuildWithoutImage);
         }
         let boot = match (settings.kernel, image) {
             (Some(_), Some(image)) => return Err(ConfigError::KernelAndImage(image)),
@@ -314,6 +356,8 @@ impl VmConfig {
             perf_map: settings.perf_map,
             gdb: settings.gdb,
             no_jail: settings.no_jail,
+            restart: settings.restart,
+            build: settings.build,
         })
     }
 
@@ -356,22 +400,28 @@ struct Settings {
     perf_map: bool,
     gdb: Option<GdbSpec>,
     no_jail: bool,
+    restart: RestartPolicy,
+    build: Option<DiskRecipe>,
 }
 
 impl Settings {
     /// Reads a file; returns its settings and its image's name.
     fn read(path: &Path) -> Result<(Self, Option<String>), ConfigError> {
-        let bytes = fs::read(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        let text = String::from_utf8(bytes).map_err(|error| {
-            let valid = String::from_utf8_lossy(&error.as_bytes()[..error.utf8_error().valid_up_to()]);
-            Source { path, text: &valid }.error(valid.len(), "this is not UTF-8 text, so not TOML".into())
-        })?;
+        let text = Source::read(path)?;
         let source = Source { path, text: &text };
-        let file: FileConfig = toml::from_str(&text).map_err(|error| {
-            let at = error.span().map_or(0, |span| span.start);
-            source.error(at, one_line(error.message()))
-        })?;
-        let folder = path.parent().unwrap_or(Path::new(""));
+        if let Some(names) = set::names(&text) {
+            let machines = names.join(", ");
+            return Err(ConfigError::SeveralMachines { path: path.to_owned(), machines });
+        }
+        Self::of_file(source.parse()?, &source, path.parent().unwrap_or(Path::new("")))
+    }
+
+    /// The settings of a file, whose paths are relative to a folder.
+    fn of_file(
+        file: FileConfig,
+        source: &Source<'_>,
+        folder: &Path,
+    ) -> Result<(Self, Option<String>), ConfigError> {
         let settings = Self {
             kernel: file.kernel.map(|path| folder.join(path)),
             initrd: file.initrd.map(|path| folder.join(path)),
@@ -413,6 +463,8 @@ impl Settings {
                 port => port,
             }),
             no_jail: file.no_jail.unwrap_or(false),
+            restart: source.value("restart", file.restart, parse_restart)?.unwrap_or_default(),
+            build: source.value("build", file.build, |table| set::recipe(table, folder))?,
         };
         Ok((settings, file.image))
     }
@@ -455,6 +507,22 @@ struct Source<'a> {
 }
 
 impl Source<'_> {
+    /// The text of a file.
+    fn read(path: &Path) -> Result<String, ConfigError> {
+        let bytes = fs::read(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        String::from_utf8(bytes).map_err(|error| {
+            let valid = String::from_utf8_lossy(&error.as_bytes()[..error.utf8_error().valid_up_to()]);
+            Source { path, text: &valid }.error(valid.len(), "this is not UTF-8 text, so not TOML".into())
+        })
+    }
+
+    fn parse<T: serde::de::DeserializeOwned>(&self) -> Result<T, ConfigError> {
+        toml::from_str(self.text).map_err(|error| {
+            let at = error.span().map_or(0, |span| span.start);
+            self.error(at, one_line(error.message()))
+        })
+    }
+
     fn error(&self, at: usize, message: String) -> ConfigError {
         let before = self.text.get(..at).unwrap_or(self.text);
         let line = before.matches('\n').count() + 1;
@@ -511,6 +579,11 @@ fn parse_engine(text: &str) -> Result<EngineChoice, String> {
 
 fn parse_pv(text: &str) -> Result<Paravirtual, String> {
     Paravirtual::from_str(text, false).map_err(|_| format!("'{text}' means nothing here: say on or off"))
+}
+
+fn parse_restart(text: &str) -> Result<RestartPolicy, String> {
+    RestartPolicy::from_str(text, false)
+        .map_err(|_| format!("'{text}' is no policy: say no, on-failure or always"))
 }
 
 fn parse_cpus(number: &i64) -> Result<u32, String> {

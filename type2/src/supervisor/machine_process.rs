@@ -1,0 +1,116 @@
+//! The process of one machine: what `bivisor run` does, with the console at a socket, everything that is told in a log,
+//! and a socket for orders. All its files are open before the guest runs.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::mpsc::Sender;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use bivisor_backends::console::{Command, ConsoleEvent, ConsoleSpec, SocketFile, listen_at};
+use bivisor_backends::stderr_log;
+use bivisor_backends::terminal::message;
+use bivisor_backends::thread::{Role, spawn};
+
+use super::places::MachinePlaces;
+use super::process::{POWER_BUTTON, READY, start_time};
+use super::record::{self, Ending, ProcessRecord, Spec};
+use crate::config::VmConfig;
+use crate::error::Failure;
+use crate::run::{self, Managed};
+use crate::status;
+use crate::vm::Event;
+
+/// Bytes of a machine's log at most.
+const LOG_SIZE: u64 = 4 << 20;
+
+/// The file for how it ended, until that is written.
+static ENDING: Mutex<Option<File>> = Mutex::new(None);
+
+/// Writes down how this process ends, if it is a machine's. The first ending counts.
+pub fn tell_ending(status: u8, sentence: &str) {
+    let file = ENDING.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(mut file) = file
+        && let Ok(text) = serde_json::to_vec(&Ending::now(Some(status), sentence))
+    {
+        // The supervisor knows what it means when nothing is there.
+        let _ = file.write_all(&text);
+    }
+}
+
+/// Runs the machine of a folder to its end; returns the exit status.
+pub fn run(folder: &Path) -> Result<u8, Failure> {
+    // It is nobody's child, terminal's or session's but its own.
+    let _ = rustix::process::setsid();
+    stderr_log::bound(LOG_SIZE);
+    let places = MachinePlaces::at(folder);
+    let written = |error: io::Error| {
+        Failure::new(status::HOST, format!("cannot write in {}: {error}", folder.display()))
+    };
+    let ending = record::private_file(&places.ending()).map_err(written)?;
+    *ENDING.lock().unwrap_or_else(PoisonError::into_inner) = Some(ending);
+    let pid = std::process::id().cast_signed();
+    let itself = ProcessRecord { pid, start: start_time(pid).map_err(written)? };
+    record::write(&places.process(), &itself).map_err(written)?;
+
+    let ended = begin(&places);
+    match &ended {
+        Ok(ending) => tell_ending(ending.status, &ending.sentence),
+        Err(failure) => tell_ending(failure.status, &failure.to_string()),
+    }
+    Ok(ended?.status)
+}
+
+fn begin(places: &MachinePlaces) -> Result<run::Ending, Failure> {
+    let spec: Spec = record::read(&places.spec()).ok_or_else(|| {
+        Failure::new(status::CONFIGURATION, format!("{} can't be read", places.spec().display()))
+    })?;
+    // What other programs show of it, and what a disk that is in use names.
+    let name: Vec<u8> = format!("biv:{}", spec.name).into_bytes().into_iter().take(15).collect();
+    if let Ok(name) = std::ffi::CString::new(name) {
+        let _ = rustix::thread::set_name(&name);
+    }
+    message(&format!("bivisor: {} starts\n", spec.name));
+    let mut config =
+        VmConfig::from_text(&spec.text, &spec.file, spec.folder()).map_err(Failure::configuration)?;
+    if config.console == ConsoleSpec::Stdio {
+        config.console = ConsoleSpec::Unix(places.console());
+    }
+    let control = listen_at(&places.control()).map_err(Failure::host)?;
+    let managed = Managed {
+        ready: Box::new(|| {
+            // A supervisor that is gone needs no word.
+            let _ = io::stdout().write_all(READY.as_bytes()).and_then(|()| io::stdout().flush());
+        }),
+        control: Box::new(move |events| serve(control, events)),
+    };
+    let ending = run::machine(config, spec.verbose, Some(managed), None)?;
+    let told = if ending.sentence.is_empty() { "the guest powered off" } else { &ending.sentence };
+    message(&format!("bivisor: {} has ended: {told}\n", spec.name));
+    Ok(ending)
+}
+
+/// Takes orders, on a thread of its own.
+fn serve((listener, file): (UnixListener, SocketFile), events: Sender<Event>) -> io::Result<()> {
+    let serve = move || {
+        let _file = file;
+        for stream in listener.incoming() {
+            let Ok(stream) = stream else {
+                // Out of descriptors or the like: it may pass.
+                thread::sleep(Duration::from_millis(100));
+                continue;
+            };
+            let mut order = String::new();
+            let _ = stream.set_read_timeout(Some(Duration::from_secs(1)));
+            let read = BufReader::new(stream.take(64)).read_line(&mut order);
+            let button = Event::Console(ConsoleEvent::Command(Command::PowerButton));
+            if read.is_ok() && order == POWER_BUTTON && events.send(button).is_err() {
+                return;
+            }
+        }
+    };
+    spawn(Role::Control, "control", serve).map(drop)
+}
