@@ -242,7 +242,7 @@ impl Rig {
                 }
                 (place, flags | available | more, place)
             } else {
-                let place = (state.next + index as u16) % state.size;
+                let place = state.next.wrapping_add(index as u16) % state.size;
                 (place, flags | more, (place + 1) % state.size)
             };
             head = if index == 0 { place } else { head };
@@ -402,6 +402,10 @@ impl Rig {
 
     /// A disk that is reset and set up by the rules reads a sector.
     fn serves(&mut self, features: u64, random: &mut Rng) {
+        // Another function may have been moved to where the disk's registers are.
+        for slot in BLOCK..=BALLOON {
+            self.bus.mmio_write(config(slot, 0x04), 2, 0);
+        }
         assert!(self.set_up(BLOCK, features | VERSION_1, 8), "the disk is not ready after a reset");
         let base = region(BLOCK, 0) + BUFFERS;
         self.memory.store32(base, 0);

@@ -31,7 +31,13 @@ pub struct Resolvers {
 impl Resolvers {
     /// These, or if there are none those of the host.
     pub fn new(fixed: Vec<SocketAddr>) -> Self {
-        Self { fixed: !fixed.is_empty(), list: fixed, current: 0, looked: None, changed: None }
+        let mut resolvers =
+            Self { fixed: !fixed.is_empty(), list: fixed, current: 0, looked: None, changed: None };
+        if !resolvers.fixed {
+            // At once: a confined process may not get to see the file later.
+            resolvers.look();
+        }
+        resolvers
     }
 
     /// The one in use.
