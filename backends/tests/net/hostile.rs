@@ -291,6 +291,28 @@ fn open(port: &UserNetwork, queue: &Queue, to: u16, from: std::ops::Range<u16>) 
     open
 }
 
+/// What keeps a connection alive that is idle: the guest asks with an old sequence number, and is answered.
+#[test]
+fn a_guest_that_asks_whether_we_are_there_is_answered() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let to = listener.local_addr().unwrap().port();
+    let (port, queue) = network();
+    let (from, ack) = open(&port, &queue, to, 30000..30001)[0];
+    thread::sleep(Duration::from_millis(50));
+    while queue.pop(&*port).is_some() {}
+    port.send(&segment(to, from, TcpControl::None, 100, Some(ack), &[]), &Offload::default());
+    let end = Instant::now() + Duration::from_secs(5);
+    let answer = loop {
+        assert!(Instant::now() < end, "no answer");
+        queue.wait(Duration::from_millis(10));
+        if let Some(bytes) = queue.pop(&*port) {
+            break bytes;
+        }
+    };
+    let tcp = TcpPacket::new_checked(&answer[34..]).unwrap();
+    assert_eq!((tcp.ack_number(), tcp.payload().len(), tcp.rst()), (TcpSeqNumber(101), 0, false));
+}
+
 fn resident() -> usize {
     let text = std::fs::read_to_string("/proc/self/statm").unwrap();
     text.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 4096

@@ -93,13 +93,7 @@ impl Tcp {
         }
         if input.syn {
             take_options(flow, packet);
-            flow.received = input.seq + 1;
-            flow.unacked = flow.next;
-            // The window of a SYN is not scaled; the flow learns the real one with the next segment.
-            flow.window = usize::from(input.window);
-            flow.stage = Stage::Open;
-            flow.deadline = None;
-            flow.ack_due = true;
+            flow.answered(input);
             self.flows.enqueue(id);
         }
     }
