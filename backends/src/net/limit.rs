@@ -2,7 +2,7 @@
 //! network card's queue; what comes for it too fast is refused for a while, so that it waits where it is.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use bivisor_machine::packet::{Offload, PacketPort, PacketReceiver, PortFeatures};
@@ -66,8 +66,9 @@ impl LimitedPort {
             ended: false,
         };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
-        let (thread, port) = (shared.clone(), inner.clone());
-        spawn(Role::NetLimit, "net-limit", move || run(&thread, &*port)).map_err(NetError::Start)?;
+        // The thread doesn't hold the port: it is closed when this one is dropped.
+        let (thread, port) = (shared.clone(), Arc::downgrade(&inner));
+        spawn(Role::NetLimit, "net-limit", move || run(&thread, &port)).map_err(NetError::Start)?;
         Ok(Self { inner, shared })
     }
 }
@@ -142,14 +143,16 @@ impl PacketReceiver for Gate {
 }
 
 /// The thread: sends what waits when it may go, and tells the port when the guest may get more.
-fn run(shared: &Shared, port: &dyn PacketPort) {
+fn run(shared: &Shared, port: &Weak<dyn PacketPort>) {
     let mut state = shared.lock();
     while !state.ended {
         let now = Instant::now();
         if state.again.is_some_and(|again| again <= now) {
             state.again = None;
             drop(state);
-            port.ready();
+            if let Some(port) = port.upgrade() {
+                port.ready();
+            }
             state = shared.lock();
             continue;
         }
@@ -160,7 +163,9 @@ fn run(shared: &Shared, port: &dyn PacketPort) {
                     state.queued -= frame.len();
                     state.sending = true;
                     drop(state);
-                    port.send(&frame, &offload);
+                    if let Some(port) = port.upgrade() {
+                        port.send(&frame, &offload);
+                    }
                     state = shared.lock();
                     state.sending = false;
                 }

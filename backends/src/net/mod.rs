@@ -60,6 +60,11 @@ pub enum NetError {
         #[source]
         error: io::Error,
     },
+    /// Numbers out of bounds.
+    #[error(
+        "a user network has an MTU of 1280 to 65520 bytes, 8 to 27 bits of network, and a name of up to 63 bytes"
+    )]
+    Config,
     /// A switch can't be joined.
     #[error("cannot join the switch {0}: {1}")]
     Switch(String, #[source] io::Error),

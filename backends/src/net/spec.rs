@@ -8,20 +8,15 @@ use std::sync::Arc;
 use bivisor_machine::packet::PacketPort;
 
 use super::tap::NAME as TAP_NAME;
+use super::user::config::{HOSTNAME, MTU, PREFIX};
 use super::{Forward, LimitedPort, NetError, SwitchPort, Tap, Transport, UserConfig, UserNetwork};
 use crate::rate::RateLimit;
-
-/// The smallest MTU that IPv6 allows (RFC 8200, section 5), and the largest that leaves a length field room.
-const MTU: std::ops::RangeInclusive<u16> = 1280..=65520;
 
 /// The longest name of a switch: its sockets' paths have a limit.
 const SWITCH_NAME: usize = 32;
 
 /// The words of rate limits.
 const RATES: &str = "out-bytes=, out-packets=, in-bytes=, in-packets= (per second)";
-
-/// The longest host name (RFC 1035, section 2.3.4: a label).
-const HOSTNAME: usize = 63;
 
 /// A network interface as the user says it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -209,7 +204,7 @@ fn parse_network(text: &str) -> Result<(Ipv4Addr, u8), String> {
     let parse = || {
         let (address, prefix) = text.split_once('/')?;
         let address: Ipv4Addr = address.parse().ok()?;
-        let prefix: u8 = prefix.parse().ok().filter(|prefix| (8..=27).contains(prefix))?;
+        let prefix: u8 = prefix.parse().ok().filter(|prefix| PREFIX.contains(prefix))?;
         let usable = !address.is_loopback() && !address.is_multicast() && !address.is_unspecified();
         let whole = address.to_bits() << prefix == 0;
         (usable && whole).then_some((address, prefix))

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use bivisor_backends::net::{Transport, UserConfig, UserNetwork};
+use bivisor_backends::net::{NetSpec, Transport, UserConfig, UserNetwork};
 use smoltcp::socket::tcp;
 use smoltcp::wire::Ipv4Address;
 
@@ -45,9 +45,10 @@ fn small(config: UserConfig) -> Guest {
     Guest::new(Arc::new(UserNetwork::new(config).unwrap())).configured()
 }
 
-fn told(what: &str, bytes: usize, began: Instant) {
-    let seconds = began.elapsed().as_secs_f64();
-    println!("{what}: {:.2} Gbit/s", bytes as f64 * 8.0 / seconds / 1e9);
+fn told(what: &str, bytes: usize, began: Instant) -> Duration {
+    let took = began.elapsed();
+    println!("{what}: {:.2} Gbit/s", bytes as f64 * 8.0 / took.as_secs_f64() / 1e9);
+    took
 }
 
 /// The host's side of a connection that reads the stream, after a while, and tells how much came.
@@ -86,6 +87,9 @@ fn writer(total: usize) -> u16 {
     port
 }
 
+/// A transfer of so many bytes, with the words that tell of it.
+type Direction = fn(Guest, &str, usize) -> Duration;
+
 /// Sends so much of the stream from the guest to a reader that waits a while first.
 fn send(guest: &mut Guest, total: usize, pause: Duration) -> Instant {
     let (port, server) = reader(pause);
@@ -114,12 +118,12 @@ fn receive(socket: &mut tcp::Socket<'_>, stream: &[u8], got: &mut usize) {
     }
 }
 
-fn to_host(mut guest: Guest, what: &str, total: usize) {
+fn to_host(mut guest: Guest, what: &str, total: usize) -> Duration {
     let began = send(&mut guest, total, Duration::ZERO);
-    told(what, total, began);
+    told(what, total, began)
 }
 
-fn from_host(mut guest: Guest, what: &str, total: usize) {
+fn from_host(mut guest: Guest, what: &str, total: usize) -> Duration {
     let port = writer(total);
     let handle = guest.tcp(1 << 20);
     assert!(guest.connect(handle, (GATEWAY, port), 40000));
@@ -130,7 +134,7 @@ fn from_host(mut guest: Guest, what: &str, total: usize) {
         socket.state() == tcp::State::CloseWait && !socket.can_recv()
     });
     assert_eq!(got, total);
-    told(what, total, began);
+    told(what, total, began)
 }
 
 #[test]
@@ -151,6 +155,50 @@ fn plain_frames_to_the_host() {
 #[test]
 fn plain_frames_from_the_host() {
     from_host(small(UserConfig::default()), "host to guest, plain frames", TOTAL / 8);
+}
+
+/// A guest that loses frames: they are sent again, by either side. What smoltcp sends is mended by its timer alone,
+/// with longer and longer waits.
+#[test]
+fn losses_are_mended() {
+    for (direction, total) in [(to_host as Direction, 512 << 10), (from_host, 8 << 20)] {
+        let guest = small(UserConfig::default());
+        guest.wire.queue.lose(397);
+        direction(guest, "one of 397 frames lost", total);
+    }
+}
+
+#[test]
+fn rate_limits_hold_for_connections() {
+    // A second's worth goes at once, so that the rest takes a second.
+    let open = |limit: &str| {
+        let spec: NetSpec = format!("user,host-loopback=on,{limit}").parse().unwrap();
+        Guest::new(spec.open().unwrap()).configured()
+    };
+    let took = to_host(open("out-bytes=2M"), "2 MiB/s to the host", 4 << 20);
+    assert!((900..5000).contains(&took.as_millis()), "{took:?}");
+    let took = from_host(open("in-bytes=2M"), "2 MiB/s from the host", 4 << 20);
+    assert!((900..5000).contains(&took.as_millis()), "{took:?}");
+}
+
+/// A guest that was started anew knows nothing of its connections, and may use their ports again.
+#[test]
+fn a_port_may_be_used_again() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let config = UserConfig { host_loopback: true, ..UserConfig::default() };
+    let network = Arc::new(UserNetwork::new(config).unwrap());
+    for _ in 0..2 {
+        let mut guest = Guest::new(network.clone()).configured();
+        let handle = guest.tcp(4096);
+        assert!(guest.connect(handle, (GATEWAY, port), 40000));
+        guest.tcp_socket(handle).send_slice(b"hello").unwrap();
+        let (mut peer, _) = listener.accept().unwrap();
+        guest.poll();
+        let mut bytes = [0; 5];
+        peer.read_exact(&mut bytes).unwrap();
+        assert_eq!(&bytes, b"hello");
+    }
 }
 
 /// One that reads slowly, so that the guest must wait.

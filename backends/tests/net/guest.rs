@@ -27,6 +27,9 @@ const ROOM: usize = 256;
 pub struct Queue {
     frames: Mutex<VecDeque<(Vec<u8>, Offload)>>,
     largest: AtomicUsize,
+    /// Each frame of this number is lost, either way; 0: none.
+    lose: AtomicUsize,
+    passed: AtomicUsize,
     filled: Condvar,
 }
 
@@ -35,6 +38,9 @@ impl PacketReceiver for Queue {
         let mut frames = self.frames.lock().unwrap();
         if frames.len() >= ROOM {
             return false;
+        }
+        if self.loses() {
+            return true;
         }
         self.largest.fetch_max(frame.len(), Ordering::Relaxed);
         frames.push_back((frame.to_vec(), *offload));
@@ -53,6 +59,16 @@ impl Queue {
             port.ready();
         }
         frame.map(|(frame, _)| frame)
+    }
+
+    /// Loses one frame of this many from now on, either way.
+    pub fn lose(&self, one_of: usize) {
+        self.lose.store(one_of, Ordering::Relaxed);
+    }
+
+    fn loses(&self) -> bool {
+        let one_of = self.lose.load(Ordering::Relaxed);
+        one_of != 0 && self.passed.fetch_add(1, Ordering::Relaxed) % one_of == one_of - 1
     }
 
     /// The largest frame so far, in bytes.
@@ -97,13 +113,15 @@ impl RxToken for Received {
     }
 }
 
-pub struct Sending<'a>(&'a dyn PacketPort);
+pub struct Sending<'a>(&'a dyn PacketPort, &'a Queue);
 
 impl TxToken for Sending<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, length: usize, f: F) -> R {
         let mut frame = vec![0; length];
         let result = f(&mut frame);
-        self.0.send(&frame, &Offload::default());
+        if !self.1.loses() {
+            self.0.send(&frame, &Offload::default());
+        }
         result
     }
 }
@@ -114,11 +132,11 @@ impl Device for Wire {
 
     fn receive(&mut self, _now: Moment) -> Option<(Received, Sending<'_>)> {
         let frame = self.queue.pop(&*self.port)?;
-        Some((Received(frame), Sending(&*self.port)))
+        Some((Received(frame), Sending(&*self.port, &self.queue)))
     }
 
     fn transmit(&mut self, _now: Moment) -> Option<Sending<'_>> {
-        Some(Sending(&*self.port))
+        Some(Sending(&*self.port, &self.queue))
     }
 
     fn capabilities(&self) -> DeviceCapabilities {

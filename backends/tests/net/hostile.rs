@@ -1,12 +1,12 @@
 //! Guests that send what they like: nothing panics, and what they cost has a bound.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bivisor_backends::net::{UserConfig, UserNetwork};
+use bivisor_backends::net::{Transport, UserConfig, UserNetwork};
 use bivisor_machine::packet::{Offload, PacketPort, PacketReceiver, PortFeatures};
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
@@ -15,7 +15,7 @@ use smoltcp::wire::{
 };
 
 use crate::budget::rounds;
-use crate::guest::{Guest, MAC, Queue};
+use crate::guest::{Guest, MAC, Queue, forward};
 
 const GATEWAY: Ipv4Address = Ipv4Address::new(10, 0, 2, 2);
 const GUEST: Ipv4Address = Ipv4Address::new(10, 0, 2, 15);
@@ -282,6 +282,59 @@ fn open(port: &UserNetwork, queue: &Queue, to: u16, from: std::ops::Range<u16>) 
         }
     }
     open
+}
+
+/// The next TCP segment for the guest.
+fn next_segment(port: &UserNetwork, queue: &Queue) -> Vec<u8> {
+    let end = Instant::now() + Duration::from_secs(5);
+    loop {
+        assert!(Instant::now() < end, "no segment");
+        queue.wait(Duration::from_millis(10));
+        if let Some(bytes) = queue.pop(port)
+            && bytes.get(23) == Some(&6)
+        {
+            return bytes[34..].to_vec();
+        }
+    }
+}
+
+/// A guest that waits out an earlier connection (TIME-WAIT) acknowledges that one's bytes: it is freed from it.
+#[test]
+fn a_guest_that_remembers_an_earlier_connection_gets_the_new_one() {
+    let config = UserConfig { forwards: vec![forward(Transport::Tcp, 80)], ..UserConfig::default() };
+    let port = Arc::new(UserNetwork::new(config).unwrap());
+    let queue = Arc::new(Queue::default());
+    port.attach(Some(queue.clone()), PortFeatures::default());
+    let _client = TcpStream::connect(port.forwarded()[0]).unwrap();
+    let syn = next_segment(&port, &queue);
+    let syn = TcpPacket::new_checked(&syn).unwrap();
+    assert!(syn.syn() && !syn.ack());
+    let earlier = syn.seq_number() + 100_000;
+    let answer = segment(syn.src_port(), 80, TcpControl::None, 5, Some(earlier.0), &[]);
+    let asked = Instant::now();
+    port.send(&answer, &Offload::default());
+    let reset = next_segment(&port, &queue);
+    let reset = TcpPacket::new_checked(&reset).unwrap();
+    assert!(reset.rst() && reset.seq_number() == earlier);
+    let again = next_segment(&port, &queue);
+    let again = TcpPacket::new_checked(&again).unwrap();
+    assert!(again.syn() && again.seq_number() == syn.seq_number());
+    assert!(asked.elapsed() < Duration::from_millis(200), "at once, not by the timer");
+}
+
+/// What keeps a connection alive that is idle: the guest asks with an old sequence number, and is answered.
+#[test]
+fn a_guest_that_asks_whether_we_are_there_is_answered() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let to = listener.local_addr().unwrap().port();
+    let (port, queue) = network();
+    let (from, ack) = open(&port, &queue, to, 30000..30001)[0];
+    thread::sleep(Duration::from_millis(50));
+    while queue.pop(&*port).is_some() {}
+    port.send(&segment(to, from, TcpControl::None, 100, Some(ack), &[]), &Offload::default());
+    let answer = next_segment(&port, &queue);
+    let tcp = TcpPacket::new_checked(&answer).unwrap();
+    assert_eq!((tcp.ack_number(), tcp.payload().len(), tcp.rst()), (TcpSeqNumber(101), 0, false));
 }
 
 fn resident() -> usize {

@@ -255,6 +255,30 @@ fn names_are_looked_up() {
     assert_eq!(answer[answer.len() - 4..], [10, 0, 2, 2]);
 }
 
+/// One that never answers, one where nobody is, and one that answers: the guest asks again, as resolvers do.
+#[test]
+fn the_next_name_server_takes_over() {
+    let silent = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let closed = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let resolvers = vec![silent.local_addr().unwrap(), closed, name_server([192, 0, 2, 7])];
+    let mut guest = guest(UserConfig { resolvers, ..UserConfig::default() });
+    let handle = guest.udp(6000);
+    let mut asked: Option<Instant> = None;
+    let mut answer = Vec::new();
+    guest.until("an answer", |guest| {
+        let socket = guest.udp_socket(handle);
+        if asked.is_none_or(|asked| asked.elapsed() > Duration::from_secs(1)) {
+            socket.send_slice(&query(6000, "www.example.com"), (DNS, 53)).unwrap();
+            asked = Some(Instant::now());
+        }
+        if let Ok((bytes, _)) = socket.recv() {
+            answer.extend_from_slice(bytes);
+        }
+        !answer.is_empty()
+    });
+    assert_eq!(answer[answer.len() - 4..], [192, 0, 2, 7]);
+}
+
 #[test]
 fn a_restricted_guest_resolves_nothing() {
     let server = name_server([192, 0, 2, 7]);

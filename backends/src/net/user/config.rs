@@ -1,20 +1,30 @@
 //! What a user-mode network is to be like.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::ops::RangeInclusive;
 
 /// The network's first 64 bits in IPv6, of the block for local use (RFC 4193).
 pub const IPV6_PREFIX: Ipv6Addr = Ipv6Addr::new(0xfd62, 0x6976, 0x6973, 0x6f72, 0, 0, 0, 0);
+
+/// The smallest MTU that IPv6 allows (RFC 8200, section 5), and the largest that leaves a length field room.
+pub const MTU: RangeInclusive<u16> = 1280..=65520;
+
+/// Bits of the network part of the IPv4 network.
+pub const PREFIX: RangeInclusive<u8> = 8..=27;
+
+/// The longest host name, in bytes (RFC 1035, section 2.3.4: a label).
+pub const HOSTNAME: usize = 63;
 
 /// Settings of a user-mode network.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UserConfig {
     /// The IPv4 network. Its gateway is host 2, its name server 3, the guest 15.
     pub network: Ipv4Addr,
-    /// Bits of the network part, 8 to 27.
+    /// Bits of the network part: [`PREFIX`].
     pub prefix: u8,
     /// The guest's host name, told by DHCP.
     pub hostname: Option<String>,
-    /// The largest IP packet, in bytes.
+    /// The largest IP packet, in bytes: [`MTU`].
     pub mtu: u16,
     /// The guest has IPv6.
     pub ipv6: bool,
@@ -67,6 +77,14 @@ impl Default for UserConfig {
 }
 
 impl UserConfig {
+    /// Its numbers are within their bounds.
+    pub fn is_valid(&self) -> bool {
+        MTU.contains(&self.mtu)
+            && PREFIX.contains(&self.prefix)
+            && self.network.to_bits() << self.prefix == 0
+            && self.hostname.as_ref().is_none_or(|name| (1..=HOSTNAME).contains(&name.len()))
+    }
+
     fn host(&self, number: u32) -> Ipv4Addr {
         Ipv4Addr::from_bits(self.network.to_bits() + number)
     }

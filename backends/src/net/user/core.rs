@@ -23,8 +23,11 @@ const OUTBOX_FRAMES: usize = 512;
 /// Bytes that may wait for the guest likewise. As long as they take to read, a guest that sends has to wait.
 const OUTBOX_BYTES: usize = 1 << 20;
 
-/// The largest IP packet that a length field can tell, rounded down to what all headers leave.
+/// The largest TCP payload: what the length field of an IP packet leaves beside headers.
 pub const LARGEST: usize = 65535 - 40 - 20;
+
+/// The largest UDP datagram, with its header.
+pub const LARGEST_DATAGRAM: usize = 65535;
 
 /// Buffers kept for the next reads.
 const POOL: usize = 32;
@@ -148,10 +151,16 @@ impl Core {
         self.epoll.try_clone()
     }
 
-    /// Events of this descriptor are reported once each time they arise.
+    /// Events of a connection are reported once each time they arise.
     pub fn watch(&self, socket: impl AsFd, target: Target) -> rustix::io::Result<()> {
         let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
         epoll::add(&self.epoll, socket, target.encode(), flags)
+    }
+
+    /// That there is something to read is reported once each time it arises. Of anything but a connection, room to
+    /// write would be told of after each write.
+    pub fn watch_input(&self, socket: impl AsFd, target: Target) -> rustix::io::Result<()> {
+        epoll::add(&self.epoll, socket, target.encode(), EventFlags::IN | EventFlags::ET)
     }
 
     /// Wakes this target at or soon after a time.
@@ -211,12 +220,12 @@ impl Core {
 
     /// A buffer for the largest read, with room for headers; what it holds does not matter.
     pub fn buffer(&mut self) -> Vec<u8> {
-        self.pool.pop().unwrap_or_else(|| vec![0; HEADROOM + LARGEST])
+        self.pool.pop().unwrap_or_else(|| vec![0; HEADROOM + LARGEST_DATAGRAM])
     }
 
     /// Gives a buffer back.
     pub fn recycle(&mut self, buffer: Vec<u8>) {
-        if buffer.len() == HEADROOM + LARGEST && self.pool.len() < POOL {
+        if buffer.len() == HEADROOM + LARGEST_DATAGRAM && self.pool.len() < POOL {
             self.pool.push(buffer);
         }
     }

@@ -49,11 +49,12 @@ impl Resolvers {
         self.list.get(self.current).copied()
     }
 
-    /// This one doesn't answer: the next one's turn.
-    pub fn failed(&mut self, which: SocketAddr) {
+    /// This one doesn't answer: the next one's turn. False: there is no other.
+    pub fn failed(&mut self, which: SocketAddr) -> bool {
         if self.list.get(self.current) == Some(&which) {
             self.current = (self.current + 1) % self.list.len();
         }
+        self.list.len() > 1
     }
 
     fn look(&mut self) {

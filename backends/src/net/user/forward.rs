@@ -10,7 +10,7 @@ use rustix::net::{RecvFlags, SocketFlags, recvfrom};
 
 use super::super::NetError;
 use super::config::{Forward, Transport, UserConfig};
-use super::core::{Core, LARGEST, Target};
+use super::core::{Core, LARGEST_DATAGRAM, Target};
 use super::frame::HEADROOM;
 use super::neighbour;
 use super::tcp::{self, Tcp};
@@ -58,7 +58,7 @@ impl Listener {
 
     /// Its events go to the thread.
     pub fn watch(&self, core: &Core, index: usize) -> io::Result<()> {
-        Ok(core.watch(&self.socket, Target::Listener(index as u32))?)
+        Ok(core.watch_input(&self.socket, Target::Listener(index as u32))?)
     }
 
     /// The host's address that it listens at, as the kernel has it.
@@ -118,7 +118,8 @@ impl Listener {
 
     fn receive(&self, core: &mut Core, udp: &mut Udp) -> rustix::io::Result<()> {
         let mut buffer = core.buffer();
-        let result = recvfrom(&self.socket, &mut buffer[HEADROOM..HEADROOM + LARGEST], RecvFlags::DONTWAIT);
+        let result =
+            recvfrom(&self.socket, &mut buffer[HEADROOM..HEADROOM + LARGEST_DATAGRAM], RecvFlags::DONTWAIT);
         if let Ok((count, _, Some(peer))) = &result
             && let Ok(peer) = SocketAddr::try_from(peer.clone())
         {

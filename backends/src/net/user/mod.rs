@@ -5,7 +5,7 @@
 //! frame into a socket at once. Everything for the guest is put together and delivered by the network's own thread,
 //! which waits for sockets and timers by epoll. Nothing is delivered under the lock.
 
-mod config;
+pub(super) mod config;
 mod core;
 mod dhcp;
 mod dns;
@@ -41,7 +41,7 @@ use ping::Ping;
 use tcp::Tcp;
 use udp::Udp;
 
-pub use config::{Forward, IPV6_PREFIX, Transport, UserConfig};
+pub use config::{Forward, Transport, UserConfig};
 
 /// Events taken from epoll at once.
 const EVENTS: usize = 256;
@@ -76,6 +76,9 @@ impl UserNetwork {
     /// # Errors
     /// A port that can't be had, or a host without descriptors or threads.
     pub fn new(config: UserConfig) -> Result<Self, NetError> {
+        if !config.is_valid() {
+            return Err(NetError::Config);
+        }
         let listeners = config
             .forwards
             .iter()
@@ -83,7 +86,7 @@ impl UserNetwork {
             .collect::<Result<Vec<_>, _>>()?;
         let core = Core::new(config).map_err(NetError::Start)?;
         let outlet = Outlet::new().map_err(NetError::Start)?;
-        core.watch(&outlet, Target::Wake).map_err(|error| NetError::Start(error.into()))?;
+        core.watch_input(&outlet, Target::Wake).map_err(|error| NetError::Start(error.into()))?;
         for (index, listener) in listeners.iter().enumerate() {
             listener.watch(&core, index).map_err(NetError::Start)?;
         }

@@ -11,7 +11,7 @@ use rustix::net::{
 };
 use smoltcp::wire::IpProtocol;
 
-use super::core::{Core, LARGEST, Route, Target};
+use super::core::{Core, LARGEST_DATAGRAM, Route, Target};
 use super::frame::HEADROOM;
 use super::icmp::{self, Quote};
 use super::table::{Id, Table};
@@ -97,7 +97,7 @@ impl Ping {
         let socket = socket_with(family, SocketType::DGRAM, flags, Some(protocol))?;
         connect(&socket, &SocketAddr::new(target.ip(), 0))?;
         let target = Target::Ping(self.flows.next_id());
-        core.watch(&socket, target)?;
+        core.watch_input(&socket, target)?;
         core.arm(core.now + LASTS, target);
         Ok(self.flows.insert(key, Flow { key, socket, last_used: core.now }))
     }
@@ -107,7 +107,7 @@ impl Ping {
         let Some(flow) = self.flows.get_mut(id) else { return };
         let mut buffer = core.buffer();
         for _ in 0..BURST {
-            let room = &mut buffer[HEADROOM..HEADROOM + LARGEST];
+            let room = &mut buffer[HEADROOM..HEADROOM + LARGEST_DATAGRAM];
             match recv(&flow.socket, room, RecvFlags::DONTWAIT) {
                 Ok((count, _)) => answer(core, flow, &buffer[HEADROOM..HEADROOM + count]),
                 Err(Errno::AGAIN) => break,

@@ -10,7 +10,7 @@ use rustix::net::{
 };
 use smoltcp::wire::{DHCP_SERVER_PORT, UdpPacket};
 
-use super::core::{Core, LARGEST, Route, Target};
+use super::core::{Core, LARGEST_DATAGRAM, Route, Target};
 use super::frame::{self, HEADROOM};
 use super::icmp::{self, Quote, Unreachable};
 use super::table::{Id, Table};
@@ -24,6 +24,9 @@ const FLOWS: usize = 1024;
 const UNANSWERED: Duration = Duration::from_secs(30);
 const ANSWERED: Duration = Duration::from_secs(180);
 const QUERY: Duration = Duration::from_secs(6);
+
+/// How long a name server may take before a query that is repeated goes to the next one.
+const SILENCE: Duration = Duration::from_millis(900);
 
 /// Turns of flows between two looks at anything else, and datagrams of each.
 const TURNS: usize = 256;
@@ -49,6 +52,8 @@ struct Flow {
     key: Key,
     way: Way,
     last_used: Instant,
+    /// Something was sent; something has come back since.
+    asked: bool,
     answered: bool,
 }
 
@@ -112,19 +117,37 @@ impl Udp {
 
     fn send(&mut self, core: &mut Core, id: Id, payload: &[u8]) {
         let Some(flow) = self.flows.get_mut(id) else { return };
-        flow.last_used = core.now;
-        if let Way::Query(..) = flow.way
-            && let dns::Answer::Own(reply) = dns::answer(&core.config, payload)
-        {
-            let key = flow.key;
-            core.offer_datagram(key.peer, key.guest, frame::buffer_with(&reply));
+        if let Way::Query(_, server) = flow.way {
+            self.query_again(core, id, server, payload);
             return;
         }
+        flow.last_used = core.now;
         if let Err(error) = flow.send(payload)
             && let Some(reason) = reason(error)
         {
             refuse(core, flow.key, reason);
         }
+    }
+
+    /// A query from a port that has asked before: to the same server, unless it has failed to answer.
+    fn query_again(&mut self, core: &mut Core, id: Id, server: SocketAddr, payload: &[u8]) {
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        let key = flow.key;
+        if let dns::Answer::Own(reply) = dns::answer(&core.config, payload) {
+            core.offer_datagram(key.peer, key.guest, frame::buffer_with(&reply));
+            return;
+        }
+        let silent = flow.asked && !flow.answered && core.now >= flow.last_used + SILENCE;
+        if silent && core.resolvers.failed(server) {
+            self.flows.remove(&key);
+            self.query(core, key, payload);
+            return;
+        }
+        flow.last_used = core.now;
+        flow.asked = true;
+        flow.answered = false;
+        // A server that refuses is found out when its answer is read.
+        let _ = flow.send(payload);
     }
 
     fn query(&mut self, core: &mut Core, key: Key, payload: &[u8]) {
@@ -142,7 +165,8 @@ impl Udp {
 
     fn open(&mut self, core: &mut Core, key: Key, target: SocketAddr, payload: &[u8], query: bool) {
         let id = self.make_room(core);
-        let opened = dial(target).and_then(|socket| core.watch(&socket, Target::Udp(id)).map(|()| socket));
+        let opened =
+            dial(target).and_then(|socket| core.watch_input(&socket, Target::Udp(id)).map(|()| socket));
         let socket = match opened {
             Ok(socket) => socket,
             Err(error) => {
@@ -158,13 +182,13 @@ impl Udp {
     }
 
     fn insert(&mut self, core: &mut Core, key: Key, way: Way) {
-        let flow = Flow { key, way, last_used: core.now, answered: false };
+        let flow = Flow { key, way, last_used: core.now, asked: false, answered: false };
         let at = core.now + flow.lasts();
         let id = self.flows.insert(key, flow);
         core.arm(at, Target::Udp(id));
     }
 
-    /// A datagram from a peer at a port that is forwarded. `flow` makes the flow's own name of the listener.
+    /// A datagram from a peer at a port that is forwarded. `listener` is the socket that answers go out by.
     pub fn forward(
         &mut self,
         core: &mut Core,
@@ -258,7 +282,8 @@ fn read(core: &mut Core, flow: &mut Flow) -> bool {
             return true;
         }
         let mut buffer = core.buffer();
-        let result = recv(socket.as_fd(), &mut buffer[HEADROOM..HEADROOM + LARGEST], RecvFlags::DONTWAIT);
+        let result =
+            recv(socket.as_fd(), &mut buffer[HEADROOM..HEADROOM + LARGEST_DATAGRAM], RecvFlags::DONTWAIT);
         match result {
             Ok((count, _)) => {
                 flow.last_used = core.now;
@@ -271,11 +296,12 @@ fn read(core: &mut Core, flow: &mut Flow) -> bool {
                 return false;
             }
             Err(error) => {
-                if let Some(reason) = reason(error) {
+                // The next query goes to another name server, if there is one: the guest need not know.
+                let hidden = matches!(flow.way, Way::Query(_, server) if core.resolvers.failed(server));
+                if let Some(reason) = reason(error)
+                    && !hidden
+                {
                     refuse(core, flow.key, reason);
-                }
-                if let Way::Query(_, server) = flow.way {
-                    core.resolvers.failed(server);
                 }
             }
         }

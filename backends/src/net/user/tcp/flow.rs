@@ -232,6 +232,20 @@ impl Flow {
         self.arm(core, rto);
     }
 
+    /// The guest has answered our SYN with its own.
+    pub fn answered(&mut self, segment: &Input<'_>) {
+        self.received = segment.seq + 1;
+        self.edge = self.received + 0xffff;
+        self.unacked = self.next;
+        // The window of a SYN is not scaled; the flow learns the real one with the next segment.
+        self.window = usize::from(segment.window);
+        self.stage = Stage::Open;
+        self.deadline = None;
+        self.retries = 0;
+        self.rto = RTO;
+        self.ack_due = true;
+    }
+
     /// Something that the guest sent.
     pub fn input(&mut self, core: &mut Core, segment: &Input<'_>) -> Verdict {
         self.last_used = core.now;
@@ -261,6 +275,8 @@ impl Flow {
             self.stage = Stage::Open;
         }
         self.acknowledge(core, ack, segment);
+        // Asks whether we are there, or for the window (RFC 9293, sections 3.8.4 and 3.8.6.1).
+        self.ack_due |= segment.seq < self.received;
         if (!segment.payload.is_empty() || segment.fin)
             && let Err(verdict) = self.take(core, segment)
         {
@@ -316,8 +332,16 @@ impl Flow {
 
     /// Takes data and the guest's FIN, where they are next in order.
     fn take(&mut self, core: &mut Core, segment: &Input<'_>) -> Result<(), Verdict> {
+        if segment.seq > self.received {
+            // At once, and for each: that is how the guest sees what was lost (RFC 5681, section 4.2).
+            let fields = self.fields();
+            let frame =
+                core.link.tcp(self.key.peer, self.key.guest, &fields, (frame::buffer(0), 0), core.accepted);
+            core.offer(frame);
+            return Ok(());
+        }
         self.ack_due = true;
-        if segment.seq > self.received || self.guest_closed {
+        if self.guest_closed {
             return Ok(());
         }
         let known = self.received.since(segment.seq);
@@ -480,6 +504,7 @@ impl Flow {
 
     /// Sends what was read: as it is, or in pieces where the guest doesn't take large segments.
     fn send_data(&mut self, core: &mut Core, buffer: Vec<u8>, count: usize) {
+        let first = self.in_flight() == 0;
         let piece = if core.accepted.gives_segments { count } else { self.mss };
         if piece >= count && count * SHARE >= LARGEST {
             self.send_segment(core, buffer, count, true);
@@ -490,9 +515,9 @@ impl Flow {
             }
             core.recycle(buffer);
         }
-        if self.deadline.is_none() {
-            let rto = self.rto;
-            self.arm(core, rto);
+        if first {
+            self.rto = RTO;
+            self.arm(core, RTO);
         }
     }
 

@@ -14,7 +14,7 @@ use super::core::{Core, Route, Target};
 use super::frame::{self, TcpFields};
 use super::table::{Id, Table};
 use flow::{Flow, Stage, Verdict};
-use seq::Seq;
+use seq::{Initial, Seq};
 
 pub use flow::Key;
 
@@ -43,6 +43,7 @@ pub struct Input<'a> {
 pub struct Tcp {
     flows: Table<Key, Flow>,
     connecting: usize,
+    initial: Initial,
 }
 
 impl Tcp {
@@ -85,6 +86,11 @@ impl Tcp {
     fn answered(&mut self, core: &mut Core, id: Id, packet: &TcpPacket<&[u8]>, input: &Input<'_>) {
         let Some(flow) = self.flows.get_mut(id) else { return };
         if input.ack != Some(flow.next) {
+            if input.ack.is_some() && !input.rst {
+                // Of an earlier connection between the same two ends, which the guest has not forgotten yet.
+                refuse(core, flow.key, input);
+                flow.send_syn(core);
+            }
             return;
         }
         if input.rst {
@@ -93,13 +99,7 @@ impl Tcp {
         }
         if input.syn {
             take_options(flow, packet);
-            flow.received = input.seq + 1;
-            flow.unacked = flow.next;
-            // The window of a SYN is not scaled; the flow learns the real one with the next segment.
-            flow.window = usize::from(input.window);
-            flow.stage = Stage::Open;
-            flow.deadline = None;
-            flow.ack_due = true;
+            flow.answered(input);
             self.flows.enqueue(id);
         }
     }
@@ -131,7 +131,8 @@ impl Tcp {
         if core.watch(&socket, Target::Tcp(id)).is_err() {
             return refuse(core, key, &input);
         }
-        let mut flow = Flow::new(key, Target::Tcp(id), socket, Stage::Connecting, Seq::random(), core);
+        let iss = self.initial.number(&key, core.now);
+        let mut flow = Flow::new(key, Target::Tcp(id), socket, Stage::Connecting, iss, core);
         flow.received = input.seq + 1;
         flow.window = usize::from(input.window);
         take_options(&mut flow, packet);
@@ -150,7 +151,8 @@ impl Tcp {
         if core.watch(&socket, Target::Tcp(id)).is_err() {
             return;
         }
-        let mut flow = Flow::new(key, Target::Tcp(id), socket, Stage::SynSent, Seq::random(), core);
+        let iss = self.initial.number(&key, core.now);
+        let mut flow = Flow::new(key, Target::Tcp(id), socket, Stage::SynSent, iss, core);
         flow.send_syn(core);
         self.flows.insert(key, flow);
     }
