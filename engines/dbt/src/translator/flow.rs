@@ -81,7 +81,7 @@ impl Builder<'_> {
             self.link(fixup, target as u16);
             return;
         }
-        if target <= self.guest as i32 {
+        if self.winds || target <= self.guest as i32 {
             self.check_event(target, live);
         }
         self.e.load(Width::W64, ADDRESS, page_base());
@@ -95,7 +95,7 @@ impl Builder<'_> {
     fn link(&mut self, fixup: Fixup, target: u16) {
         let patch = (self.request.start + Emitter::displacement_position(fixup)) as u32;
         // Events are looked for once in every loop: where a jump backwards arrives.
-        let backwards = usize::from(target) <= self.guest;
+        let backwards = self.winds || usize::from(target) <= self.guest;
         self.leave_from(fixup, SiteKind::Jump { target, backwards, patch, stub: 0 });
     }
 
@@ -110,11 +110,16 @@ impl Builder<'_> {
         self.leave_from(fixup, SiteKind::Event { target });
     }
 
-    /// A conditional jump: the block goes on where it isn't taken.
+    /// A conditional jump: the block goes on where it isn't taken, or, if it is followed, where it is.
     pub fn jump_if(&mut self, decoded: &Decoded) {
         self.bring_flags_back();
-        let target = decoded.instruction.near_branch64() as i64;
-        let condition = encoding(decoded.instruction.condition_code() as u8);
+        let mut condition = encoding(decoded.instruction.condition_code() as u8);
+        let mut target = decoded.instruction.near_branch64() as i64;
+        if decoded.followed {
+            // Each condition's opposite differs in the lowest bit.
+            condition ^= 1;
+            target = decoded.instruction.next_ip() as i64;
+        }
         let taken = self.e.jump_if(condition);
         if (0..PAGE as i64).contains(&target) {
             self.link(taken, target as u16);

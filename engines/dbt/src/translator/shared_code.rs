@@ -71,12 +71,27 @@ pub fn emit() -> (Vec<u8>, Parts) {
     (e.code, Parts { blocks, enter, enter_with_vectors, enter_with_x87, fault_exit })
 }
 
-/// Loads SSE and AVX registers from the context. `pushed`: bytes on the stack below the context.
+/// Loads SSE and AVX registers from the context. Changes the flags. `pushed`: bytes on the stack below the context.
 fn load_vectors_body(e: &mut Emitter, pushed: i32) {
     e.load_mxcsr(context::mxcsr().plus(pushed));
+    // Where all upper halves are zero, the processor is to know it: as long as it doesn't, each SSE instruction waits for what
+    // its destination held before, since it leaves the upper half of that alone.
+    let upper = |number| ymm(number).plus(pushed + 16);
+    e.load_lower(0, upper(0));
+    for number in 1..16 {
+        e.or_to_xmm0(upper(number));
+    }
+    e.test_xmm0();
+    let dirty = e.jump_if(condition::NE);
+    for number in 0..16 {
+        e.load_lower(number, ymm(number).plus(pushed));
+    }
+    let loaded = e.jump();
+    e.bind(dirty);
     for number in 0..16 {
         e.load_ymm(number, ymm(number).plus(pushed));
     }
+    e.bind(loaded);
     e.store_imm8(context::vectors().plus(pushed), VECTORS_LOADED);
 }
 
