@@ -313,6 +313,12 @@ impl Cpu {
         self.tlb.is_global(linear)
     }
 
+    /// Whether a store of the current privilege to the address is known to be allowed, and to have no flag to set in the page
+    /// tables.
+    pub fn may_write(&self, linear: u64) -> bool {
+        self.tlb.lookup(linear, permission(Access::Write, self.privilege())).is_some()
+    }
+
     /// A number that stands for the current address space: another one after each change of PCID or root, and after
     /// each flush of all its translations but global ones. Numbers are used again only after [`TlbChanges::flushed`].
     pub fn address_space(&self) -> u16 {

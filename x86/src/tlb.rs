@@ -23,8 +23,11 @@ pub(crate) const GIANT: u64 = 1 << 11;
 const LARGE_SHIFT: u32 = 22;
 /// The same in a page of 1 GiB.
 const GIANT_SHIFT: u32 = 30;
-/// Bits of the filter of regions with large pages.
-const REGIONS: usize = 4096;
+/// Log2 of [`REGIONS`].
+const REGIONS_SHIFT: u32 = 16;
+/// Bits of the filter of regions with large pages: so many that the pages of a program seldom meet those of a kernel's map of
+/// all RAM, since each time that costs a flush of everything.
+const REGIONS: usize = 1 << REGIONS_SHIFT;
 
 /// For whom an access is made, as far as page permissions tell the difference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +55,7 @@ const fn index(linear: u64) -> usize {
 
 /// Word and bit of the filter of large pages for the region of 1 << `shift` bytes that an address lies in.
 const fn region(linear: u64, shift: u32) -> (usize, u64) {
-    let number = (linear >> shift).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52;
+    let number = (linear >> shift).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - REGIONS_SHIFT);
     (number as usize / 64, 1 << (number % 64))
 }
 

@@ -1,10 +1,9 @@
 //! Translated blocks: where they stand, how they are found, linked and dropped.
 
-use std::num::NonZeroU32;
-
 use rustc_hash::FxHashMap;
 
 use super::block::{SharedCode, Translation};
+use super::block_index::BlockIndex;
 use super::context::{Context, JUMP_PAGES, JumpEntry, LINKS, jump_index};
 use super::key::Key;
 use super::shared_code::{self, Parts};
@@ -14,7 +13,11 @@ use crate::code_memory::CodeMemory;
 /// Bytes of host code at most; when they are used up, everything is dropped.
 const CODE_SIZE: usize = 128 << 20;
 /// Blocks at most.
-const MAX_BLOCKS: usize = 400_000;
+const MAX_BLOCKS: usize = BlockIndex::CAPACITY;
+/// Entries of the lists of jumps at most: jumps whose targets change with the address space are listed again and again.
+const MAX_INCOMING: usize = MAX_BLOCKS * 8;
+/// No block, or nothing that follows in a list.
+const NONE: u32 = u32::MAX;
 /// Blocks that there is room for from the start. Memory that is never used costs nothing; tables that grow would leave
 /// holes behind, and take their time.
 const ROOM_BLOCKS: usize = MAX_BLOCKS / 2;
@@ -39,15 +42,28 @@ pub struct Block {
     pub vectors: bool,
     /// x87 registers are used.
     pub x87: bool,
-    /// Offset in RAM of the second page, if its one instruction crosses into it.
-    pub second: Option<u64>,
+    /// Number of the second page of RAM, if its one instruction crosses into it; else [`NONE`].
+    second: u32,
     /// Lines of its page that it depends on.
     lines: u64,
     start: u32,
     /// First and number of its fault points.
     fault_points: (u32, u32),
-    /// Sites of jumps that are linked to this block.
-    incoming: Vec<u32>,
+    /// First of the list of jumps that are linked to this block, in [`Cache::incoming`].
+    incoming: u32,
+}
+
+impl Block {
+    /// Offset in RAM of the second page, if its one instruction crosses into it.
+    pub fn second(&self) -> Option<u64> {
+        (self.second != NONE).then_some(u64::from(self.second) << 12)
+    }
+}
+
+/// A jump that is linked to a block, in the list of that block's.
+struct Incoming {
+    site: u32,
+    next: u32,
 }
 
 /// A page that blocks were translated from.
@@ -65,9 +81,12 @@ pub struct Cache {
     blocks: Vec<Block>,
     sites: Vec<Site>,
     fault_points: Vec<FaultPoint>,
-    index: FxHashMap<u64, u32>,
+    index: BlockIndex,
+    incoming: Vec<Incoming>,
     pages: FxHashMap<u64, Page>,
     links: u32,
+    /// The block that each link was last set to: its list has the link.
+    link_targets: Vec<u32>,
     /// Offset in RAM of the instruction that each slot is for.
     slots: Vec<u64>,
 }
@@ -93,9 +112,11 @@ impl Cache {
             blocks: Vec::with_capacity(ROOM_BLOCKS),
             sites: Vec::with_capacity(ROOM_SITES),
             fault_points: Vec::with_capacity(ROOM_BLOCKS * 4),
-            index: FxHashMap::default(),
+            index: BlockIndex::new(),
+            incoming: Vec::with_capacity(MAX_INCOMING),
             pages: FxHashMap::default(),
             links: 0,
+            link_targets: Vec::with_capacity(LINKS),
             slots: Vec::new(),
         })
     }
@@ -155,11 +176,16 @@ impl Cache {
     /// Whether another block may not fit.
     pub fn is_full(&self) -> bool {
         // The largest block by far is smaller.
-        self.code.free() < 64 << 10 || self.blocks.len() >= MAX_BLOCKS || self.links as usize + 64 > LINKS
+        self.code.free() < 64 << 10
+            || self.blocks.len() >= MAX_BLOCKS
+            || self.links as usize + 64 > LINKS
+            || self.incoming.len() >= MAX_INCOMING
     }
     /// The block at this place.
     pub fn find(&self, offset: u64, key: Key) -> Option<u32> {
-        self.index.get(&index_key(offset, key)).copied()
+        self.index.find(index_key(offset, key), |number| {
+            self.blocks.get(number as usize).is_some_and(|block| block.offset == offset && block.key == key)
+        })
     }
 
     /// Takes in a translation made for [`Cache::next_start`], [`Cache::next_site`], [`Cache::next_block`] and
@@ -188,11 +214,11 @@ impl Cache {
             link_entry: start + translation.entries.link as u32,
             vectors: translation.vectors,
             x87: translation.x87,
-            second,
+            second: second.map_or(NONE, |page| (page >> 12) as u32),
             lines: translation.lines,
             start,
             fault_points: (self.fault_points.len() as u32, translation.fault_points.len() as u32),
-            incoming: Vec::new(),
+            incoming: NONE,
         });
         for site in &translation.sites {
             if let SiteKind::Link { link, stub, .. } = site.kind {
@@ -200,9 +226,13 @@ impl Cache {
             }
         }
         self.links += translation.links;
+        self.link_targets.resize(self.links as usize, NONE);
         self.slots.extend(translation.slots.iter().map(|&place| (offset & !0xfff) + u64::from(place)));
         self.sites.extend(translation.sites);
         self.fault_points.extend(translation.fault_points);
+        if let Some(other) = self.find(offset, key) {
+            self.index.remove(index_key(offset, key), other);
+        }
         self.index.insert(index_key(offset, key), number);
         for page in std::iter::once(offset & !0xfff).chain(second) {
             self.pages.entry(page).or_default().blocks.push(number);
@@ -213,8 +243,18 @@ impl Cache {
     /// Makes the jump at a site go to a block.
     pub fn link(&mut self, site: u32, target: u32, context: &mut Context) {
         let Some(kind) = self.sites.get(site as usize).map(|site| site.kind) else { return };
-        self.note_incoming(site, target);
-        let Some(block) = self.blocks.get(target as usize) else { return };
+        let Some(block) = self.blocks.get_mut(target as usize) else { return };
+        let listed = match kind {
+            SiteKind::Link { link, .. } => {
+                let last = self.link_targets.get_mut(link as usize);
+                last.is_some_and(|last| std::mem::replace(last, target) == target)
+            }
+            _ => false,
+        };
+        if !listed {
+            self.incoming.push(Incoming { site, next: block.incoming });
+            block.incoming = self.incoming.len() as u32 - 1;
+        }
         match kind {
             SiteKind::Jump { patch, backwards, .. } => {
                 let entry = if backwards { block.loop_entry } else { block.entry };
@@ -228,26 +268,6 @@ impl Cache {
                 context.links[link as usize % LINKS] = self.code.address(block.link_entry as usize);
             }
             _ => {}
-        }
-    }
-
-    /// Notes at a block that a site leads to it, and no longer at the one that it led to before.
-    fn note_incoming(&mut self, site: u32, target: u32) {
-        let Some(from) = self.sites.get_mut(site as usize) else { return };
-        if let SiteKind::Link { noted_by, .. } = &mut from.kind {
-            let new = NonZeroU32::new(target + 1);
-            if *noted_by == new {
-                return;
-            }
-            if let Some(old) = std::mem::replace(noted_by, new)
-                && let Some(block) = self.blocks.get_mut(old.get() as usize - 1)
-                && let Some(place) = block.incoming.iter().position(|&other| other == site)
-            {
-                block.incoming.swap_remove(place);
-            }
-        }
-        if let Some(block) = self.blocks.get_mut(target as usize) {
-            block.incoming.push(site);
         }
     }
 
@@ -307,17 +327,18 @@ impl Cache {
                 context.jumps[place] = JumpEntry::EMPTY;
             }
         }
-        for site in std::mem::take(&mut block.incoming) {
+        let mut next = std::mem::replace(&mut block.incoming, NONE);
+        while let Some(&Incoming { site, next: behind }) = self.incoming.get(next as usize) {
             self.unlink(site, context);
-            if let Some(Site { kind: SiteKind::Link { noted_by, .. }, .. }) =
-                self.sites.get_mut(site as usize)
+            if let Some(&SiteKind::Link { link, .. }) = self.sites.get(site as usize).map(|site| &site.kind)
+                && let Some(target) = self.link_targets.get_mut(link as usize)
+                && *target == number
             {
-                *noted_by = None;
+                *target = NONE;
             }
+            next = behind;
         }
-        if self.index.get(&key) == Some(&number) {
-            self.index.remove(&key);
-        }
+        self.index.remove(key, number);
     }
 
     /// All slots are free again. The blocks that use some must have been dropped.
@@ -332,8 +353,10 @@ impl Cache {
         self.sites.clear();
         self.fault_points.clear();
         self.index.clear();
+        self.incoming.clear();
         self.pages.clear();
         self.links = 0;
+        self.link_targets.clear();
         self.slots.clear();
     }
 

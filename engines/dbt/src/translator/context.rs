@@ -52,7 +52,7 @@ pub const HOMES: [(u8, Reg); 12] = [
 ];
 
 /// Entries of each [`Tlb`]; a power of two.
-pub const TLB_ENTRIES: usize = 1024;
+pub const TLB_ENTRIES: usize = 4096;
 /// log2 of the size of a [`TlbEntry`].
 const TLB_ENTRY_SHIFT: u32 = 5;
 /// A linear address shifted right by this, and masked by [`TLB_INDEX_MASK`], is the offset of its entry.
@@ -62,7 +62,7 @@ pub const TLB_INDEX_MASK: i32 = (TLB_ENTRIES as i32 - 1) << TLB_ENTRY_SHIFT;
 /// A tag that no page number equals.
 pub const TLB_EMPTY: u64 = u64::MAX;
 /// Entries of the jump cache; a power of two.
-pub const JUMP_ENTRIES: usize = 1 << 14;
+pub const JUMP_ENTRIES: usize = 1 << 16;
 /// Bytes of code that share an entry of the jump cache.
 const JUMP_GRANULE: usize = 4;
 /// Mask that makes an instruction pointer what [`jump_rip`] and its like are indexed by.

@@ -320,7 +320,7 @@ impl DbtVcpu {
         let variant = match self.cache.find(offset, key) {
             // Its one instruction crosses into another page: only the jump cache may enter such a block, and it knows
             // the one that led here.
-            _ if block.second.is_some() => None,
+            _ if block.second().is_some() => None,
             Some(variant) => Some(variant),
             None => self.translate(offset, key, false),
         };
@@ -394,11 +394,13 @@ impl DbtVcpu {
         let addend =
             (self.ram.as_ptr() as u64).wrapping_add(offset & PAGE_MASK).wrapping_sub(linear & PAGE_MASK);
         let global = self.cpu.is_global(linear);
-        self.spaces.insert(&Filling { class, linear, addend, write, global });
+        // What is read is often written next.
+        let writable = write || self.cpu.may_write(linear) && !self.env.is_code(offset);
+        self.spaces.insert(&Filling { class, linear, addend, write: writable, global });
         // Marked meanwhile by another processor's thread: it may not have seen the new entry.
-        if write && self.env.is_code(offset) {
+        if writable && self.env.is_code(offset) {
             self.spaces.forbid_write(class, linear);
-            return Ok(false);
+            return Ok(!write);
         }
         Ok(true)
     }

@@ -88,7 +88,7 @@ impl Builder<'_> {
         self.e.lea(self.width(), ADDRESS, at(ADDRESS, target));
         let link = self.request.first_link + self.links;
         self.links += 1;
-        self.new_site(SiteKind::Link { target, link, stub: 0, noted_by: None });
+        self.new_site(SiteKind::Link { target, link, stub: 0 });
         self.e.jump_mem(context::link(link));
     }
 

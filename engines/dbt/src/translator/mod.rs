@@ -7,6 +7,7 @@
 
 pub mod analysis;
 pub mod block;
+mod block_index;
 pub mod cache;
 pub mod checks;
 pub mod code32;

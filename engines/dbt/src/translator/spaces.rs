@@ -12,6 +12,11 @@ const PAGE_MASK: u64 = !0xfff;
 /// A bit for each entry, by address space and privilege class.
 type Bits = [[[AtomicU64; WORDS]; CLASSES]; SPACES];
 
+/// No bit set.
+fn no_bits() -> Box<Bits> {
+    Box::new([const { [const { [const { AtomicU64::new(0) }; WORDS] }; CLASSES] }; SPACES])
+}
+
 /// The inline TLBs, as other threads may see them, with a record of which entries were ever filled.
 pub struct SharedTlbs {
     mapping: Arc<Mapping>,
@@ -34,8 +39,8 @@ impl SharedTlbs {
             slots: AtomicUsize::new(0),
             resets: AtomicU64::new(0),
             evicted: AtomicBool::new(false),
-            touched: Box::default(),
-            local: Box::default(),
+            touched: no_bits(),
+            local: no_bits(),
         };
         for space in 0..SPACES {
             for tlb in &tlbs.mapping.tlbs(space).class {

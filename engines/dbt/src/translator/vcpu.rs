@@ -98,8 +98,10 @@ pub struct DbtVcpu {
     linked: Vec<u32>,
     /// Sites whose links hold in every address space.
     linked_globally: Vec<u32>,
-    /// Linear pages that jumps may lead to without a look at the page tables.
+    /// Linear pages that jumps may lead to without a look at the page tables, in the address space they were found in.
     code_filter: Box<[u64; FILTER_WORDS]>,
+    /// The same of global pages.
+    global_code_filter: Box<[u64; FILTER_WORDS]>,
     volatile: FxHashMap<u64, Volatility>,
     fault_address: Box<u64>,
     /// How often the inline TLB was emptied or switched.
@@ -225,6 +227,7 @@ impl DbtVcpu {
             linked: Vec::new(),
             linked_globally: Vec::new(),
             code_filter: Box::new([0; FILTER_WORDS]),
+            global_code_filter: Box::new([0; FILTER_WORDS]),
             volatile: FxHashMap::default(),
             fault_address: Box::new(0),
             flushes: 0,
@@ -309,9 +312,7 @@ impl DbtVcpu {
             if let Some(linear) = changes.page {
                 self.statistics.page_flushes += 1;
                 self.spaces.flush_page(linear);
-                if self.may_hold_code(linear) {
-                    self.forget_jumps();
-                }
+                self.forget_jumps_to(linear);
             }
             if changes.switched {
                 self.flushes += 1;
@@ -345,7 +346,21 @@ impl DbtVcpu {
 
     pub(super) fn may_hold_code(&self, linear: u64) -> bool {
         let (word, bit) = Self::filter_place(linear);
-        self.code_filter[word] & bit != 0
+        (self.code_filter[word] | self.global_code_filter[word]) & bit != 0
+    }
+
+    /// No jump leads to a page any more without a look at the page tables: not in the current address space, and if the page
+    /// may be global, in none.
+    fn forget_jumps_to(&mut self, linear: u64) {
+        let (word, bit) = Self::filter_place(linear);
+        if self.global_code_filter[word] & bit != 0 {
+            self.forget_jumps();
+        } else if self.code_filter[word] & bit != 0 {
+            let current = self.cpu.address_space();
+            self.biases.retain(|&(space, _), _| space != current);
+            self.forgotten += 1;
+            self.unlink(false);
+        }
     }
 
     /// Notes that jumps to this instruction pointer may be taken without a look at the page tables. `crosses`: the
@@ -353,7 +368,9 @@ impl DbtVcpu {
     fn note_code(&mut self, rip: u64, crosses: bool) {
         for linear in [rip].into_iter().chain(crosses.then(|| following_page(rip))) {
             let (word, bit) = Self::filter_place(linear);
-            self.code_filter[word] |= bit;
+            let global = self.cpu.is_global(linear);
+            let filter = if global { &mut self.global_code_filter } else { &mut self.code_filter };
+            filter[word] |= bit;
         }
     }
 
@@ -364,6 +381,7 @@ impl DbtVcpu {
         self.forgotten += 1;
         self.unlink(true);
         self.code_filter.fill(0);
+        self.global_code_filter.fill(0);
     }
 
     /// Links between pages end: those that hold in the current address space, or all.
@@ -422,7 +440,7 @@ impl DbtVcpu {
         let Ok(Place::Ram(offset)) = self.cpu.probe(&mut self.env, rip, Access::Execute) else { return None };
         match self.cache.find(offset, key) {
             Some(number) => {
-                let expected = self.cache.block(number)?.second;
+                let expected = self.cache.block(number)?.second();
                 if expected.is_some() && self.second_page(rip) != expected {
                     return self.translate(offset, key, loop_head);
                 }
@@ -768,7 +786,7 @@ impl DbtVcpu {
             let budget = if translatable || self.trace.is_on() { 1 } else { INTERPRETED };
             return Ok(self.interpret(budget, true));
         };
-        let (entry, lookup_entry, crosses) = (block.entry, block.lookup_entry, block.second.is_some());
+        let (entry, lookup_entry, crosses) = (block.entry, block.lookup_entry, block.second().is_some());
         let rip = self.cpu.state.rip;
         let host = self.cache.address(lookup_entry);
         let remember = !self.trace.is_on() && self.may_remember(rip, key);
@@ -843,7 +861,7 @@ impl DbtVcpu {
         self.cache.link(number, block, self.windows.context());
         if matches!(site.kind, SiteKind::Link { .. }) {
             let rip = self.cpu.state.rip;
-            let crosses = self.cache.block(block).is_some_and(|block| block.second.is_some());
+            let crosses = self.cache.block(block).is_some_and(|block| block.second().is_some());
             self.note_code(rip, crosses);
             if self.cpu.is_global(rip) && (!crosses || self.cpu.is_global(following_page(rip))) {
                 self.linked_globally.push(number);
