@@ -228,10 +228,12 @@ impl<'a> Builder<'a> {
         let amd = self.vendor == Vendor::Amd;
         let smp = self.cpus > 1;
         FEATURES.iter().filter(|feature| feature.word == word).fold(0, |bits, feature| {
+            let has = host >> feature.bit & 1 != 0;
             let offered = match feature.policy {
-                Policy::Host => host >> feature.bit & 1 != 0,
+                Policy::Host => has,
                 Policy::Always => true,
-                Policy::Software => !self.native || host >> feature.bit & 1 != 0,
+                Policy::Software => !self.native || has,
+                Policy::AmdSoftware => amd && (!self.native || has),
                 Policy::Amd => amd,
                 Policy::Intel => !amd,
                 Policy::Smp => smp,

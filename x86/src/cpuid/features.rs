@@ -75,6 +75,8 @@ pub enum Policy {
     Software,
     /// Always where the vendor is AMD (or Hygon).
     Amd,
+    /// [`Policy::Software`] where the vendor is AMD.
+    AmdSoftware,
     /// Always where the vendor is not AMD.
     Intel,
     /// Where the machine has more than one processor.
@@ -152,7 +154,7 @@ const TRACE: &str = "no branch trace or debug store";
 const RESOURCES: &str = "no cache or bandwidth control";
 const SMM: &str = "no system management mode";
 
-use Policy::{Always, Amd, AmdSmp, Dynamic, Host, Intel, Smp, Software};
+use Policy::{Always, Amd, AmdSmp, AmdSoftware, Dynamic, Host, Intel, Smp, Software};
 use Word::*;
 
 /// Every feature bit that the manuals name.
@@ -305,7 +307,7 @@ pub const FEATURES: &[Feature] = &[
     on(L7Edx, 26, "SPEC_CTRL", Intel, &[]),
     hide(L7Edx, 27, "STIBP", &[], SPECULATION),
     hide(L7Edx, 28, "L1D_FLUSH", &[], SPECULATION),
-    on(L7Edx, 29, "ARCH_CAPABILITIES", Always, &[]),
+    on(L7Edx, 29, "ARCH_CAPABILITIES", Software, &[]),
     hide(L7Edx, 30, "CORE_CAPABILITIES", &[], UNTESTED),
     hide(L7Edx, 31, "SSBD", &[], SPECULATION),
 
@@ -397,7 +399,7 @@ pub const FEATURES: &[Feature] = &[
     hide(X7Edx, 12, "ProcPowerReporting", &[], THERMAL),
     hide(X7Edx, 14, "RAPL", &[], THERMAL),
 
-    on(X8Ebx, 0, "CLZERO", Amd, &[F::CLZERO]),
+    on(X8Ebx, 0, "CLZERO", AmdSoftware, &[F::CLZERO]),
     hide(X8Ebx, 1, "InstRetCntMsr", &[], PERFMON),
     on(X8Ebx, 2, "RstrFpErrPtrs", Host, &[]),
     hide(X8Ebx, 3, "INVLPGB", &[F::INVLPGB], UNTESTED),
@@ -407,7 +409,7 @@ pub const FEATURES: &[Feature] = &[
     on(X8Ebx, 9, "WBNOINVD", Software, &[F::WBNOINVD]),
     hide(X8Ebx, 12, "IBPB", &[], SPECULATION),
     hide(X8Ebx, 13, "INT_WBINVD", &[], UNTESTED),
-    on(X8Ebx, 14, "IBRS", Amd, &[]),
+    on(X8Ebx, 14, "IBRS", AmdSoftware, &[]),
     hide(X8Ebx, 15, "STIBP", &[], SPECULATION),
     hide(X8Ebx, 16, "IbrsAlwaysOn", &[], SPECULATION),
     hide(X8Ebx, 17, "StibpAlwaysOn", &[], SPECULATION),
@@ -418,20 +420,20 @@ pub const FEATURES: &[Feature] = &[
     hide(X8Ebx, 23, "PPIN", &[], "the serial number of the host's processor is not passed on"),
     hide(X8Ebx, 24, "SSBD", &[], SPECULATION),
     hide(X8Ebx, 25, "SsbdVirtSpecCtrl", &[], SPECULATION),
-    on(X8Ebx, 26, "SsbdNotRequired", Amd, &[]),
+    on(X8Ebx, 26, "SsbdNotRequired", AmdSoftware, &[]),
     hide(X8Ebx, 27, "CPPC", &[], THERMAL),
     hide(X8Ebx, 28, "PSFD", &[], SPECULATION),
-    on(X8Ebx, 29, "BTC_NO", Amd, &[]),
+    on(X8Ebx, 29, "BTC_NO", AmdSoftware, &[]),
     hide(X8Ebx, 30, "IBPB_RET", &[], SPECULATION),
 
-    on(X21Eax, 0, "NoNestedDataBp", Amd, &[]),
+    on(X21Eax, 0, "NoNestedDataBp", AmdSoftware, &[]),
     hide(X21Eax, 1, "FsGsKernelGsBaseNonSerializing", &[], UNTESTED),
-    on(X21Eax, 2, "LFenceAlwaysSerializing", Amd, &[]),
+    on(X21Eax, 2, "LFenceAlwaysSerializing", AmdSoftware, &[]),
     hide(X21Eax, 3, "SmmPgCfgLock", &[], SMM),
     hide(X21Eax, 5, "VerwClear", &[], SPECULATION),
-    on(X21Eax, 6, "NullSelectClearsBase", Amd, &[]),
+    on(X21Eax, 6, "NullSelectClearsBase", AmdSoftware, &[]),
     hide(X21Eax, 7, "UpperAddressIgnore", &[], UNTESTED),
-    on(X21Eax, 8, "AutomaticIBRS", Amd, &[]),
+    on(X21Eax, 8, "AutomaticIBRS", AmdSoftware, &[]),
     on(X21Eax, 9, "NoSmmCtlMSR", Amd, &[]),
     hide(X21Eax, 10, "FSRS", &[], UNTESTED),
     hide(X21Eax, 11, "FSRC", &[], UNTESTED),
@@ -440,9 +442,9 @@ pub const FEATURES: &[Feature] = &[
     hide(X21Eax, 18, "EPSF", &[], SPECULATION),
     hide(X21Eax, 27, "SBPB", &[], SPECULATION),
     hide(X21Eax, 28, "IBPB_BRTYPE", &[], SPECULATION),
-    on(X21Eax, 29, "SRSO_NO", Amd, &[]),
-    on(X21Eax, 30, "SRSO_USER_KERNEL_NO", Amd, &[]),
+    on(X21Eax, 29, "SRSO_NO", AmdSoftware, &[]),
+    on(X21Eax, 30, "SRSO_USER_KERNEL_NO", AmdSoftware, &[]),
 
-    on(X21Ecx, 1, "TSA_SQ_NO", Amd, &[]),
-    on(X21Ecx, 2, "TSA_L1_NO", Amd, &[]),
+    on(X21Ecx, 1, "TSA_SQ_NO", AmdSoftware, &[]),
+    on(X21Ecx, 2, "TSA_L1_NO", AmdSoftware, &[]),
 ];

@@ -36,6 +36,8 @@ pub mod code {
     pub const MWAIT_CONDITIONAL: u64 = 0x8c;
     pub const XSETBV: u64 = 0x8d;
     pub const NPF: u64 = 0x400;
+    pub const INVALID: u64 = u64::MAX;
+    pub const INVALID_32: u64 = 0xffff_ffff;
 }
 
 /// EVENTINJ and EXITINTINFO (APM Vol. 2, sections 15.20 and 15.7.2): the bits around the vector.

@@ -3,15 +3,16 @@
 
 use alloc::boxed::Box;
 use alloc::format;
+use alloc::string::String;
 use alloc::sync::Arc;
 use core::arch::asm;
 
 use bivisor_machine::engine::EngineError;
 use bivisor_x86::exception::vector;
-use bivisor_x86::msr::number::TSC_AUX;
+use bivisor_x86::msr::number::{SPEC_CTRL, TSC_AUX};
 use bivisor_x86::state::CpuState;
 
-use super::exit;
+use super::exit::{self, code};
 use super::nested::NestedTables;
 use super::permissions::{IoPermissions, MsrPermissions};
 use super::processor::{Features, SvmProcessor, write_msr};
@@ -123,20 +124,33 @@ fn prepare(vmcb: &mut Vmcb, state: &CpuState, entry: &Entry, features: &Features
 /// Brings the state up to date with the block, and tells why the guest was left.
 fn finish(vmcb: &mut Vmcb, state: &mut CpuState) -> Result<Left, EngineError> {
     vmcb.save.store(state);
-    let control = &mut vmcb.control;
-    state.interrupt_shadow = control.interrupt_shadow & 1 != 0;
+    state.interrupt_shadow = vmcb.control.interrupt_shadow & 1 != 0;
     state.ss_shadow = false;
-    control.tlb_control = 0;
-    control.event_injection = 0;
-    exit::decode(control, state.cr2).ok_or_else(|| {
+    let left = exit::decode(&vmcb.control, state.cr2).ok_or_else(|| {
+        let control = &vmcb.control;
         EngineError(match control.exit_code {
-            u64::MAX => format!("the processor refuses the guest's state at {:#x}", state.rip),
+            // The manual has 64 bits of ones; QEMU has 32.
+            code::INVALID | code::INVALID_32 => {
+                format!("the processor refuses the guest's state at {:#x} ({})", state.rip, checked(vmcb))
+            }
             code => format!(
                 "the processor left the guest at {:#x} for the unexpected reason {code:#x} ({:#x}, {:#x})",
                 state.rip, control.exit_info1, control.exit_info2
             ),
         })
-    })
+    });
+    vmcb.control.tlb_control = 0;
+    vmcb.control.event_injection = 0;
+    left
+}
+
+/// What VMRUN checks, for a report.
+fn checked(vmcb: &Vmcb) -> String {
+    let Vmcb { control, save } = vmcb;
+    format!(
+        "CR0 {:#x}, CR3 {:#x}, CR4 {:#x}, EFER {:#x}, DR6 {:#x}, DR7 {:#x}, injected {:#x}",
+        save.cr0, save.cr3, save.cr4, save.efer, save.dr6, save.dr7, control.event_injection
+    )
 }
 
 impl HardwareGuest for SvmGuest {
@@ -155,8 +169,8 @@ impl HardwareGuest for SvmGuest {
         // set XCR0 too; the engine's contract is that interrupts are disabled around `run`. `set_up` and `prepare` made
         // the block: it intercepts VMRUN and all that is the host's, and its nested tables map the machine's RAM
         // only. The state's area has room for x87, SSE and AVX, the most that `Features::xcr0` has, and holds what XSAVE
-        // or the interpreter put there. DR0 to DR3 and TSC_AUX take every value that a guest could write,
-        // the host uses neither, and VMRUN clears the host's DR7 on the way back.
+        // or the interpreter put there. DR0 to DR3, TSC_AUX and SPEC_CTRL take every value that the
+        // interpreter lets a guest write, the host uses none of them, and VMRUN clears the host's DR7 on the way back.
         unsafe {
             if features.tsc_aux {
                 write_msr(TSC_AUX, state.msr.tsc_aux);
@@ -164,7 +178,14 @@ impl HardwareGuest for SvmGuest {
             if state.dr[7] & DR7_ENABLES != 0 {
                 load_debug_addresses(state);
             }
+            let speculation = features.spec_ctrl && state.msr.spec_ctrl != 0;
+            if speculation {
+                write_msr(SPEC_CTRL, state.msr.spec_ctrl);
+            }
             switch::enter(&raw mut switch);
+            if speculation {
+                write_msr(SPEC_CTRL, 0);
+            }
         }
         // XSAVE says which components are in their initial state; all of them have been written.
         if let Some(header) = state.xsave.bytes.get_mut(XSTATE_BV..XSTATE_BV + 8) {
@@ -200,7 +221,7 @@ mod tests {
     use crate::guest::{Injection, Kind};
 
     const FEATURES: Features =
-        Features { nested_paging: true, flush_by_asid: true, asids: 16, tsc_aux: true, xcr0: 7 };
+        Features { nested_paging: true, flush_by_asid: true, asids: 16, tsc_aux: true, spec_ctrl: true, xcr0: 7 };
 
     fn block(state: &CpuState, entry: &Entry) -> Box<Vmcb> {
         let mut vmcb = Vmcb::zeroed();

@@ -30,6 +30,8 @@ pub struct Features {
     pub asids: u32,
     /// RDTSCP and IA32_TSC_AUX.
     pub tsc_aux: bool,
+    /// IA32_SPEC_CTRL.
+    pub spec_ctrl: bool,
     /// The state components that guests may have.
     pub xcr0: u64,
 }
@@ -58,6 +60,7 @@ impl Features {
             flush_by_asid: svm & 1 << 6 != 0,
             asids,
             tsc_aux: extended[3] & 1 << 27 != 0,
+            spec_ctrl: cpuid(0x8000_0008, 0)[1] & 1 << 14 != 0,
             xcr0: components & (XCR0_X87 | XCR0_SSE | XCR0_AVX),
         })
     }
@@ -162,6 +165,7 @@ mod tests {
     fn features_are_read_from_cpuid() {
         let features = Features::new(amd).unwrap();
         assert!(features.nested_paging && features.flush_by_asid && features.tsc_aux);
+        assert!(!features.spec_ctrl);
         assert_eq!((features.asids, features.xcr0), (0x8000, 7));
     }
 
