@@ -109,14 +109,15 @@ fn talk(child: &mut Child, start: Instant) -> Result<Duration> {
 }
 
 /// What the guest writes.
-struct Screen {
+pub struct Screen {
     bytes: Receiver<Vec<u8>>,
     text: String,
     deadline: Instant,
 }
 
 impl Screen {
-    fn new(mut output: impl Read + Send + 'static, deadline: Instant) -> Self {
+    /// What comes from `output` until a moment.
+    pub fn new(mut output: impl Read + Send + 'static, deadline: Instant) -> Self {
         let (send, bytes) = channel();
         thread::spawn(move || {
             let mut buffer = [0; 4096];
@@ -145,7 +146,7 @@ impl Screen {
     }
 
     /// The text up to `end`.
-    fn until(&mut self, end: &str) -> Result<String> {
+    pub fn until(&mut self, end: &str) -> Result<String> {
         loop {
             if let Some(at) = self.text.find(end) {
                 let rest = self.text.split_off(at + end.len());
@@ -155,7 +156,8 @@ impl Screen {
         }
     }
 
-    fn rest(&mut self) -> Result<String> {
+    /// The text up to its end.
+    pub fn rest(&mut self) -> Result<String> {
         while self.more()? {}
         Ok(std::mem::take(&mut self.text))
     }

@@ -1,6 +1,7 @@
 //! The project's own tasks: `cargo xtask help` lists them.
 mod bench;
 mod linux;
+mod metal;
 mod setup;
 mod steps;
 mod test;
@@ -43,6 +44,9 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// The hypervisor for the bare machine: build it, pack machines for it, run it in QEMU.
+    #[command(subcommand)]
+    Metal(metal::Task),
     /// Find where two traces of one guest (`bivisor run --trace`), one of them of the interpreter, first differ.
     TraceDiff {
         /// A trace.
@@ -61,6 +65,7 @@ fn main() -> ExitCode {
         Task::Bench(arguments) => bench::bench(&arguments),
         Task::AsmTests { arguments } => optimised("asm-tests", &arguments),
         Task::Oracle { arguments } => optimised("bivisor-oracle", &arguments),
+        Task::Metal(task) => metal::run(&task),
         Task::TraceDiff { a, b, cpu } => trace_diff::run(&a, &b, cpu),
     };
     match result {

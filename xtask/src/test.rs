@@ -1,5 +1,5 @@
 //! `cargo xtask test`: everything that has to hold.
-use crate::{linux, setup, steps::Tally, trace_diff};
+use crate::{linux, metal, setup, steps::Tally, trace_diff};
 use anyhow::Result;
 use std::{
     env,
@@ -37,6 +37,7 @@ pub fn all(quick: bool) -> Result<bool> {
         let program = linux::program(&mut tally)?;
         trace_diff::guests::agree(&mut tally, &program);
         linux::boots(&mut tally, &program);
+        metal::tests::all(&mut tally)?;
     }
     Ok(tally.close())
 }

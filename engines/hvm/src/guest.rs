@@ -28,6 +28,19 @@ pub struct Entry {
     pub flush: bool,
 }
 
+/// IN or OUT of a single register, as far as the processor has decoded it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortAccess {
+    /// The port.
+    pub port: u16,
+    /// Bytes: 1, 2 or 4.
+    pub size: usize,
+    /// IN.
+    pub input: bool,
+    /// RIP of the next instruction.
+    pub next_rip: u64,
+}
+
 /// Why the processor left the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cause {
@@ -35,6 +48,8 @@ pub enum Cause {
     Host,
     /// The guest can take an interrupt now.
     InterruptWindow,
+    /// A port was to be accessed; that it may be is checked.
+    Port(PortAccess),
     /// The instruction at RIP is to be executed in software.
     Instruction(Kind),
     /// The guest accessed this guest-physical address, where nothing is mapped; the instruction at RIP has to be executed
@@ -50,8 +65,8 @@ pub enum Cause {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(usize)]
 pub enum Kind {
-    /// IN, OUT, INS, OUTS.
-    Port,
+    /// INS, OUTS.
+    PortString,
     /// RDMSR, WRMSR.
     Msr,
     /// CPUID.
@@ -73,7 +88,7 @@ pub enum Kind {
 impl Kind {
     /// All kinds, with words for each.
     pub const ALL: [(Self, &'static str); 9] = [
-        (Self::Port, "exits for port I/O"),
+        (Self::PortString, "exits for strings of ports"),
         (Self::Msr, "exits for model-specific registers"),
         (Self::Cpuid, "exits for CPUID"),
         (Self::Halt, "exits for HLT"),

@@ -6,16 +6,20 @@ use alloc::vec::Vec;
 use bivisor_machine::engine::{DebugControl, EngineError, Exit, Vcpu, VcpuSetup};
 use bivisor_x86::cpu::Cpu;
 use bivisor_x86::env::Event;
-use bivisor_x86::registers::{Cr0, Rflags};
+use bivisor_x86::registers::{Cr0, Rflags, gpr};
 use bivisor_x86::state::{Activity, CpuState};
 
 use crate::env::VcpuEnv;
-use crate::guest::{Cause, Entry, HardwareGuest, Injection, Kind, Left};
+use crate::guest::{Cause, Entry, HardwareGuest, Injection, Kind, Left, PortAccess};
+
+/// DR7: any breakpoint is enabled.
+const DR7_ENABLES: u64 = 0xff;
 
 /// How often the processor left the guest, and why.
 #[derive(Default)]
 struct Counts {
     instructions: [u64; Kind::ALL.len()],
+    ports: u64,
     unmapped: u64,
     host: u64,
     windows: u64,
@@ -27,6 +31,7 @@ impl Counts {
     fn count(&mut self, cause: &Cause) {
         let count = match cause {
             Cause::Instruction(kind) => &mut self.instructions[*kind as usize],
+            Cause::Port(_) => &mut self.ports,
             Cause::Unmapped(_) => &mut self.unmapped,
             Cause::Host => &mut self.host,
             Cause::InterruptWindow => &mut self.windows,
@@ -110,8 +115,32 @@ impl<G: HardwareGuest> HvmVcpu<G> {
                 }
             }
             Cause::Shutdown => self.cpu.state.activity = Activity::Shutdown,
-            Cause::Instruction(_) | Cause::Unmapped(_) => self.in_software(left.delivering),
+            Cause::Port(access) if !self.is_debugged() => self.access_port(&access),
+            Cause::Port(_) | Cause::Instruction(_) | Cause::Unmapped(_) => self.in_software(left.delivering),
         }
+    }
+
+    /// Whether something may have to be done after the next instruction alone.
+    fn is_debugged(&self) -> bool {
+        self.cpu.state.has_flags(Rflags::TF) || self.cpu.state.dr[7] & DR7_ENABLES != 0
+    }
+
+    /// IN or OUT, which the processor has decoded and checked.
+    fn access_port(&mut self, access: &PortAccess) {
+        let (bus, state) = (&self.env.bus, &mut self.cpu.state);
+        let accumulator = &mut state.gpr[gpr::RAX];
+        if access.input {
+            let value = u64::from(bus.port_in(access.port, access.size));
+            // Four bytes clear the upper half.
+            let kept = if access.size == 4 { 0 } else { u64::MAX << (8 * access.size) };
+            *accumulator = *accumulator & kept | value & !(u64::MAX << (8 * access.size));
+        } else {
+            let value = *accumulator & !(u64::MAX << (8 * access.size));
+            bus.port_out(access.port, access.size, value as u32);
+        }
+        state.rip = access.next_rip;
+        state.rflags &= !Rflags::RF.bits();
+        state.interrupt_shadow = false;
     }
 
     /// Lets the interpreter deliver what the processor could not, or execute the next instruction.
@@ -186,6 +215,7 @@ impl<G: HardwareGuest> Vcpu for HvmVcpu<G> {
         let instructions =
             Kind::ALL.iter().map(|(kind, words)| (*words, counts.instructions[*kind as usize]));
         let others = [
+            ("exits for ports", counts.ports),
             ("exits for devices in memory", counts.unmapped),
             ("exits for interrupts of the host", counts.host),
             ("exits for interrupt windows", counts.windows),

@@ -1,6 +1,7 @@
 //! The virtual processor above a guest that only pretends to be hardware.
 
 use super::*;
+use crate::guest::PortAccess;
 use alloc::sync::Arc;
 use alloc::vec;
 use bivisor_machine::engine::VcpuBus;
@@ -103,7 +104,12 @@ fn rig(code: &[u8], causes: &[Cause]) -> Rig {
     Rig { vcpu, bus, entries }
 }
 
-const PORT: Cause = Cause::Instruction(Kind::Port);
+/// OUT of a string, or whatever stands there.
+const PORT: Cause = Cause::Instruction(Kind::PortString);
+
+const fn access(input: bool, size: usize, next_rip: u64) -> Cause {
+    Cause::Port(PortAccess { port: 0x80, size, input, next_rip })
+}
 
 #[test]
 fn an_instruction_of_a_port_is_executed_by_the_interpreter() {
@@ -117,6 +123,25 @@ fn an_instruction_of_a_port_is_executed_by_the_interpreter() {
     let entries = rig.entries.lock();
     assert_eq!(entries.len(), 3);
     assert!(entries[0].flush && !entries[1].flush && entries[0].tsc_offset == 7);
+}
+
+#[test]
+fn what_the_processor_has_decoded_is_not_decoded_again() {
+    // Nothing is there to be executed by the interpreter.
+    let mut rig = rig(&[], &[access(false, 2, 0x1001), access(true, 1, 0x1003), access(true, 4, 0x1005)]);
+    rig.vcpu.cpu.state.gpr[gpr::RAX] = 0x1111_2222_3333_4444;
+    rig.vcpu.cpu.state.interrupt_shadow = true;
+    rig.vcpu.run().unwrap();
+    assert_eq!(*rig.bus.ports.lock(), [(0x80, 0x4444)]);
+    let state = rig.vcpu.state().unwrap();
+    assert_eq!((state.rip, state.gpr[gpr::RAX], state.interrupt_shadow), (0x1005, 0x5a, false));
+    let mut rig = self::rig(&[0xe4, 0x80], &[access(true, 1, 0x1002)]);
+    rig.vcpu.cpu.state.gpr[gpr::RAX] = 0x1111_2222_3333_4444;
+    // A single-stepped one is the interpreter's, for its trap; here there is no handler, and no machine any more.
+    rig.vcpu.cpu.state.rflags |= Rflags::TF.bits();
+    rig.vcpu.cpu.state.idtr.limit = 0;
+    assert_eq!(rig.vcpu.run().unwrap(), Exit::Shutdown);
+    assert_eq!(rig.vcpu.state().unwrap().gpr[gpr::RAX], 0x1111_2222_3333_445a);
 }
 
 #[test]
@@ -207,7 +232,7 @@ fn exits_are_counted_by_kind() {
     rig.vcpu.run().unwrap();
     let statistics = rig.vcpu.statistics();
     let count = |words: &str| statistics.iter().find(|(name, _)| name == words).map(|(_, count)| *count);
-    assert_eq!(count("exits for port I/O"), Some(2));
+    assert_eq!(count("exits for strings of ports"), Some(2));
     assert_eq!(count("exits for interrupts of the host"), Some(1));
     assert_eq!(count("exits for CPUID"), Some(0));
 }

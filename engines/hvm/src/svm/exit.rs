@@ -3,7 +3,7 @@
 use bivisor_x86::exception::{Exception, vector};
 
 use super::vmcb::Control;
-use crate::guest::{Cause, Injection, Kind, Left};
+use crate::guest::{Cause, Injection, Kind, Left, PortAccess};
 
 /// Exit codes by name.
 #[allow(missing_docs)]
@@ -83,6 +83,28 @@ fn delivering(info: u64, cr2: u64) -> Option<Injection> {
     }
 }
 
+/// EXITINFO1 of an access to a port (APM Vol. 2, figure 15-2).
+mod port {
+    pub const INPUT: u64 = 1 << 0;
+    pub const STRING: u64 = 1 << 2;
+    pub const SIZE_SHIFT: u32 = 4;
+    pub const SIZE: u64 = 0b111;
+    pub const PORT_SHIFT: u32 = 16;
+}
+
+/// The access to a port; `None` for a string of them.
+fn port_access(control: &Control) -> Option<PortAccess> {
+    let info = control.exit_info1;
+    let size = (info >> port::SIZE_SHIFT & port::SIZE) as usize;
+    let plain = info & port::STRING == 0 && matches!(size, 1 | 2 | 4);
+    plain.then_some(PortAccess {
+        port: (info >> port::PORT_SHIFT) as u16,
+        size,
+        input: info & port::INPUT != 0,
+        next_rip: control.exit_info2,
+    })
+}
+
 /// What an exit means; `None` if it is none that anybody asked for. `cr2` is the guest's.
 pub fn decode(control: &Control, cr2: u64) -> Option<Left> {
     let kind = |kind| Some(Cause::Instruction(kind));
@@ -98,7 +120,10 @@ pub fn decode(control: &Control, cr2: u64) -> Option<Left> {
         code::VINTR => Some(Cause::InterruptWindow),
         code::CPUID => kind(Kind::Cpuid),
         code::HLT => kind(Kind::Halt),
-        code::IOIO => kind(Kind::Port),
+        code::IOIO => match port_access(control) {
+            Some(access) => Some(Cause::Port(access)),
+            None => kind(Kind::PortString),
+        },
         code::MSR => kind(Kind::Msr),
         code::VMMCALL => kind(Kind::Hypercall),
         code::IRET => kind(Kind::InterruptReturn),
@@ -152,6 +177,23 @@ mod tests {
         // INT 80h.
         assert_eq!(left(code::NPF, 0, 0x8000_0480).unwrap().delivering, None);
         assert_eq!(left(code::NPF, 0, 0x0000_0031).unwrap().delivering, None);
+    }
+
+    #[test]
+    fn ports() {
+        let access = |info1| {
+            let mut vmcb = Vmcb::zeroed();
+            (vmcb.control.exit_code, vmcb.control.exit_info1) = (code::IOIO, info1);
+            vmcb.control.exit_info2 = 0x1002;
+            decode(&vmcb.control, 0).unwrap().cause
+        };
+        let expected = PortAccess { port: 0x3f8, size: 1, input: false, next_rip: 0x1002 };
+        assert_eq!(access(0x3f8_0010), Cause::Port(expected));
+        assert_eq!(
+            access(0xcfc_0041),
+            Cause::Port(PortAccess { port: 0xcfc, size: 4, input: true, ..expected })
+        );
+        assert_eq!(access(0x3f8_001c), Cause::Instruction(Kind::PortString));
     }
 
     #[test]

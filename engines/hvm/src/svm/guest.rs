@@ -220,8 +220,14 @@ mod tests {
     use super::*;
     use crate::guest::{Injection, Kind};
 
-    const FEATURES: Features =
-        Features { nested_paging: true, flush_by_asid: true, asids: 16, tsc_aux: true, spec_ctrl: true, xcr0: 7 };
+    const FEATURES: Features = Features {
+        nested_paging: true,
+        flush_by_asid: true,
+        asids: 16,
+        tsc_aux: true,
+        spec_ctrl: true,
+        xcr0: 7,
+    };
 
     fn block(state: &CpuState, entry: &Entry) -> Box<Vmcb> {
         let mut vmcb = Vmcb::zeroed();
