@@ -99,6 +99,12 @@ impl CpuModel {
         Builder::new(&read_host, cpus, tsc_hz).build()
     }
 
+    /// The same for engines whose guests run on the host's processor itself: a feature that software engines do without
+    /// the host is offered only where the host has it.
+    pub fn from_host_natively(read_host: impl Fn(u32, u32) -> [u32; 4], cpus: u32, tsc_hz: u64) -> Self {
+        Builder { native: true, ..Builder::new(&read_host, cpus, tsc_hz) }.build()
+    }
+
     /// The model as it comes out on the recorded host of [`REFERENCE_HOST`]: the same on every machine.
     pub fn reference(cpus: u32) -> Self {
         Self::from_host(read_reference, cpus, 2_250_000_000)
@@ -175,6 +181,8 @@ struct Builder<'a> {
     /// Processors.
     cpus: u32,
     tsc_hz: u64,
+    /// The host's processor executes the guest's instructions itself.
+    native: bool,
     highest_host: u32,
     highest_host_extended: u32,
     leaves: Vec<Leaf>,
@@ -197,6 +205,7 @@ impl<'a> Builder<'a> {
             vendor: if amd { Vendor::Amd } else { Vendor::Intel },
             cpus: cpus.clamp(1, 255),
             tsc_hz,
+            native: false,
             highest_host,
             highest_host_extended: read_host(0x8000_0000, 0)[0],
             leaves: Vec::new(),
@@ -225,9 +234,12 @@ impl<'a> Builder<'a> {
         let amd = self.vendor == Vendor::Amd;
         let smp = self.cpus > 1;
         FEATURES.iter().filter(|feature| feature.word == word).fold(0, |bits, feature| {
+            let has = host >> feature.bit & 1 != 0;
             let offered = match feature.policy {
-                Policy::Host => host >> feature.bit & 1 != 0,
+                Policy::Host => has,
                 Policy::Always => true,
+                Policy::Software => !self.native || has,
+                Policy::AmdSoftware => amd && (!self.native || has),
                 Policy::Amd => amd,
                 Policy::Intel => !amd,
                 Policy::Smp => smp,
@@ -499,6 +511,22 @@ mod tests {
         assert!(model.offers(CpuidFeature::SSE2) && model.offers(CpuidFeature::RDRAND));
         assert_eq!(model.xcr0, XCR0_X87 | XCR0_SSE);
         assert_eq!(model.query(0xd, 0), [0; 4]);
+    }
+
+    #[test]
+    fn a_native_model_promises_nothing_that_the_host_lacks() {
+        let bare = |function, index| match function {
+            1 | 7 | 0xd | 0x8000_0001 => [0; 4],
+            _ => read_reference(function, index),
+        };
+        let model = CpuModel::from_host_natively(bare, 1, 1_000_000_000);
+        assert!(
+            !model.has(Word::L1Ecx, 17) && !model.has(Word::L7Ebx, 10) && !model.offers(CpuidFeature::RDRAND)
+        );
+        // The local APIC and MSRs are the machine's.
+        assert!(model.has(Word::L1Ecx, 21) && model.has(Word::L1Ecx, 24) && model.has(Word::L1Edx, 12));
+        let native = CpuModel::from_host_natively(read_reference, 1, 2_250_000_000);
+        assert_eq!(native.has(Word::L7Ebx, 7), read_reference(7, 0)[1] >> 7 & 1 != 0);
     }
 
     #[test]

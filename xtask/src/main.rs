@@ -2,6 +2,7 @@
 mod bench;
 mod fuzz;
 mod linux;
+mod metal;
 mod nested;
 mod power_cut;
 mod setup;
@@ -58,6 +59,9 @@ enum Task {
     PowerCut(power_cut::Arguments),
     /// Give devices, disk images and networks what nobody would by accident: a fixed time of each, random each time.
     Fuzz(fuzz::Arguments),
+    /// The hypervisor for the bare machine: build it, pack machines for it, run it in QEMU.
+    #[command(subcommand)]
+    Metal(metal::Task),
     /// Find where two traces of one guest (`bivisor run --trace`), one of them of the interpreter, first differ.
     TraceDiff {
         /// A trace.
@@ -79,6 +83,7 @@ fn main() -> ExitCode {
         Task::Oracle { arguments } => optimised("bivisor-oracle", &arguments),
         Task::Fuzz(arguments) => fuzz::run(&arguments),
         Task::PowerCut(arguments) => power_cut::run(&arguments),
+        Task::Metal(task) => metal::run(&task),
         Task::TraceDiff { a, b, cpu } => trace_diff::run(&a, &b, cpu),
     };
     match result {

@@ -1,5 +1,5 @@
 //! `cargo xtask test`: everything that has to hold.
-use crate::{fuzz, linux, nested, power_cut, setup, steps::Tally, trace_diff};
+use crate::{fuzz, linux, metal, nested, power_cut, setup, steps::Tally, trace_diff};
 use anyhow::Result;
 use std::{
     env,
@@ -51,6 +51,7 @@ pub fn run(quick: bool, all: bool) -> Result<bool> {
         linux::boots(&mut tally, &program);
         power_cut::briefly(&mut tally, &program);
         fuzz::briefly(&mut tally)?;
+        metal::tests::all(&mut tally)?;
     }
     if all {
         let servers = ["test", "--release", "--package", "bivisor", "--test", "consolidation"];

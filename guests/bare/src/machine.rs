@@ -4,11 +4,14 @@ use crate::{acpi, cpu, serial};
 /// Port of the isa-debug-exit device (QEMU `hw/misc/debugexit.c`): writing N ends with status 2N + 1.
 const DEBUG_EXIT: u16 = 0xf4;
 
-/// Whether this is QEMU's translator, which leaves some checks of the architecture out.
+/// Whether instructions are executed by QEMU's translator, which leaves some checks of the architecture out: it is the
+/// machine's own, or the processor that a hypervisor's guest runs on, which has its name then.
 pub fn is_qemu_tcg() -> bool {
     let hypervisor = cpu::cpuid(0x4000_0000, 0);
     let tcg = u32::from_le_bytes(*b"TCGT");
-    cpu::feature_1_ecx(31) && hypervisor.ebx == tcg
+    let brand = cpu::cpuid(0x8000_0002, 0);
+    let [qemu, name] = [*b"QEMU", *b" TCG"].map(u32::from_le_bytes);
+    cpu::feature_1_ecx(31) && (hypervisor.ebx == tcg || (brand.eax, brand.ebx) == (qemu, name))
 }
 
 /// Ends the machine with a verdict: status 33 for true and 35 for false where there is a test device,

@@ -68,10 +68,15 @@ impl Word {
 pub enum Policy {
     /// Where the host has it: its instructions are executed, or copied by a translator, as the host's own.
     Host,
-    /// Always: it is part of the 64-bit baseline, or done in software.
+    /// Always: it is part of the 64-bit baseline, or done by the machine in software on every engine.
     Always,
+    /// Always where instructions are executed in software; where the host's processor executes them itself, only if it
+    /// has the feature.
+    Software,
     /// Always where the vendor is AMD (or Hygon).
     Amd,
+    /// [`Policy::Software`] where the vendor is AMD.
+    AmdSoftware,
     /// Always where the vendor is not AMD.
     Intel,
     /// Where the machine has more than one processor.
@@ -149,7 +154,7 @@ const TRACE: &str = "no branch trace or debug store";
 const RESOURCES: &str = "no cache or bandwidth control";
 const SMM: &str = "no system management mode";
 
-use Policy::{Always, Amd, AmdSmp, Dynamic, Host, Intel, Smp};
+use Policy::{Always, Amd, AmdSmp, AmdSoftware, Dynamic, Host, Intel, Smp, Software};
 use Word::*;
 
 /// Every feature bit that the manuals name.
@@ -171,7 +176,7 @@ pub const FEATURES: &[Feature] = &[
     on(L1Ecx, 13, "CMPXCHG16B", Host, &[F::CMPXCHG16B]),
     hide(L1Ecx, 14, "XTPR", &[], THERMAL),
     hide(L1Ecx, 15, "PDCM", &[], PERFMON),
-    on(L1Ecx, 17, "PCID", Always, &[]),
+    on(L1Ecx, 17, "PCID", Software, &[]),
     hide(L1Ecx, 18, "DCA", &[], OBSOLETE),
     on(L1Ecx, 19, "SSE4.1", Host, &[F::SSE4_1]),
     on(L1Ecx, 20, "SSE4.2", Host, &[F::SSE4_2]),
@@ -184,7 +189,7 @@ pub const FEATURES: &[Feature] = &[
     on(L1Ecx, 27, "OSXSAVE", Dynamic, &[]),
     on(L1Ecx, 28, "AVX", Host, &[F::AVX]),
     on(L1Ecx, 29, "F16C", Host, &[F::F16C]),
-    on(L1Ecx, 30, "RDRAND", Always, &[F::RDRAND]),
+    on(L1Ecx, 30, "RDRAND", Software, &[F::RDRAND]),
     on(L1Ecx, 31, "HYPERVISOR", Always, &[]),
 
     on(L1Edx, 0, "FPU", Always, &[F::FPU]),
@@ -223,17 +228,17 @@ pub const FEATURES: &[Feature] = &[
     hide(L6Eax, 7, "HWP", &[], THERMAL),
     hide(L6Eax, 19, "HW-FEEDBACK", &[F::HRESET], THERMAL),
 
-    on(L7Ebx, 0, "FSGSBASE", Always, &[F::FSGSBASE]),
+    on(L7Ebx, 0, "FSGSBASE", Software, &[F::FSGSBASE]),
     on(L7Ebx, 1, "TSC_ADJUST", Always, &[]),
     hide(L7Ebx, 2, "SGX", &[F::SGX1, F::OSS], NESTED),
     on(L7Ebx, 3, "BMI1", Host, &[F::BMI1]),
     hide(L7Ebx, 4, "HLE", &[F::HLE, F::HLE_or_RTM], TSX),
     on(L7Ebx, 5, "AVX2", Host, &[F::AVX2]),
     on(L7Ebx, 6, "FDP_EXCPTN_ONLY", Host, &[]),
-    on(L7Ebx, 7, "SMEP", Always, &[]),
+    on(L7Ebx, 7, "SMEP", Software, &[]),
     on(L7Ebx, 8, "BMI2", Host, &[F::BMI2]),
-    on(L7Ebx, 9, "ERMS", Always, &[]),
-    on(L7Ebx, 10, "INVPCID", Always, &[F::INVPCID]),
+    on(L7Ebx, 9, "ERMS", Software, &[]),
+    on(L7Ebx, 10, "INVPCID", Software, &[F::INVPCID]),
     hide(L7Ebx, 11, "RTM", &[F::RTM], TSX),
     hide(L7Ebx, 12, "PQM", &[], RESOURCES),
     on(L7Ebx, 13, "ZERO_FCS_FDS", Host, &[]),
@@ -241,12 +246,12 @@ pub const FEATURES: &[Feature] = &[
     hide(L7Ebx, 15, "PQE", &[], RESOURCES),
     hide(L7Ebx, 16, "AVX512F", &[F::AVX512F], AVX512),
     hide(L7Ebx, 17, "AVX512DQ", &[F::AVX512DQ], AVX512),
-    on(L7Ebx, 18, "RDSEED", Always, &[F::RDSEED]),
+    on(L7Ebx, 18, "RDSEED", Software, &[F::RDSEED]),
     on(L7Ebx, 19, "ADX", Host, &[F::ADX]),
-    on(L7Ebx, 20, "SMAP", Always, &[F::SMAP]),
+    on(L7Ebx, 20, "SMAP", Software, &[F::SMAP]),
     hide(L7Ebx, 21, "AVX512_IFMA", &[F::AVX512_IFMA], AVX512),
-    on(L7Ebx, 23, "CLFLUSHOPT", Always, &[F::CLFLUSHOPT]),
-    on(L7Ebx, 24, "CLWB", Always, &[F::CLWB]),
+    on(L7Ebx, 23, "CLFLUSHOPT", Software, &[F::CLFLUSHOPT]),
+    on(L7Ebx, 24, "CLWB", Software, &[F::CLWB]),
     hide(L7Ebx, 25, "PT", &[], TRACE),
     hide(L7Ebx, 26, "AVX512PF", &[F::AVX512PF], AVX512),
     hide(L7Ebx, 27, "AVX512ER", &[F::AVX512ER], AVX512),
@@ -256,7 +261,7 @@ pub const FEATURES: &[Feature] = &[
     hide(L7Ebx, 31, "AVX512VL", &[F::AVX512VL], AVX512),
 
     hide(L7Ecx, 1, "AVX512_VBMI", &[F::AVX512_VBMI], AVX512),
-    on(L7Ecx, 2, "UMIP", Always, &[]),
+    on(L7Ecx, 2, "UMIP", Software, &[]),
     hide(L7Ecx, 3, "PKU", &[F::PKU], NO_STATE),
     hide(L7Ecx, 4, "OSPKE", &[], NO_STATE),
     hide(L7Ecx, 5, "WAITPKG", &[F::WAITPKG], MWAIT),
@@ -270,7 +275,7 @@ pub const FEATURES: &[Feature] = &[
     hide(L7Ecx, 13, "TME", &[], "memory encryption is the host's affair"),
     hide(L7Ecx, 14, "AVX512_VPOPCNTDQ", &[F::AVX512_VPOPCNTDQ], AVX512),
     hide(L7Ecx, 16, "LA57", &[], "no 5-level paging"),
-    on(L7Ecx, 22, "RDPID", Always, &[F::RDPID]),
+    on(L7Ecx, 22, "RDPID", Software, &[F::RDPID]),
     hide(L7Ecx, 23, "KL", &[F::KL, F::AESKLE, F::WIDE_KL], NO_STATE),
     hide(L7Ecx, 24, "BUS_LOCK_DETECT", &[], UNTESTED),
     hide(L7Ecx, 25, "CLDEMOTE", &[], "a hint; executes as NOP"),
@@ -282,7 +287,7 @@ pub const FEATURES: &[Feature] = &[
 
     hide(L7Edx, 2, "AVX512_4VNNIW", &[F::AVX512_4VNNIW], AVX512),
     hide(L7Edx, 3, "AVX512_4FMAPS", &[F::AVX512_4FMAPS], AVX512),
-    on(L7Edx, 4, "FSRM", Always, &[]),
+    on(L7Edx, 4, "FSRM", Software, &[]),
     hide(L7Edx, 5, "UINTR", &[F::UINTR], NO_STATE),
     hide(L7Edx, 8, "AVX512_VP2INTERSECT", &[F::AVX512_VP2INTERSECT], AVX512),
     hide(L7Edx, 9, "SRBDS_CTRL", &[], SPECULATION),
@@ -302,7 +307,7 @@ pub const FEATURES: &[Feature] = &[
     on(L7Edx, 26, "SPEC_CTRL", Intel, &[]),
     hide(L7Edx, 27, "STIBP", &[], SPECULATION),
     hide(L7Edx, 28, "L1D_FLUSH", &[], SPECULATION),
-    on(L7Edx, 29, "ARCH_CAPABILITIES", Always, &[]),
+    on(L7Edx, 29, "ARCH_CAPABILITIES", Software, &[]),
     hide(L7Edx, 30, "CORE_CAPABILITIES", &[], UNTESTED),
     hide(L7Edx, 31, "SSBD", &[], SPECULATION),
 
@@ -328,7 +333,7 @@ pub const FEATURES: &[Feature] = &[
     hide(LDs1Eax, 3, "XSAVES", &[F::XSAVES], "there is no supervisor state to save"),
     hide(LDs1Eax, 4, "XFD", &[], NO_STATE),
 
-    on(X1Ecx, 0, "LAHF/SAHF", Always, &[]),
+    on(X1Ecx, 0, "LAHF/SAHF", Software, &[]),
     on(X1Ecx, 1, "CmpLegacy", AmdSmp, &[]),
     hide(X1Ecx, 2, "SVM", &[F::SVM, F::SKINIT_or_SVM], NESTED),
     hide(X1Ecx, 3, "ExtApicSpace", &[], UNTESTED),
@@ -336,7 +341,7 @@ pub const FEATURES: &[Feature] = &[
     on(X1Ecx, 5, "LZCNT", Host, &[F::LZCNT]),
     on(X1Ecx, 6, "SSE4A", Host, &[F::SSE4A]),
     hide(X1Ecx, 7, "MisAlignSse", &[], "MXCSR.MM can't be set"),
-    on(X1Ecx, 8, "PREFETCHW", Always, &[F::PREFETCHW]),
+    on(X1Ecx, 8, "PREFETCHW", Software, &[F::PREFETCHW]),
     hide(X1Ecx, 9, "OSVW", &[], "no processor errata are passed on"),
     hide(X1Ecx, 10, "IBS", &[], PERFMON),
     hide(X1Ecx, 11, "XOP", &[F::XOP], OBSOLETE),
@@ -378,8 +383,8 @@ pub const FEATURES: &[Feature] = &[
     on(X1Edx, 23, "MMX", Amd, &[]),
     on(X1Edx, 24, "FXSR", Amd, &[]),
     hide(X1Edx, 25, "FFXSR", &[], "FXSAVE always saves the XMM registers"),
-    on(X1Edx, 26, "Page1GB", Always, &[]),
-    on(X1Edx, 27, "RDTSCP", Always, &[F::RDTSCP]),
+    on(X1Edx, 26, "Page1GB", Software, &[]),
+    on(X1Edx, 27, "RDTSCP", Software, &[F::RDTSCP]),
     on(X1Edx, 29, "LM", Always, &[]),
     hide(X1Edx, 30, "3DNowExt", &[F::D3NOWEXT], OBSOLETE),
     hide(X1Edx, 31, "3DNow", &[F::D3NOW], OBSOLETE),
@@ -394,17 +399,17 @@ pub const FEATURES: &[Feature] = &[
     hide(X7Edx, 12, "ProcPowerReporting", &[], THERMAL),
     hide(X7Edx, 14, "RAPL", &[], THERMAL),
 
-    on(X8Ebx, 0, "CLZERO", Amd, &[F::CLZERO]),
+    on(X8Ebx, 0, "CLZERO", AmdSoftware, &[F::CLZERO]),
     hide(X8Ebx, 1, "InstRetCntMsr", &[], PERFMON),
     on(X8Ebx, 2, "RstrFpErrPtrs", Host, &[]),
     hide(X8Ebx, 3, "INVLPGB", &[F::INVLPGB], UNTESTED),
     hide(X8Ebx, 4, "RDPRU", &[F::RDPRU], PERFMON),
     hide(X8Ebx, 6, "MBE", &[], RESOURCES),
     hide(X8Ebx, 8, "MCOMMIT", &[F::MCOMMIT], UNTESTED),
-    on(X8Ebx, 9, "WBNOINVD", Always, &[F::WBNOINVD]),
+    on(X8Ebx, 9, "WBNOINVD", Software, &[F::WBNOINVD]),
     hide(X8Ebx, 12, "IBPB", &[], SPECULATION),
     hide(X8Ebx, 13, "INT_WBINVD", &[], UNTESTED),
-    on(X8Ebx, 14, "IBRS", Amd, &[]),
+    on(X8Ebx, 14, "IBRS", AmdSoftware, &[]),
     hide(X8Ebx, 15, "STIBP", &[], SPECULATION),
     hide(X8Ebx, 16, "IbrsAlwaysOn", &[], SPECULATION),
     hide(X8Ebx, 17, "StibpAlwaysOn", &[], SPECULATION),
@@ -415,20 +420,20 @@ pub const FEATURES: &[Feature] = &[
     hide(X8Ebx, 23, "PPIN", &[], "the serial number of the host's processor is not passed on"),
     hide(X8Ebx, 24, "SSBD", &[], SPECULATION),
     hide(X8Ebx, 25, "SsbdVirtSpecCtrl", &[], SPECULATION),
-    on(X8Ebx, 26, "SsbdNotRequired", Amd, &[]),
+    on(X8Ebx, 26, "SsbdNotRequired", AmdSoftware, &[]),
     hide(X8Ebx, 27, "CPPC", &[], THERMAL),
     hide(X8Ebx, 28, "PSFD", &[], SPECULATION),
-    on(X8Ebx, 29, "BTC_NO", Amd, &[]),
+    on(X8Ebx, 29, "BTC_NO", AmdSoftware, &[]),
     hide(X8Ebx, 30, "IBPB_RET", &[], SPECULATION),
 
-    on(X21Eax, 0, "NoNestedDataBp", Amd, &[]),
+    on(X21Eax, 0, "NoNestedDataBp", AmdSoftware, &[]),
     hide(X21Eax, 1, "FsGsKernelGsBaseNonSerializing", &[], UNTESTED),
-    on(X21Eax, 2, "LFenceAlwaysSerializing", Amd, &[]),
+    on(X21Eax, 2, "LFenceAlwaysSerializing", AmdSoftware, &[]),
     hide(X21Eax, 3, "SmmPgCfgLock", &[], SMM),
     hide(X21Eax, 5, "VerwClear", &[], SPECULATION),
-    on(X21Eax, 6, "NullSelectClearsBase", Amd, &[]),
+    on(X21Eax, 6, "NullSelectClearsBase", AmdSoftware, &[]),
     hide(X21Eax, 7, "UpperAddressIgnore", &[], UNTESTED),
-    on(X21Eax, 8, "AutomaticIBRS", Amd, &[]),
+    on(X21Eax, 8, "AutomaticIBRS", AmdSoftware, &[]),
     on(X21Eax, 9, "NoSmmCtlMSR", Amd, &[]),
     hide(X21Eax, 10, "FSRS", &[], UNTESTED),
     hide(X21Eax, 11, "FSRC", &[], UNTESTED),
@@ -437,9 +442,9 @@ pub const FEATURES: &[Feature] = &[
     hide(X21Eax, 18, "EPSF", &[], SPECULATION),
     hide(X21Eax, 27, "SBPB", &[], SPECULATION),
     hide(X21Eax, 28, "IBPB_BRTYPE", &[], SPECULATION),
-    on(X21Eax, 29, "SRSO_NO", Amd, &[]),
-    on(X21Eax, 30, "SRSO_USER_KERNEL_NO", Amd, &[]),
+    on(X21Eax, 29, "SRSO_NO", AmdSoftware, &[]),
+    on(X21Eax, 30, "SRSO_USER_KERNEL_NO", AmdSoftware, &[]),
 
-    on(X21Ecx, 1, "TSA_SQ_NO", Amd, &[]),
-    on(X21Ecx, 2, "TSA_L1_NO", Amd, &[]),
+    on(X21Ecx, 1, "TSA_SQ_NO", AmdSoftware, &[]),
+    on(X21Ecx, 2, "TSA_L1_NO", AmdSoftware, &[]),
 ];

@@ -83,6 +83,14 @@ impl Cpu {
         }
     }
 
+    /// Executes the next instruction, or delivers the exception that it raises, without what was cached of translations and
+    /// code, and without looking for events: for an engine whose guest runs natively, so that nothing here hears when
+    /// it changes its page tables or code.
+    pub fn execute_next<E: Env>(&mut self, env: &mut E) {
+        self.flush_tlb();
+        self.run_one(env, InstructionDecoder::new(&self.model));
+    }
+
     /// Whether the next instructions may be executed by somebody who knows nothing of single steps, breakpoints,
     /// interrupt shadows and alignment checks.
     pub fn runs_plainly(&self) -> bool {

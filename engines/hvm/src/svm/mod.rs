@@ -1,0 +1,13 @@
+//! AMD-V: secure virtual machine (APM Vol. 2, chapter 15).
+
+mod exit;
+mod guest;
+mod nested;
+mod permissions;
+mod processor;
+mod switch;
+mod vmcb;
+
+pub use guest::{SvmGuest, SvmMachine};
+pub use nested::NestedTables;
+pub use processor::{Features, SvmProcessor, has_svm};

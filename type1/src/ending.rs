@@ -1,0 +1,49 @@
+//! How the hypervisor itself ends.
+
+use core::fmt::Arguments;
+use core::panic::PanicInfo;
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use crate::console::println;
+use crate::processor::{halt, port};
+
+/// Word of the command line: end QEMU by its isa-debug-exit device. For tests.
+const DEBUG_EXIT_OPTION: &str = "debug-exit";
+/// Port of that device.
+const DEBUG_EXIT_PORT: u16 = 0xf4;
+/// What makes QEMU's status 33: all went well.
+const GOOD: u32 = 0x10;
+/// What makes QEMU's status 35: something failed.
+const BAD: u32 = 0x11;
+
+static DEBUG_EXIT: AtomicBool = AtomicBool::new(false);
+
+/// Takes note of what the command line says about the end.
+pub(crate) fn set_options(command_line: &str) {
+    let wanted = command_line.split_whitespace().any(|word| word == DEBUG_EXIT_OPTION);
+    DEBUG_EXIT.store(wanted, Ordering::Relaxed);
+}
+
+fn end(status: u32) -> ! {
+    if DEBUG_EXIT.load(Ordering::Relaxed) {
+        port::outl(DEBUG_EXIT_PORT, status);
+    }
+    halt()
+}
+
+/// Nothing is left to be done.
+pub(crate) fn power_off() -> ! {
+    println!("bivisor: the machine can be switched off");
+    end(GOOD)
+}
+
+/// The hypervisor can't go on.
+pub(crate) fn give_up(why: Arguments<'_>) -> ! {
+    println!("bivisor: {why}");
+    end(BAD)
+}
+
+/// A mistake of the hypervisor's own.
+pub fn panic(info: &PanicInfo<'_>) -> ! {
+    give_up(format_args!("{info}"))
+}

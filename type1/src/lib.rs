@@ -1,0 +1,97 @@
+//! Bivisor on the bare machine, the lowest program there is: boots, takes the memory, and runs the virtual machines that
+//! came with it on the hardware's own virtualization (`bivisor-hvm`). The machines are those of `bivisor-machine`, as on Linux.
+//!
+//! This library is everything but the first instructions (`main.rs`). What needs no bare machine is tested on Linux.
+#![no_std]
+
+extern crate alloc;
+
+pub mod boot;
+pub mod bundle;
+pub mod console;
+pub mod ending;
+mod host;
+mod list;
+pub mod memory;
+mod processor;
+mod scheduler;
+mod time;
+mod vm;
+
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+use boot::BootInfo;
+use bundle::Bundle;
+use console::println;
+use memory::Image;
+use memory::heap::Heap;
+use processor::Processor;
+use scheduler::Scheduler;
+use vm::Host;
+
+/// Runs everything: from the loader's last instruction to the end of the last virtual machine. `start_info` is where the
+/// loader left PVH's start information.
+///
+/// # Safety
+/// Called once, at privilege level 0 in 64-bit mode, on the only running processor, with the first 4 GiB mapped as they are,
+/// interrupts disabled, and `image` telling where this program is. `heap` is the global allocator, still empty.
+#[allow(unsafe_code)]
+pub unsafe fn run(start_info: u64, image: &Image, heap: &Heap) -> ! {
+    console::serial::set_up();
+    // SAFETY: the caller's promises, in this order: the machine is ours, the information is the loader's.
+    let (info, processor) = unsafe {
+        let info = match boot::pvh::read(&boot::Identity, start_info) {
+            Ok(info) => info,
+            Err(error) => ending::give_up(format_args!("the loader's information can't be used: {error}")),
+        };
+        ending::set_options(info.command_line());
+        if let Err(error) = memory::take_over(&info, image, heap) {
+            ending::give_up(format_args!("{error}"));
+        }
+        (info, Processor::take_over())
+    };
+    println!(
+        "bivisor: {} MiB of memory, time-stamp counter at {} MHz",
+        info.usable_memory() >> 20,
+        processor.clock.hz() / 1_000_000
+    );
+    match start(&info, processor) {
+        Ok(mut scheduler) => scheduler.run(),
+        Err(error) => ending::give_up(format_args!("{error}")),
+    }
+    println!("bivisor: no virtual machine runs any more");
+    ending::power_off()
+}
+
+/// Why nothing can be run.
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    #[error(
+        "the loader gave no module: it has to give the virtual machines, as `cargo xtask metal` packs them"
+    )]
+    NoModule,
+    #[error("the module with the virtual machines can't be used: {0}")]
+    Bundle(#[from] bundle::BundleError),
+    #[error("{0}")]
+    Engine(bivisor_machine::engine::EngineError),
+    #[error("{name}: {error}")]
+    Vm { name: alloc::string::String, error: vm::VmError },
+}
+
+/// Makes the virtual machines.
+fn start(info: &BootInfo, processor: Processor) -> Result<Scheduler, StartError> {
+    let module = info.modules().first().ok_or(StartError::NoModule)?;
+    let bundle = Bundle::parse(memory::module(module))?;
+    let svm = processor.enable_svm().map_err(StartError::Engine)?;
+    let host = Arc::new(Host { processor, svm });
+    let alone = bundle.machines.len() == 1;
+    let console = Arc::new(console::Console::new(alone));
+    let mut machines = Vec::new();
+    for config in &bundle.machines {
+        let vm = vm::Vm::new(config, &host, console.add(&config.name))
+            .map_err(|error| StartError::Vm { name: config.name.clone(), error })?;
+        machines.push(vm);
+    }
+    Ok(Scheduler::new(host, console, machines))
+}
