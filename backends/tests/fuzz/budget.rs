@@ -15,6 +15,9 @@ const SHORT: Duration = Duration::from_secs(2);
 /// A round that takes longer hangs.
 const HANGING: Duration = Duration::from_secs(60);
 
+/// In place of a round's number: there is none any more.
+const OVER: u64 = u64::MAX;
+
 fn number(name: &str) -> Option<u64> {
     env::var(name).ok()?.parse().ok()
 }
@@ -23,11 +26,13 @@ fn number(name: &str) -> Option<u64> {
 struct Round {
     name: &'static str,
     seed: u64,
+    current: Arc<AtomicU64>,
 }
 
 impl Drop for Round {
     fn drop(&mut self) {
         if thread::panicking() {
+            self.current.store(OVER, Ordering::SeqCst);
             println!("{}: failed in the round {SEED}={}", self.name, self.seed);
         }
     }
@@ -42,7 +47,7 @@ pub fn rounds(name: &'static str, mut round: impl FnMut(&mut fastrand::Rng)) {
     let end = Instant::now() + time;
     let mut seed = first;
     loop {
-        let told = Round { name, seed };
+        let told = Round { name, seed, current: current.clone() };
         round(&mut fastrand::Rng::with_seed(seed));
         drop(told);
         seed += 1;
@@ -51,7 +56,7 @@ pub fn rounds(name: &'static str, mut round: impl FnMut(&mut fastrand::Rng)) {
             break;
         }
     }
-    current.store(u64::MAX, Ordering::SeqCst);
+    current.store(OVER, Ordering::SeqCst);
     println!("{name}: {} rounds in {time:?}", seed - first);
 }
 
@@ -63,7 +68,7 @@ fn watch(name: &'static str, current: &Arc<AtomicU64>) {
         loop {
             thread::sleep(Duration::from_millis(500));
             let seed = current.load(Ordering::SeqCst);
-            if seed == u64::MAX {
+            if seed == OVER {
                 return;
             }
             if seed != seen {

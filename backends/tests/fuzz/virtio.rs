@@ -455,7 +455,9 @@ fn fuzz_virtio_devices() {
             0 => rig.machine.drain(),
             1 => {
                 let saved = rig.machine.save();
-                rig.machine.restore(&saved).expect("what was saved comes back");
+                if let Err(error) = rig.machine.restore(&saved) {
+                    panic!("what was saved does not come back ({error}): {saved:?}");
+                }
             }
             _ => {}
         }

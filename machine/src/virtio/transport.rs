@@ -106,7 +106,9 @@ impl Registers for Transport {
     const VERSION: u32 = 1;
 
     fn valid(&self) -> bool {
-        !self.resetting && self.accepted & !self.offered == 0
+        // Until it says that it has accepted them, a driver may write what it likes.
+        let settled = self.status & (status::FEATURES_OK | status::DRIVER_OK) != 0;
+        !self.resetting && (!settled || self.accepted & !self.offered == 0)
     }
 }
 
@@ -322,6 +324,7 @@ impl Transport {
 mod tests {
     use super::register::*;
     use super::*;
+    use crate::devices::RestoreError;
 
     const ACKNOWLEDGED: u64 = 3;
 
@@ -403,6 +406,16 @@ mod tests {
         assert_eq!((t.write(STATUS, 1, 0), t.write(STATUS, 1, 15)), (Effect::None, Effect::None));
         t.reset();
         assert_eq!(t, transport());
+    }
+
+    #[test]
+    fn what_any_driver_may_have_written_can_be_restored() {
+        let mut t = transport();
+        accept(&mut t, u64::MAX);
+        assert!(transport().restore(&t.save()).is_ok());
+        let mut impossible = t.save();
+        impossible.registers.status = status::FEATURES_OK;
+        assert_eq!(transport().restore(&impossible), Err(RestoreError::Invalid));
     }
 
     #[test]
