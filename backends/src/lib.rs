@@ -7,4 +7,5 @@ pub mod rate;
 pub mod runtime;
 pub mod stderr_log;
 pub mod terminal;
+pub mod thread;
 pub mod vsock;

@@ -14,13 +14,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use bivisor_machine::virtio::vsock::{Connection, VsockGuest, VsockHost};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use crate::console::{ConsoleError, SocketFile, listen_at};
+use crate::thread::{Role, spawn};
 
 /// Bytes that are read of a socket at once.
 const PIECE: usize = 64 << 10;
@@ -109,10 +110,8 @@ impl VsockSockets {
             lingering: VecDeque::new(),
             next_port: FIRST_PORT,
         };
-        let thread = thread::Builder::new()
-            .name("vsock".into())
-            .spawn(move || while server.turn() {})
-            .map_err(VsockError::Start)?;
+        let thread =
+            spawn(Role::Vsock, "vsock", move || while server.turn() {}).map_err(VsockError::Start)?;
         Ok(Self { shared, thread: Some(thread), _file: file })
     }
 }

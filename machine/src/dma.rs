@@ -30,9 +30,17 @@ impl Dma {
     pub fn size(&self) -> u64 {
         self.0.size()
     }
+    /// Loads a byte.
+    pub fn load8(&self, offset: u64) -> u8 {
+        self.0.load8(offset)
+    }
     /// Loads two bytes.
     pub fn load16(&self, offset: u64) -> u16 {
         self.0.load16(offset)
+    }
+    /// Loads four bytes.
+    pub fn load32(&self, offset: u64) -> u32 {
+        self.0.load32(offset)
     }
     /// Loads eight bytes.
     pub fn load64(&self, offset: u64) -> u64 {
@@ -42,10 +50,33 @@ impl Dma {
     pub fn load_bytes(&self, offset: u64, to: &mut [u8]) {
         self.0.load_bytes(offset, to);
     }
+    /// Stores a byte.
+    pub fn store8(&self, offset: u64, value: u8) {
+        self.0.store8(offset, value);
+        self.0.observe(offset, 1);
+    }
     /// Stores two bytes.
     pub fn store16(&self, offset: u64, value: u16) {
         self.0.store16(offset, value);
         self.0.observe(offset, 2);
+    }
+    /// Stores four bytes.
+    pub fn store32(&self, offset: u64, value: u32) {
+        self.0.store32(offset, value);
+        self.0.observe(offset, 4);
+    }
+    /// Stores a byte and gives the one that was there, in one step.
+    pub fn swap8(&self, offset: u64, value: u8) -> u8 {
+        let mut old = self.0.load8(offset);
+        loop {
+            let seen = self.0.compare_exchange(offset, 1, old.into(), value.into()) as u8;
+            if seen == old {
+                break;
+            }
+            old = seen;
+        }
+        self.0.observe(offset, 1);
+        old
     }
     /// Stores eight bytes.
     pub fn store64(&self, offset: u64, value: u64) {

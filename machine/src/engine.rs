@@ -77,6 +77,16 @@ pub trait VcpuBus: Send + Sync {
     fn set_tsc(&self, value: u64);
     /// A hypercall; `None` where there is no paravirtual interface.
     fn hypercall(&self, state: &CpuState) -> Option<u64>;
+    /// Counts why guest code was left, where the bus has not been asked for anything.
+    fn count(&self, _kind: crate::exits::Kind) {}
+    /// The vCPU's thread is about to sleep, since the processor is halted.
+    fn parked(&self) {}
+    /// The vCPU's thread has slept.
+    fn unparked(&self) {}
+    /// Whether the host may wait awake for a moment before it lets the thread of a halted processor sleep.
+    fn host_polls(&self) -> bool {
+        true
+    }
 }
 
 /// Hears what a vCPU executes.

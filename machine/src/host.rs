@@ -9,6 +9,15 @@ pub trait Clock: Send + Sync {
     fn now(&self) -> Nanos;
     /// Wall-clock time: seconds since 1970-01-01 UTC, for the CMOS clock.
     fn wall_seconds(&self) -> u64;
+    /// Wall-clock time in nanoseconds since 1970-01-01 UTC. A host may know it by seconds only.
+    fn wall(&self) -> Nanos {
+        self.wall_seconds().saturating_mul(1_000_000_000)
+    }
+    /// How long the calling thread has been ready to execute since it began, but had no processor. Nothing where the
+    /// host doesn't tell.
+    fn stolen(&self) -> Nanos {
+        0
+    }
     /// The host's time-stamp counter, as RDTSC gives it.
     fn tsc(&self) -> u64;
     /// Ticks of [`Clock::tsc`] per second.

@@ -268,6 +268,7 @@ impl VcpuApic {
     }
     /// Takes the next event by priority, acknowledging an interrupt at its controller.
     pub fn take_event(&self, interrupts: bool, nmis: bool) -> Option<Event> {
+        self.settle();
         match self.apic.take_event(interrupts, nmis)? {
             Taken::Event(event) => Some(event),
             Taken::FromPic => {
@@ -278,13 +279,21 @@ impl VcpuApic {
     /// Reads a register in memory space; `None` if this address is none of this local APIC's now.
     pub fn mmio_read(&self, gpa: u64, size: usize) -> Option<u64> {
         let offset = self.offset(gpa)?;
+        self.settle();
         Some(self.apic.mmio_read(offset, size))
     }
     /// Writes a register in memory space; false if this address is none of this local APIC's now.
     pub fn mmio_write(&self, gpa: u64, size: usize, value: u64) -> bool {
         let Some(offset) = self.offset(gpa) else { return false };
+        self.settle();
         self.interrupts.apply(self.index, self.apic.mmio_write(offset, size, value));
         true
+    }
+    /// Brings the local APIC in line with what the guest has done without an exit.
+    pub fn settle(&self) {
+        if self.apic.eoi_is_set() {
+            self.interrupts.apply(self.index, self.apic.settle_eoi());
+        }
     }
     fn offset(&self, gpa: u64) -> Option<u64> {
         let offset = gpa.wrapping_sub(self.apic.mmio_base());
@@ -297,6 +306,7 @@ impl VcpuApic {
     }
     /// Reads an MSR of the local APIC; `None`: #GP.
     pub fn read_msr(&self, msr: u32) -> Option<u64> {
+        self.settle();
         match msr {
             MSR_APIC_BASE => Some(self.apic.base()),
             MSR_TSC_DEADLINE => Some(self.apic.tsc_deadline()),
@@ -305,6 +315,7 @@ impl VcpuApic {
     }
     /// Writes an MSR of the local APIC; false: #GP.
     pub fn write_msr(&self, msr: u32, value: u64) -> bool {
+        self.settle();
         match msr {
             MSR_APIC_BASE => self.apic.set_base(value).is_ok(),
             MSR_TSC_DEADLINE => {
@@ -330,6 +341,7 @@ impl VcpuApic {
     }
     /// The processor was reset by INIT.
     pub fn on_init(&self) {
+        self.settle();
         self.apic.on_init();
     }
 }

@@ -3,6 +3,7 @@
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt::Arguments;
+use core::iter;
 
 use bivisor_x86::cpuid::CpuModel;
 use bivisor_x86::state::{Activity, CpuState};
@@ -13,6 +14,7 @@ use crate::devices::lapic::Lapic;
 use crate::devices::{RestoreError, Saved};
 use crate::dma::Dma;
 use crate::engine::VcpuSetup;
+use crate::exits::Exits;
 use crate::firmware;
 use crate::host::{Alarm, ByteStream, Clock, EventSink, MachineEvent, Nanos, Waker};
 use crate::irq::Interrupts;
@@ -20,6 +22,7 @@ use crate::lifecycle::{Lifecycle, Transition, TransitionError};
 use crate::map::PCI_MEMORY64_START;
 use crate::memory::{GuestMemory, HIGH_RAM_START, LOW_RAM_END};
 use crate::pc::{Pc, PcError, PcParts, SavedPc};
+use crate::pv;
 use crate::sync::Mutex;
 use crate::timer::TimerHub;
 use crate::vcpu_bus::ProcessorBus;
@@ -41,6 +44,8 @@ pub struct MachineConfig {
     pub testdev: bool,
     /// Virtio devices offer packed rings, too.
     pub packed_rings: bool,
+    /// With KVM's paravirtual interface.
+    pub pv: bool,
 }
 
 /// What the host gives to a machine.
@@ -81,6 +86,15 @@ pub struct SavedApic {
     pub events: u32,
 }
 
+/// What the paravirtual interface holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SavedParavirt {
+    /// What the guest's clock shows.
+    pub time: Nanos,
+    /// What the guest has written, by processor.
+    pub processors: Vec<pv::SavedProcessor>,
+}
+
 /// Everything that a machine's devices hold, as of one moment. The processors' states and RAM are the host's to
 /// keep.
 #[derive(Clone, Debug, PartialEq)]
@@ -91,13 +105,15 @@ pub struct SavedMachine {
     pub apics: Vec<SavedApic>,
     /// The guest's time-stamp counter.
     pub tsc: u64,
+    /// The paravirtual interface, if there is one.
+    pub pv: Option<SavedParavirt>,
     /// All other devices.
     pub pc: SavedPc,
 }
 
 impl SavedMachine {
     /// Version of the layout.
-    pub const VERSION: u32 = 2;
+    pub const VERSION: u32 = 3;
 }
 
 /// One virtual machine, without the threads that execute its processors.
@@ -109,6 +125,10 @@ pub struct Machine {
     timers: Arc<TimerHub>,
     interrupts: Arc<Interrupts>,
     pc: Pc,
+    /// Each processor's side of the paravirtual interface; none without it.
+    pv: Vec<Arc<pv::Processor>>,
+    /// By processor.
+    exits: Vec<Arc<Exits>>,
     lifecycle: Mutex<Lifecycle>,
     /// State after power-up, which a reset restores.
     power_up: SavedMachine,
@@ -172,7 +192,9 @@ impl Machine {
         if let Some(bootstrap) = interrupts.apics().first() {
             bootstrap.enter_virtual_wire_mode();
         }
-        let power_up = save(&interrupts, &pc, 0);
+        let pv = if config.pv { paravirt(&memory, &host.clock, &interrupts) } else { Vec::new() };
+        let model = if config.pv { Arc::new(pv::cpuid::announce(&model)) } else { model };
+        let power_up = save(&interrupts, &pc, 0, None);
         Ok(Arc::new(Self {
             config,
             memory,
@@ -181,6 +203,8 @@ impl Machine {
             timers,
             interrupts,
             pc,
+            pv,
+            exits: (0..config.cpus).map(|_| Arc::default()).collect(),
             lifecycle: Mutex::new(Lifecycle::Created),
             power_up,
         }))
@@ -199,12 +223,19 @@ impl Machine {
         &self.pc
     }
 
+    /// Why the guest's code was left, by processor.
+    pub fn exits(&self) -> &[Arc<Exits>] {
+        &self.exits
+    }
+
     /// What an engine needs to make the processor of this index; `None` if there is no such processor.
     pub fn vcpu_setup(&self, index: u32) -> Option<VcpuSetup> {
         let bus = ProcessorBus {
             ports: self.pc.ports().clone(),
             mmio: self.pc.mmio().clone(),
             apic: self.interrupts.vcpu(index as usize)?,
+            pv: self.pv.get(index as usize).cloned(),
+            exits: self.exits.get(index as usize)?.clone(),
             hypercalls: self.config.testdev,
         };
         Some(VcpuSetup { memory: self.memory.clone(), bus: Arc::new(bus), model: self.model.clone() })
@@ -262,6 +293,7 @@ impl Machine {
     pub fn resume(&self) -> Result<(), TransitionError> {
         self.transition(Transition::Resume)?;
         self.pc.resume();
+        self.pv.iter().for_each(|processor| processor.stopped());
         Ok(())
     }
     /// Ends the machine: all processors return from their engines.
@@ -316,8 +348,17 @@ impl Machine {
 
     /// Everything that the devices hold. All processors must stand still; devices are drained.
     pub fn save(&self) -> SavedMachine {
+        for index in 0..self.interrupts.apics().len() {
+            if let Some(processor) = self.interrupts.vcpu(index) {
+                processor.settle();
+            }
+        }
         let offset = self.interrupts.apics().first().map_or(0, |apic| apic.tsc_offset());
-        save(&self.interrupts, &self.pc, self.clock.tsc().wrapping_add(offset))
+        let pv = self.pv.first().map(|first| SavedParavirt {
+            time: first.shared().time(),
+            processors: self.pv.iter().map(|processor| processor.save()).collect(),
+        });
+        save(&self.interrupts, &self.pc, self.clock.tsc().wrapping_add(offset), pv)
     }
 
     /// Takes over what [`Machine::save`] of a machine of the same configuration gave. All processors must stand
@@ -335,17 +376,35 @@ impl Machine {
             apic.restore_events(saved.events);
             apic.restore(&saved.registers)?;
         }
+        if let Some(first) = self.pv.first() {
+            first.shared().set_time(saved.pv.as_ref().map_or(0, |pv| pv.time));
+        }
+        let written = saved.pv.iter().flat_map(|pv| &pv.processors).copied();
+        for (processor, saved) in self.pv.iter().zip(written.chain(iter::repeat(Default::default()))) {
+            processor.restore(&saved);
+        }
         self.pc.restore(&saved.pc)
     }
 }
 
-fn save(interrupts: &Interrupts, pc: &Pc, tsc: u64) -> SavedMachine {
+/// Each processor's side of the paravirtual interface.
+fn paravirt(
+    memory: &Arc<GuestMemory>,
+    clock: &Arc<dyn Clock>,
+    interrupts: &Interrupts,
+) -> Vec<Arc<pv::Processor>> {
+    let shared = pv::Paravirt::new(Dma::new(memory.clone()), clock.clone());
+    let processor = |apic: &Arc<_>| Arc::new(pv::Processor::new(shared.clone(), Arc::clone(apic)));
+    interrupts.apics().iter().map(processor).collect()
+}
+
+fn save(interrupts: &Interrupts, pc: &Pc, tsc: u64, pv: Option<SavedParavirt>) -> SavedMachine {
     let apics = interrupts
         .apics()
         .iter()
         .map(|apic| SavedApic { registers: apic.save(), events: apic.save_events() })
         .collect();
-    SavedMachine { version: SavedMachine::VERSION, apics, tsc, pc: pc.save() }
+    SavedMachine { version: SavedMachine::VERSION, apics, tsc, pv, pc: pc.save() }
 }
 
 /// A machine was not reset.

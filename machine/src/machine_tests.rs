@@ -22,7 +22,7 @@ struct Bench {
 }
 
 fn config(cpus: u32, testdev: bool) -> MachineConfig {
-    MachineConfig { cpus, testdev, packed_rings: true }
+    MachineConfig { cpus, testdev, packed_rings: true, pv: false }
 }
 
 fn parts(host: &Arc<Host>, time: &Arc<Time>) -> HostParts {

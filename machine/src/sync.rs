@@ -16,9 +16,14 @@ pub struct HostRelax;
 impl RelaxStrategy for HostRelax {
     fn relax() {
         core::hint::spin_loop();
-        if let Some(give_up) = YIELD.get() {
-            give_up();
-        }
+        give_way();
+    }
+}
+
+/// Lets other threads have the processor, if the host can.
+pub fn give_way() {
+    if let Some(give_up) = YIELD.get() {
+        give_up();
     }
 }
 

@@ -7,8 +7,9 @@ use bivisor_backends::disk::DiskSpec;
 use bivisor_backends::net::NetSpec;
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{EngineChoice, GdbSpec, MemorySize};
+use crate::config::{EngineChoice, GdbSpec, MemorySize, Paravirtual};
 use crate::image::{DiskRecipe, ImportRequest};
+use crate::jail::Probe;
 use crate::{status, supervisor};
 
 /// Virtual machines with or without virtualization hardware.
@@ -88,6 +89,9 @@ pub struct RunArgs {
     /// What executes the guest's instructions [default: auto]
     #[arg(long, value_enum, value_name = "ENGINE")]
     pub engine: Option<EngineChoice>,
+    /// Whether the guest finds KVM's paravirtual interface, by which it asks instead of being emulated [default: on]
+    #[arg(long, value_enum, value_name = "on|off", hide_possible_values = true)]
+    pub pv: Option<Paravirtual>,
     /// Disk, again for each: an image or block device, then options such as format=raw|qcow2, readonly, snapshot,
     /// serial=TEXT
     #[arg(long = "disk", value_name = "PATH[,OPTION]…")]
@@ -131,6 +135,12 @@ pub struct RunArgs {
     /// Wait for a debugger at a TCP port of this host's loopback address, or at a Unix socket
     #[arg(long, value_name = ":PORT|unix=PATH")]
     pub gdb: Option<GdbSpec>,
+    /// Do without the jail that keeps the machine's process from everything but the machine: to debug bivisor itself
+    #[arg(long)]
+    pub no_jail: bool,
+    /// Let a thread of the jail try something, for tests
+    #[arg(long, hide = true, value_name = "ROLE:ATTEMPT")]
+    pub jail_probe: Option<Probe>,
 }
 
 #[cfg(test)]
@@ -145,15 +155,15 @@ mod tests {
 
     #[test]
     fn every_option_of_run_is_understood() {
-        let line = "bivisor run vm.toml --kernel k --initrd i --append -x --memory 1G --cpus 4 --engine interp \
-                    --disk a.img,readonly --disk b.img --net user --virtio-console pty --vsock v --rng --balloon --console unix=s --no-reboot --testdev --stats --trace t --perf-map --gdb :1234";
+        let line = "bivisor run vm.toml --kernel k --initrd i --append -x --memory 1G --cpus 4 --engine interp --pv off \
+                    --disk a.img,readonly --disk b.img --net user --virtio-console pty --vsock v --rng --balloon --console unix=s --no-reboot --testdev --stats --trace t --perf-map --gdb :1234 --no-jail";
         let Command::Run(run) = Cli::try_parse_from(line.split_whitespace()).unwrap().command else {
             panic!("not run");
         };
         assert_eq!(run.target.as_deref(), Some("vm.toml"));
         assert_eq!(run.append.as_deref(), Some("-x"));
-        assert_eq!(run.cpus, Some(4));
-        assert!(run.no_reboot && run.testdev && run.stats && run.perf_map);
+        assert_eq!((run.cpus, run.pv), (Some(4), Some(Paravirtual::Off)));
+        assert!(run.no_reboot && run.testdev && run.stats && run.perf_map && run.no_jail);
         assert_eq!(run.trace, Some(PathBuf::from("t")));
         assert_eq!((run.nets.len(), run.virtio_console), (1, Some(ConsoleSpec::Pty)));
         assert_eq!(run.vsock, Some(PathBuf::from("v")));

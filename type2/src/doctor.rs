@@ -1,13 +1,13 @@
 //! `bivisor doctor`: what this host can run, and why or why not, in words.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::host::clock::{self, host_cpuid};
+use crate::host::clock;
 use crate::host::memory;
+use crate::jail::{self, Support};
 use crate::{image, status};
 
 /// How a finding bears on `bivisor run`.
@@ -39,7 +39,8 @@ pub fn run() -> (String, u8) {
     let findings = [
         interpreter(),
         translator(),
-        kvm(Path::new("/dev/kvm"), host_cpuid),
+        kvm(),
+        confinement(),
         cpu(&host_flags()),
         tsc(),
         ram(),
@@ -59,7 +60,9 @@ pub fn run() -> (String, u8) {
         report.push_str("\nMachines can't run on this host.\n");
         return (report, status::HOST);
     }
-    report.push_str("\n`bivisor run` works here; --engine auto takes dbt if it is usable, else interp.\n");
+    report.push_str(
+        "\n`bivisor run` works here; --engine auto takes the first of kvm, dbt and interp that is usable.\n",
+    );
     (report, status::SUCCESS)
 }
 
@@ -89,42 +92,42 @@ fn interpreter() -> Finding {
     }
 }
 
-/// CPUID 1 ECX bit 5 (Intel VMX) and 8000_0001h ECX bit 2 (AMD SVM).
-fn has_virtualization(cpuid: impl Fn(u32, u32) -> [u32; 4]) -> bool {
-    let vmx = cpuid(1, 0)[2] & 1 << 5 != 0;
-    let svm = cpuid(0x8000_0000, 0)[0] >= 0x8000_0001 && cpuid(0x8000_0001, 0)[2] & 1 << 2 != 0;
-    vmx || svm
+/// How far machines' processes can be confined.
+fn confinement() -> Finding {
+    let (verdict, text) = match jail::try_out() {
+        Err(error) => (Verdict::Lacking, error.to_string()),
+        Ok(Support::Full) => {
+            (Verdict::Good, "machines run confined to what is theirs, by seccomp and Landlock".into())
+        }
+        Ok(Support::Partial) => (
+            Verdict::Good,
+            "machines run confined to what is theirs, by seccomp and an early Landlock".into(),
+        ),
+        Ok(missing) => {
+            let why = match missing {
+                Support::NotEnabled => {
+                    "the kernel was started without Landlock: add it to the boot parameter lsm="
+                }
+                _ => "the kernel has no Landlock, which came with Linux 5.13",
+            };
+            let text = format!(
+                "machines run confined by seccomp alone, so that one with sockets in the file system could remove other \
+                 files, and one with a user-mode network does not hear of new name servers: {why}"
+            );
+            (Verdict::Lacking, text)
+        }
+    };
+    Finding::new(verdict, "jail", text)
 }
 
-/// Whether /dev/kvm is there, can be opened, and is the CPU's virtualization. It is only looked at and opened: a
-/// KVM without hardware (PVM, for one) may hang a program that makes machines with it.
-fn kvm(device: &Path, cpuid: impl Fn(u32, u32) -> [u32; 4]) -> Finding {
-    let why = match fs::metadata(device) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            format!(
-                "there is no {}: no virtualization hardware, or its driver is not loaded",
-                device.display()
-            )
+/// Executes a small guest on it, which takes some milliseconds.
+fn kvm() -> Finding {
+    match bivisor_kvm::probe() {
+        Ok(()) => {
+            Finding::new(Verdict::Good, "engine kvm", "usable: this CPU's own virtualization; measured")
         }
-        Err(error) => format!("{} can't be looked at: {error}", device.display()),
-        Ok(metadata) if !metadata.file_type().is_char_device() => {
-            format!("{} is not a device", device.display())
-        }
-        Ok(_) => match OpenOptions::new().read(true).write(true).open(device) {
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                format!("{} may not be opened by you: join the group kvm", device.display())
-            }
-            Err(error) => format!("{} can't be opened: {error}", device.display()),
-            Ok(_) if !has_virtualization(cpuid) => format!(
-                "{} is there, but this CPU shows neither VMX nor SVM, so it is no virtualization by hardware; treat it as not usable",
-                device.display()
-            ),
-            Ok(_) => {
-                format!("{} is there and real, but this version has no engine for it yet", device.display())
-            }
-        },
-    };
-    Finding::new(Verdict::Lacking, "engine kvm", format!("not usable: {why}"))
+        Err(why) => Finding::new(Verdict::Lacking, "engine kvm", format!("not usable: {why}")),
+    }
 }
 
 /// Flags of the first processor in /proc/cpuinfo.
@@ -230,33 +233,6 @@ fn try_to_write(folder: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn no_features(_: u32, _: u32) -> [u32; 4] {
-        [0; 4]
-    }
-
-    #[test]
-    fn a_missing_device_and_a_file_are_told_apart() {
-        let missing = kvm(Path::new("/nonexistent/kvm"), no_features);
-        assert!(missing.text.contains("there is no /nonexistent/kvm"), "{}", missing.text);
-        let file = kvm(Path::new("/proc/cpuinfo"), no_features);
-        assert!(file.text.contains("is not a device"), "{}", file.text);
-    }
-
-    #[test]
-    fn a_device_without_hardware_is_not_usable() {
-        // Any character device that can be opened stands for a KVM without hardware.
-        let fake = kvm(Path::new("/dev/null"), no_features);
-        assert!(fake.text.contains("treat it as not usable"), "{}", fake.text);
-        let vmx = |leaf, _| if leaf == 1 { [0, 0, 1 << 5, 0] } else { [0; 4] };
-        assert!(kvm(Path::new("/dev/null"), vmx).text.contains("real"));
-        let svm = |leaf, _| match leaf {
-            0x8000_0000 => [0x8000_0001, 0, 0, 0],
-            0x8000_0001 => [0, 0, 1 << 2, 0],
-            _ => [0; 4],
-        };
-        assert!(has_virtualization(svm) && !has_virtualization(no_features));
-    }
 
     #[test]
     fn missing_cpu_features_are_named() {

@@ -1,26 +1,38 @@
 //! The one place that picks an engine.
 
 use bivisor_dbt::{SoftwareEngine, host_can_translate};
+use bivisor_kvm::{KvmEngine, Unusable};
 use bivisor_machine::engine::Engine;
 
 use crate::config::EngineChoice;
 
 /// An engine that is not to be had.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EngineUnavailable {
-    /// The KVM engine does not exist yet.
+    /// KVM is not there, or isn't what it seems.
     #[error(
-        "the engine kvm is not built yet, whatever this host's /dev/kvm: leave --engine away, or say --engine interp"
+        "the engine kvm is not usable: {0}; leave --engine away, and the best one is taken that works here"
     )]
-    Kvm,
+    Kvm(#[source] Unusable),
 }
 
-/// Makes the engine that was asked for.
-pub fn make(choice: EngineChoice) -> Result<Box<dyn Engine>, EngineUnavailable> {
+/// Decides which engine is to be taken: `auto` becomes one of the others. KVM is only taken after a look at what it does.
+pub fn choose(choice: EngineChoice) -> Result<EngineChoice, EngineUnavailable> {
     match choice {
-        EngineChoice::Auto if host_can_translate() => Ok(Box::new(SoftwareEngine::translator())),
-        EngineChoice::Auto | EngineChoice::Interp => Ok(Box::new(SoftwareEngine::interpreter())),
-        EngineChoice::Dbt => Ok(Box::new(SoftwareEngine::translator())),
-        EngineChoice::Kvm => Err(EngineUnavailable::Kvm),
+        EngineChoice::Auto if bivisor_kvm::probe().is_ok() => Ok(EngineChoice::Kvm),
+        EngineChoice::Auto if host_can_translate() => Ok(EngineChoice::Dbt),
+        EngineChoice::Auto => Ok(EngineChoice::Interp),
+        EngineChoice::Kvm => bivisor_kvm::probe().map(|()| choice).map_err(EngineUnavailable::Kvm),
+        EngineChoice::Dbt | EngineChoice::Interp => Ok(choice),
     }
+}
+
+/// Makes the engine that [`choose`] gave.
+pub fn make(choice: EngineChoice) -> Result<Box<dyn Engine>, EngineUnavailable> {
+    Ok(match choice {
+        EngineChoice::Kvm => Box::new(KvmEngine::new().map_err(EngineUnavailable::Kvm)?),
+        EngineChoice::Dbt => Box::new(SoftwareEngine::translator()),
+        // Nobody has chosen: the one that works everywhere.
+        EngineChoice::Interp | EngineChoice::Auto => Box::new(SoftwareEngine::interpreter()),
+    })
 }

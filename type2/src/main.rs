@@ -10,6 +10,7 @@ mod error;
 mod guest;
 mod host;
 mod image;
+mod jail;
 mod perf_map;
 mod run;
 mod status;

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::available_parallelism;
 
 use bivisor_backends::console::{Command, Console, ConsoleEvent};
 use bivisor_backends::terminal::{self, message};
@@ -18,6 +19,7 @@ use crate::guest::{self, Guest};
 use crate::host::clock::LinuxClock;
 use crate::host::log::Log;
 use crate::host::{memory, signals};
+use crate::jail::{Jail, Probe};
 use crate::perf_map::PerfMap;
 use crate::trace::TraceFile;
 use crate::vm::vcpu::VcpuEvent;
@@ -50,7 +52,7 @@ impl Ending {
 pub fn run(args: &RunArgs, verbose: bool) -> Result<u8, Failure> {
     let config = VmConfig::new(args).map_err(Failure::configuration)?;
     guest::make_missing_image(&config).map_err(Failure::configuration)?;
-    let ending = machine(config, verbose, None)?;
+    let ending = machine(config, verbose, None, args.jail_probe)?;
     if !ending.sentence.is_empty() {
         message(&format!("bivisor: {}\n", ending.sentence));
     }
@@ -58,14 +60,23 @@ pub fn run(args: &RunArgs, verbose: bool) -> Result<u8, Failure> {
 }
 
 /// Runs a machine to its end.
-pub fn machine(config: VmConfig, verbose: bool, managed: Option<Managed>) -> Result<Ending, Failure> {
+pub fn machine(
+    mut config: VmConfig,
+    verbose: bool,
+    managed: Option<Managed>,
+    probe: Option<Probe>,
+) -> Result<Ending, Failure> {
     config.check_memory(memory::host_memory()).map_err(Failure::configuration)?;
-    engines::make(config.engine).map_err(Failure::configuration)?;
+    config.engine = engines::choose(config.engine).map_err(Failure::configuration)?;
     let guest = Guest::find(&config).map_err(Failure::configuration)?;
     let clock = Arc::new(LinuxClock::start());
     set_yield(|| {
         rustix::thread::sched_yield();
     });
+
+    let processors = available_parallelism().map_or(1, usize::from);
+    let jail =
+        (!config.no_jail).then(|| Jail::begin(&config, processors)).transpose().map_err(Failure::host)?;
 
     let (events, happenings) = channel();
     let log = Arc::new(Log::start(verbose).map_err(Failure::host)?);
@@ -95,7 +106,16 @@ pub fn machine(config: VmConfig, verbose: bool, managed: Option<Managed>) -> Res
     let trace = trace.transpose().map_err(Failure::host)?;
     let perf_map = config.perf_map.then(PerfMap::create).transpose().map_err(Failure::host)?;
     let backends = Backends::open(&config, &guest)?;
-    let parts = Parts { config, guest, clock, console, backends, trace, perf_map, log, events };
+    if let Some(probe) = probe {
+        probe.before_close();
+    }
+    if let Some(jail) = jail {
+        jail.close().map_err(Failure::host)?;
+    }
+    if let Some(probe) = probe {
+        probe.after_close();
+    }
+    let parts = Parts { config, guest, clock, processors, console, backends, trace, perf_map, log, events };
     let ending = supervise(&parts, &happenings, debugger.as_ref(), ready);
 
     if let (Some(debugger), Ok(ending)) = (&debugger, &ending) {

@@ -21,6 +21,8 @@ pub const CONSOLE_LOST: u8 = 14;
 pub const ENGINE: u8 = 16;
 /// A bug of ours.
 pub const INTERNAL: u8 = 18;
+/// The jail refused a system call of the machine's process.
+pub const JAIL: u8 = 20;
 
 /// Ended by a signal, as shells count: SIGTERM gives 143.
 pub fn of_signal(signal: i32) -> u8 {
@@ -40,5 +42,6 @@ Exit status of run:
   14   the console is gone
   16   the engine could not go on
   18   a bug in bivisor
+  20   the jail refused a system call
   129, 130, 131, 143   ended by SIGHUP, SIGINT, SIGQUIT, SIGTERM
   odd  with --testdev: (value << 1) | 1 of what the guest wrote to port 0xf4";

@@ -44,7 +44,6 @@ fn what_can_not_be_had() {
     let kernel = folder.kernel(ECHO);
     let kernel = kernel.to_str().unwrap();
     refused(&folder, &["run", "--kernel", kernel, "--memory", "60T"], 4, "this host has only");
-    refused(&folder, &["run", "--kernel", kernel, "--engine", "kvm"], 4, "the engine kvm is not built yet");
     refused(&folder, &["run", "nosuch"], 4, "there is no image nosuch");
     refused(&folder, &["run", "--initrd", kernel], 4, "an initrd needs a kernel");
     refused(&folder, &["run", "hello", "--kernel", kernel], 4, "both the image 'hello' and a kernel");

@@ -206,3 +206,23 @@ fn a_reader_that_wants_no_more_is_no_bug() {
     let output = child.wait_with_output().unwrap();
     assert_eq!((output.status.code(), stderr(&output)), (Some(0), String::new()));
 }
+
+/// Whatever this host has: the engine kvm runs or is refused, and a choice is made at once.
+#[test]
+fn a_kvm_that_is_none_is_refused_and_the_choice_takes_no_time() {
+    let folder = Folder::new();
+    let report = folder.bivisor(&["doctor"]).output().unwrap();
+    let report = String::from_utf8_lossy(&report.stdout).into_owned();
+    let why = report.lines().find_map(|line| line.strip_prefix("--  engine kvm         not usable: "));
+    let start = Instant::now();
+    let output = folder.run(TEST_EXIT, &["--testdev", "--engine", "kvm"]);
+    assert!(start.elapsed() < Duration::from_secs(10));
+    match why {
+        Some(why) => {
+            assert_eq!(output.status.code(), Some(4), "{report}");
+            assert!(stderr(&output).contains(why), "{why:?} in {}", stderr(&output));
+        }
+        None => assert_eq!(output.status.code(), Some(33), "{report}"),
+    }
+    assert_eq!(folder.run(TEST_EXIT, &["--testdev"]).status.code(), Some(33), "auto");
+}

@@ -21,6 +21,8 @@ pub struct Cpu {
     pub next_rip: u64,
     /// Linear addresses of instructions that a debugger outside wants [`Cpu::run`] to return before.
     pub breakpoints: Vec<u64>,
+    /// The next HLT does not halt ([`crate::env::Event::Unhalt`]).
+    pub(crate) unhalted: bool,
     pub(crate) decode_cache: DecodeCache,
     pub(crate) tlb: Tlb,
     /// Set by every access that goes past the TLB, as all accesses to devices do.
@@ -68,6 +70,7 @@ impl Cpu {
             apic_id: 0,
             next_rip: 0,
             breakpoints: Vec::new(),
+            unhalted: false,
             decode_cache: DecodeCache::default(),
             tlb: Tlb::new(),
             went_past_tlb: false,

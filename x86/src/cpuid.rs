@@ -80,7 +80,7 @@ impl fmt::Debug for InstructionSets {
 pub const APIC_BUS_HZ: u64 = 100_000_000;
 
 /// First leaf of the hypervisor's own, SDM Vol. 2A: reserved for software.
-const HYPERVISOR_LEAF: u32 = 0x4000_0000;
+pub const HYPERVISOR_LEAF: u32 = 0x4000_0000;
 /// Leaf with the frequencies of TSC and APIC in kHz, as VMware introduced it.
 const FREQUENCY_LEAF: u32 = 0x4000_0010;
 /// Size of linear addresses in bits: 4-level paging.
@@ -118,6 +118,12 @@ impl CpuModel {
             // Hypercalls are for guests of every vendor's processors, and need no CPUID bit of theirs.
             | Code::Vmcall | Code::Vmmcall
         ) || instruction.cpuid_features().iter().all(|&set| self.offers(set))
+    }
+
+    /// Sets what one leaf says, whatever it said before.
+    pub fn set_leaf(&mut self, leaf: Leaf) {
+        self.leaves.retain(|old| (old.function, old.index) != (leaf.function, leaf.index));
+        self.leaves.push(leaf);
     }
 
     /// Whether a feature bit is set.

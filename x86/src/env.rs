@@ -17,6 +17,10 @@ pub enum Event {
     Sipi(u8),
     /// Somebody wants the engine to return to its caller.
     Kick,
+    /// Ends HLT without an interrupt: the present one, or the next.
+    Unhalt,
+    /// All cached translations are to be dropped.
+    FlushTlb,
 }
 
 /// A register of a memory-mapped device, or none, answered this.

@@ -4,9 +4,9 @@ use crate::cpu::Cpu;
 use crate::env::{Env, Event};
 use crate::exception::{Exception, vector};
 use crate::memory::is_canonical;
-use crate::registers::{Cr0, Rflags, gpr};
+use crate::registers::{Rflags, gpr};
 use crate::segment::{Descriptor, is_null, null_segment, null_stack_segment, rpl, system_type};
-use crate::state::{Activity, CpuState, Mode, SegReg, Segment, TableRegister};
+use crate::state::{Activity, Mode, SegReg, Segment, TableRegister};
 use crate::task::{Origin, TaskSwitch};
 
 /// Error code bit: the event was not caused by an instruction of the program.
@@ -119,7 +119,8 @@ impl Cpu {
     }
 
     /// Takes an event between two instructions: an interrupt or NMI is delivered (and ends HLT), INIT resets,
-    /// a SIPI starts a processor that waits for one. [`Event::Kick`] is not for the processor and does nothing.
+    /// a SIPI starts a processor that waits for one. [`Event::Kick`] is not for the processor and does nothing. The
+    /// others are those of a paravirtual interface.
     pub fn deliver_event<E: Env>(&mut self, env: &mut E, event: Event) {
         match event {
             Event::Interrupt(number) => self.deliver_external(env, number),
@@ -130,6 +131,11 @@ impl Cpu {
             Event::Init => self.init(env),
             Event::Sipi(page) => self.start(page),
             Event::Kick => {}
+            Event::Unhalt if self.state.activity == Activity::Halted => {
+                self.state.activity = Activity::Running;
+            }
+            Event::Unhalt => self.unhalted = true,
+            Event::FlushTlb => self.flush_tlb(),
         }
     }
 
@@ -424,41 +430,26 @@ impl Cpu {
         Ok(())
     }
 
-    /// INIT (SDM Vol. 3A, table 9-1): most of a reset, but x87, SSE, AVX, MSRs and the caches' control bits stay.
+    /// INIT.
     fn init<E: Env>(&mut self, env: &mut E) {
-        let old = &self.state;
-        let caching = old.cr0 & (Cr0::CD | Cr0::NW).bits();
-        let mut msr = old.msr.clone();
-        msr.efer = 0;
-        let mut state = CpuState { xcr0: old.xcr0, xsave: old.xsave, msr, ..CpuState::default() };
-        state.cr0 = caching | Cr0::ET.bits();
-        let [signature, ..] = self.model.query(1, 0);
-        state.gpr[gpr::RDX] = signature.into();
         let bootstrap = match env.read_msr(MSR_APIC_BASE) {
             Some(base) => base & APIC_BASE_BSP != 0,
             None => self.apic_id == 0,
         };
-        state.activity = if bootstrap { Activity::Running } else { Activity::WaitForSipi };
-        self.state = state;
+        let [signature, ..] = self.model.query(1, 0);
+        self.state.init(signature, bootstrap);
         self.next_rip = self.state.rip;
         self.state_changed();
         env.on_init();
     }
 
-    /// A SIPI (SDM Vol. 3A, section 8.4.4): execution starts at `page` × 4 KiB, if one was waited for.
+    /// A SIPI.
     fn start(&mut self, page: u8) {
-        if self.state.activity != Activity::WaitForSipi {
-            return;
+        if self.state.start(page) {
+            let segment = *self.segment(SegReg::Cs);
+            self.set_segment(SegReg::Cs, segment);
+            self.next_rip = 0;
         }
-        let segment = Segment {
-            base: u64::from(page) << 12,
-            selector: u16::from(page) << 8,
-            ..*self.segment(SegReg::Cs)
-        };
-        self.set_segment(SegReg::Cs, segment);
-        self.state.rip = 0;
-        self.next_rip = 0;
-        self.state.activity = Activity::Running;
     }
 }
 
@@ -470,6 +461,8 @@ pub(crate) fn on_new_stack(exception: Exception, selector: u16) -> Exception {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::registers::Cr0;
+    use crate::state::CpuState;
     use crate::testing::{Machine, at, sel};
 
     const INTERRUPT32: u8 = 0x8e;

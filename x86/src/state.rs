@@ -1,6 +1,6 @@
 //! The architectural state of one logical processor: plain data, copied in and out of every engine.
 
-use crate::registers::{Cr0, Cr4, Efer, Rflags};
+use crate::registers::{Cr0, Cr4, Efer, Rflags, gpr};
 
 /// Segment register numbers, in the order of their instruction encoding (SDM Vol. 2A, table 2-3 "sreg").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -281,6 +281,29 @@ pub enum Mode {
 }
 
 impl CpuState {
+    /// INIT (SDM Vol. 3A, table 9-1): most of a reset, but x87, SSE, AVX, MSRs and the caches' control bits stay.
+    /// `signature`: CPUID 1 EAX. The bootstrap processor then executes, the others wait for a SIPI.
+    pub fn init(&mut self, signature: u32, bootstrap: bool) {
+        let caching = self.cr0 & (Cr0::CD | Cr0::NW).bits();
+        let msr = Msrs { efer: 0, ..self.msr.clone() };
+        *self = Self { xcr0: self.xcr0, xsave: self.xsave, msr, ..Self::default() };
+        self.cr0 = caching | Cr0::ET.bits();
+        self.gpr[gpr::RDX] = signature.into();
+        self.activity = if bootstrap { Activity::Running } else { Activity::WaitForSipi };
+    }
+
+    /// A SIPI (SDM Vol. 3A, section 8.4.4): execution starts at `page` × 4 KiB, if one was waited for; whether it was.
+    pub fn start(&mut self, page: u8) -> bool {
+        let waited = self.activity == Activity::WaitForSipi;
+        if waited {
+            let cs = &mut self.seg[SegReg::Cs as usize];
+            (cs.base, cs.selector) = (u64::from(page) << 12, u16::from(page) << 8);
+            self.rip = 0;
+            self.activity = Activity::Running;
+        }
+        waited
+    }
+
     /// The current execution mode.
     pub fn mode(&self) -> Mode {
         if self.cr0 & Cr0::PE.bits() == 0 {

@@ -15,7 +15,7 @@ use std::{
 };
 
 /// What the guest's shell asks with.
-const PROMPT: &str = "root@debian:/root# ";
+pub const PROMPT: &str = "root@debian:/root# ";
 /// The guest's time from power-up to power-off on the slower engine, with much to spare on a busy machine.
 const TIME_LIMIT: Duration = Duration::from_secs(400);
 
@@ -23,7 +23,7 @@ const TIME_LIMIT: Duration = Duration::from_secs(400);
 const DISK_SIZE: u64 = 64 << 20;
 
 /// A line to type, and what must be in the answer.
-const DIALOGUE: &[(&str, &[&str])] = &[
+pub const DIALOGUE: &[(&str, &[&str])] = &[
     ("uname -a", &["Linux debian", "-cloud-amd64", "x86_64"]),
     ("cat /proc/interrupts", &["IO-APIC", "ttyS0", "acpi", "Local timer interrupts"]),
     ("cat /proc/cmdline", &["console=ttyS0"]),
@@ -109,14 +109,15 @@ fn talk(child: &mut Child, start: Instant) -> Result<Duration> {
 }
 
 /// What the guest writes.
-struct Screen {
+pub struct Screen {
     bytes: Receiver<Vec<u8>>,
     text: String,
     deadline: Instant,
 }
 
 impl Screen {
-    fn new(mut output: impl Read + Send + 'static, deadline: Instant) -> Self {
+    /// Reads it in a thread of its own.
+    pub fn new(mut output: impl Read + Send + 'static, deadline: Instant) -> Self {
         let (send, bytes) = channel();
         thread::spawn(move || {
             let mut buffer = [0; 4096];
@@ -129,6 +130,11 @@ impl Screen {
         Self { bytes, text: String::new(), deadline }
     }
 
+    /// Waits no longer than this for what is still to come.
+    pub fn set_deadline(&mut self, deadline: Instant) {
+        self.deadline = deadline;
+    }
+
     /// More text, or `false` at the end.
     fn more(&mut self) -> Result<bool> {
         let left = self.deadline.saturating_duration_since(Instant::now());
@@ -139,13 +145,13 @@ impl Screen {
             }
             Err(RecvTimeoutError::Disconnected) => Ok(false),
             Err(RecvTimeoutError::Timeout) => {
-                bail!("nothing more within {TIME_LIMIT:?}: {:?}", tail(&self.text))
+                bail!("nothing more in time: {:?}", tail(&self.text))
             }
         }
     }
 
     /// The text up to `end`.
-    fn until(&mut self, end: &str) -> Result<String> {
+    pub fn until(&mut self, end: &str) -> Result<String> {
         loop {
             if let Some(at) = self.text.find(end) {
                 let rest = self.text.split_off(at + end.len());
@@ -155,7 +161,8 @@ impl Screen {
         }
     }
 
-    fn rest(&mut self) -> Result<String> {
+    /// The text up to the end of all.
+    pub fn rest(&mut self) -> Result<String> {
         while self.more()? {}
         Ok(std::mem::take(&mut self.text))
     }

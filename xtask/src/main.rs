@@ -1,6 +1,9 @@
 //! The project's own tasks: `cargo xtask help` lists them.
 mod bench;
+mod fuzz;
 mod linux;
+mod nested;
+mod power_cut;
 mod setup;
 mod steps;
 mod test;
@@ -30,6 +33,8 @@ enum Task {
         #[arg(long, conflicts_with = "quick")]
         all: bool,
     },
+    /// Run the guests and Linux on the engine kvm, in a Linux with KVM that QEMU emulates.
+    NestedKvm,
     /// Measure the same benchmark program on the host, in Bivisor and in every QEMU, in turns.
     ///
     /// Writes a table, a plot and the raw results. Status 0 only if every row of every run came out right.
@@ -46,6 +51,13 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Kill a machine at random moments while its guest writes, and look whether all is there that was safe.
+    ///
+    /// Disks in both formats, with every mode of caching; each time the image, the file system, and what the guest had been
+    /// told to be written are checked.
+    PowerCut(power_cut::Arguments),
+    /// Give devices, disk images and networks what nobody would by accident: a fixed time of each, random each time.
+    Fuzz(fuzz::Arguments),
     /// Find where two traces of one guest (`bivisor run --trace`), one of them of the interpreter, first differ.
     TraceDiff {
         /// A trace.
@@ -61,9 +73,12 @@ enum Task {
 fn main() -> ExitCode {
     let result = match Arguments::parse().task {
         Task::Test { quick, all } => test::run(quick, all),
+        Task::NestedKvm => test::nested_kvm(),
         Task::Bench(arguments) => bench::bench(&arguments),
         Task::AsmTests { arguments } => optimised("asm-tests", &arguments),
         Task::Oracle { arguments } => optimised("bivisor-oracle", &arguments),
+        Task::Fuzz(arguments) => fuzz::run(&arguments),
+        Task::PowerCut(arguments) => power_cut::run(&arguments),
         Task::TraceDiff { a, b, cpu } => trace_diff::run(&a, &b, cpu),
     };
     match result {

@@ -1,5 +1,5 @@
 //! `cargo xtask test`: everything that has to hold.
-use crate::{linux, setup, steps::Tally, trace_diff};
+use crate::{fuzz, linux, nested, power_cut, setup, steps::Tally, trace_diff};
 use anyhow::Result;
 use std::{
     env,
@@ -17,6 +17,17 @@ pub fn cargo(folder: &str) -> Command {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(root().join(folder));
     cargo
+}
+
+/// Builds the program and runs the checks of the engine kvm.
+///
+/// # Errors
+/// If something that the checks need is missing.
+pub fn nested_kvm() -> Result<bool> {
+    let mut tally = Tally::default();
+    let program = linux::program(&mut tally)?;
+    nested::all(&mut tally, &program)?;
+    Ok(tally.close())
 }
 
 /// Runs every check; with `quick`, without what needs an optimised build: traces and the boot of Linux. With `all`, with
@@ -38,6 +49,8 @@ pub fn run(quick: bool, all: bool) -> Result<bool> {
         let program = linux::program(&mut tally)?;
         trace_diff::guests::agree(&mut tally, &program);
         linux::boots(&mut tally, &program);
+        power_cut::briefly(&mut tally, &program);
+        fuzz::briefly(&mut tally)?;
     }
     if all {
         let servers = ["test", "--release", "--package", "bivisor", "--test", "consolidation"];

@@ -4,10 +4,11 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use bivisor_machine::host::ByteStream;
+
+use crate::thread::{Role, spawn};
 
 /// Bytes kept for a far end that does not take them now. What goes beyond is lost, as on a serial line without
 /// flow control: a guest must not be able to fill the host's memory.
@@ -58,7 +59,7 @@ impl Output {
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let output = Self { shared: shared.clone() };
-        thread::Builder::new().name("console-out".into()).spawn(move || {
+        spawn(Role::ConsoleOut, "console-out", move || {
             if let Err(error) = write_loop(&shared, &mut far_end) {
                 let mut queue = shared.lock();
                 queue.broken = true;

@@ -3,7 +3,6 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::thread;
 use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
@@ -13,6 +12,7 @@ use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 use super::output::FarEnd;
 use super::stdio::{read, write_all};
 use super::{Console, ConsoleError, Held, Input, Output};
+use crate::thread::{Role, spawn};
 
 pub(super) fn open(
     input: Input,
@@ -22,17 +22,15 @@ pub(super) fn open(
     let master = Arc::new(master);
     let output = Output::start(PtyEnd(master.clone()), lost).map_err(ConsoleError::Thread)?;
     let sink = input.clone();
-    thread::Builder::new()
-        .name("console-in".into())
-        .spawn(move || {
-            // While we hold the other side open ourselves, users come and go without an error here.
-            let _slave = slave;
-            let mut buffer = [0; 4096];
-            while let Ok(count @ 1..) = read(master.as_fd(), &mut buffer) {
-                sink.deliver(&buffer[..count], &|| true);
-            }
-        })
-        .map_err(ConsoleError::Thread)?;
+    spawn(Role::ConsoleIn, "console-in", move || {
+        // While we hold the other side open ourselves, users come and go without an error here.
+        let _slave = slave;
+        let mut buffer = [0; 4096];
+        while let Ok(count @ 1..) = read(master.as_fd(), &mut buffer) {
+            sink.deliver(&buffer[..count], &|| true);
+        }
+    })
+    .map_err(ConsoleError::Thread)?;
     Ok(Console::new(output, input, Some(name), Duration::from_millis(200), Held::Nothing))
 }
 

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::thread;
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -12,6 +12,7 @@ use super::escape::{Command, Escape, HELP};
 use super::output::FarEnd;
 use super::{Console, ConsoleError, ConsoleEvent, EventHandler, Held, Input, Output, notice};
 use crate::terminal::RawTerminal;
+use crate::thread::{Role, spawn};
 
 pub(super) fn open(
     input: Input,
@@ -20,11 +21,17 @@ pub(super) fn open(
 ) -> Result<Console, ConsoleError> {
     let raw = RawTerminal::enter().map_err(ConsoleError::Terminal)?;
     let output = Output::start(StdoutEnd, lost).map_err(ConsoleError::Thread)?;
-    let reader = Reader { input: input.clone(), output: output.clone(), events, terminal: raw.is_some() };
-    thread::Builder::new()
-        .name("console-in".into())
-        .spawn(move || reader.run())
-        .map_err(ConsoleError::Thread)?;
+    // The escape key must work while the guest takes no input, so another thread waits for the guest.
+    let (keys, typed) = sync_channel::<Vec<u8>>(READS_QUEUED);
+    let guest = input.clone();
+    spawn(Role::ConsoleIn, "console-wait", move || {
+        for bytes in typed {
+            guest.deliver(&bytes, &|| true);
+        }
+    })
+    .map_err(ConsoleError::Thread)?;
+    let reader = Reader { output: output.clone(), events, terminal: raw.is_some() };
+    spawn(Role::ConsoleIn, "console-in", move || reader.run(&keys)).map_err(ConsoleError::Thread)?;
     // A pipe's reader or a stopped terminal may take its time; a signal still ends the wait.
     Ok(Console::new(output, input, None, Duration::from_secs(10), Held::Terminal { _raw: raw }))
 }
@@ -74,7 +81,6 @@ fn wait_for(fd: BorrowedFd<'_>, flags: PollFlags) -> io::Result<()> {
 }
 
 struct Reader {
-    input: Input,
     output: Output,
     events: EventHandler,
     /// Standard input is a terminal: it has an escape key, and its end means that the user is gone.
@@ -82,20 +88,8 @@ struct Reader {
 }
 
 impl Reader {
-    fn run(self) {
-        // The escape key must work while the guest takes no input, so another thread waits for the guest.
-        let (keys, typed) = std::sync::mpsc::sync_channel::<Vec<u8>>(READS_QUEUED);
-        let input = self.input.clone();
-        let waiter = thread::Builder::new().name("console-wait".into()).spawn(move || {
-            for bytes in typed {
-                input.deliver(&bytes, &|| true);
-            }
-        });
-        let result = match waiter {
-            Ok(_) => self.read_loop(&keys),
-            Err(error) => Err(error),
-        };
-        match result {
+    fn run(self, keys: &SyncSender<Vec<u8>>) {
+        match self.read_loop(keys) {
             // Without a terminal the end of input says nothing about the guest.
             Ok(()) if !self.terminal => {}
             Ok(()) => (self.events)(ConsoleEvent::Lost(io::ErrorKind::UnexpectedEof.into())),
@@ -103,7 +97,7 @@ impl Reader {
         }
     }
 
-    fn read_loop(&self, keys: &std::sync::mpsc::SyncSender<Vec<u8>>) -> io::Result<()> {
+    fn read_loop(&self, keys: &SyncSender<Vec<u8>>) -> io::Result<()> {
         let (mut escape, mut buffer) = (Escape::default(), [0; 4096]);
         let stdin = io::stdin();
         loop {

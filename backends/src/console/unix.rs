@@ -18,6 +18,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, 
 
 use super::output::FarEnd;
 use super::{Console, ConsoleError, Held, Input, Output};
+use crate::thread::{Role, spawn};
 
 /// Output kept for the next client while there is none.
 const BACKLOG: usize = 64 << 10;
@@ -31,9 +32,7 @@ pub(super) fn open(
     let line = Arc::new(Line::default());
     let output = Output::start(SocketEnd(line.clone()), lost).map_err(ConsoleError::Thread)?;
     let sink = input.clone();
-    thread::Builder::new()
-        .name("console-in".into())
-        .spawn(move || serve(&listener, &line, &sink))
+    spawn(Role::ConsoleIn, "console-in", move || serve(&listener, &line, &sink))
         .map_err(ConsoleError::Thread)?;
     let address = path.display().to_string();
     Ok(Console::new(output, input, Some(address), Duration::from_millis(500), Held::Socket { _file: file }))

@@ -13,6 +13,7 @@ use bivisor_machine::block::{BlockDone, BlockError, BlockOperation, BlockStore};
 use super::content::Content;
 use super::spec::{CacheMode, OnFull};
 use crate::rate::{RateLimit, RateLimiter};
+use crate::thread::{Role, spawn};
 
 /// Requests that run at once.
 const WORKERS: usize = 4;
@@ -101,7 +102,6 @@ struct State {
     retry: Option<Instant>,
     limiter: Option<RateLimiter>,
     workers: Vec<JoinHandle<()>>,
-    idle: usize,
     /// Parked requests fail instead of waiting.
     draining: bool,
     stop: bool,
@@ -203,14 +203,12 @@ impl Shared {
                     return;
                 }
                 Next::Wait(limit) => {
-                    state.idle += 1;
                     state = match limit {
                         None => self.work.wait(state).unwrap_or_else(PoisonError::into_inner),
                         Some(limit) => {
                             self.work.wait_timeout(state, limit).unwrap_or_else(PoisonError::into_inner).0
                         }
                     };
-                    state.idle -= 1;
                 }
             }
         }
@@ -341,7 +339,7 @@ pub(super) struct Store {
 }
 
 impl Store {
-    /// A store with its first worker.
+    /// A store with its workers: a thread of a confined process that carries out requests may start none.
     pub(super) fn start(content: Box<dyn Content>, policy: Policy, events: DiskEvents) -> io::Result<Self> {
         let limiter = (!policy.limit.is_unlimited()).then(|| RateLimiter::new(policy.limit, Instant::now()));
         let shared = Arc::new(Shared {
@@ -353,14 +351,12 @@ impl Store {
             ended: Condvar::new(),
         });
         let store = Self { shared };
-        let worker = store.worker()?;
-        store.shared.lock().workers.push(worker);
+        for _ in 0..WORKERS {
+            let shared = store.shared.clone();
+            let worker = spawn(Role::Disk, "disk", move || shared.work())?;
+            store.shared.lock().workers.push(worker);
+        }
         Ok(store)
-    }
-
-    fn worker(&self) -> io::Result<JoinHandle<()>> {
-        let shared = self.shared.clone();
-        thread::Builder::new().name("disk".into()).spawn(move || shared.work())
     }
 
     /// Serves a read from the host's memory if that is possible now.
@@ -410,12 +406,7 @@ impl BlockStore for Store {
         }
         let mut state = self.shared.lock();
         state.waiting.push_back(Request { operation, done, range });
-        if state.idle == 0 && state.workers.len() < WORKERS {
-            // Without one more, those that are there do it.
-            if let Ok(worker) = self.worker() {
-                state.workers.push(worker);
-            }
-        }
+        drop(state);
         self.shared.work.notify_one();
     }
 

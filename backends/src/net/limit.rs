@@ -3,13 +3,13 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use bivisor_machine::packet::{Offload, PacketPort, PacketReceiver, PortFeatures};
 
 use super::NetError;
 use crate::rate::{RateLimit, RateLimiter};
+use crate::thread::{Role, spawn};
 
 /// What waits to be sent, at most: in bytes, and in frames.
 const QUEUE_BYTES: usize = 1 << 20;
@@ -67,10 +67,7 @@ impl LimitedPort {
         };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         let (thread, port) = (shared.clone(), inner.clone());
-        thread::Builder::new()
-            .name("net-limit".into())
-            .spawn(move || run(&thread, &*port))
-            .map_err(NetError::Start)?;
+        spawn(Role::NetLimit, "net-limit", move || run(&thread, &*port)).map_err(NetError::Start)?;
         Ok(Self { inner, shared })
     }
 }
@@ -241,7 +238,7 @@ mod tests {
         assert!(counter.sent.lock().unwrap().len() <= 110, "a second's worth goes at once");
         while counter.sent.lock().unwrap().len() < 150 {
             assert!(began.elapsed() < Duration::from_secs(10));
-            thread::sleep(Duration::from_millis(5));
+            std::thread::sleep(Duration::from_millis(5));
         }
         assert!(began.elapsed() > Duration::from_millis(450), "{:?}", began.elapsed());
         assert!(counter.sent.lock().unwrap().iter().copied().eq(0..150));
@@ -268,7 +265,7 @@ mod tests {
         let began = Instant::now();
         limited.ready();
         while began.elapsed() < Duration::from_millis(1500) {
-            thread::sleep(Duration::from_millis(5));
+            std::thread::sleep(Duration::from_millis(5));
         }
         // A second's worth at once, and half a second's since.
         let (taken, given) = (taker.0.load(Ordering::Relaxed), counter.given.load(Ordering::Relaxed));

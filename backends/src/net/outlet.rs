@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -24,8 +25,10 @@ impl Outlet {
 
     /// Leads to another receiver, or nowhere.
     pub fn attach(&self, receiver: Option<Arc<dyn PacketReceiver>>) {
-        *self.receiver.lock().unwrap_or_else(PoisonError::into_inner) = receiver;
+        let mut current = self.receiver.lock().unwrap_or_else(PoisonError::into_inner);
+        *current = receiver;
         self.stalled.store(false, Ordering::SeqCst);
+        drop(current);
         self.wake();
     }
 
@@ -39,8 +42,15 @@ impl Outlet {
         if receiver.receive(frame, offload) {
             return true;
         }
+        {
+            let current = self.receiver.lock().unwrap_or_else(PoisonError::into_inner);
+            // Another one has come meanwhile, which has had room all the time and so would never say that it has.
+            if current.as_ref().is_none_or(|current| !ptr::addr_eq(&**current, receiver)) {
+                return false;
+            }
+            self.stalled.store(true, Ordering::SeqCst);
+        }
         // Once more after saying so: room that came in between was not told of.
-        self.stalled.store(true, Ordering::SeqCst);
         let taken = receiver.receive(frame, offload);
         if taken {
             self.stalled.store(false, Ordering::SeqCst);
@@ -81,5 +91,39 @@ impl Outlet {
 impl AsFd for Outlet {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.wake.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Has no room, and is replaced while it says so.
+    struct Replaced(Arc<Outlet>);
+
+    impl PacketReceiver for Replaced {
+        fn receive(&self, _: &[u8], _: &Offload) -> bool {
+            self.0.attach(Some(Arc::new(Full)));
+            false
+        }
+    }
+
+    struct Full;
+
+    impl PacketReceiver for Full {
+        fn receive(&self, _: &[u8], _: &Offload) -> bool {
+            false
+        }
+    }
+
+    #[test]
+    fn one_that_had_no_room_does_not_stall_its_successor() {
+        let outlet = Arc::new(Outlet::new().unwrap());
+        let receivers: [Arc<dyn PacketReceiver>; 2] = [Arc::new(Replaced(outlet.clone())), Arc::new(Full)];
+        for (receiver, stalled) in receivers.into_iter().zip([false, true]) {
+            outlet.attach(Some(receiver.clone()));
+            assert!(!outlet.deliver(&*receiver, &[], &Offload::default()));
+            assert_eq!(outlet.is_stalled(), stalled);
+        }
     }
 }

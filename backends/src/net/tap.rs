@@ -8,7 +8,6 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 
 use bivisor_machine::packet::{Offload, PacketPort, PacketReceiver, PortFeatures};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -19,6 +18,7 @@ use rustix::ioctl::{IntegerSetter, Opcode, Setter, ioctl};
 use super::NetError;
 use super::outlet::Outlet;
 use super::vnet;
+use crate::thread::{Role, spawn};
 
 const DEVICE: &str = "/dev/net/tun";
 
@@ -98,7 +98,7 @@ impl Tap {
             ended: AtomicBool::new(false),
         });
         let thread = shared.clone();
-        thread::Builder::new().name("net-tap".into()).spawn(move || thread.run()).map_err(failed)?;
+        spawn(Role::NetTap, "net-tap", move || thread.run()).map_err(failed)?;
         Ok(Self { shared })
     }
 }

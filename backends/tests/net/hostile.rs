@@ -14,22 +14,11 @@ use smoltcp::wire::{
     Ipv4Repr, TcpControl, TcpPacket, TcpRepr, TcpSeqNumber,
 };
 
+use crate::budget::rounds;
 use crate::guest::{Guest, MAC, Queue};
 
 const GATEWAY: Ipv4Address = Ipv4Address::new(10, 0, 2, 2);
 const GUEST: Ipv4Address = Ipv4Address::new(10, 0, 2, 15);
-
-/// Numbers that look random and are the same each time.
-struct Numbers(u64);
-
-impl Numbers {
-    fn next(&mut self) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 as usize
-    }
-}
 
 /// A port that remembers what the guest sends.
 struct Recorder {
@@ -164,7 +153,7 @@ fn tame(frame: &mut [u8], tcp_port: u16, udp_port: u16, mend: bool) {
 }
 
 #[test]
-fn broken_frames_break_nothing() {
+fn fuzz_frames_of_the_user_network() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let tcp_port = listener.local_addr().unwrap().port();
     thread::spawn(move || {
@@ -192,7 +181,6 @@ fn broken_frames_break_nothing() {
     let samples = samples(&recorder, tcp_port, udp_port);
     assert!(samples.len() > 12);
     let port = &recorder.port;
-    let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
     for sample in &samples {
         for length in 0..sample.len() {
             let mut frame = sample[..length].to_vec();
@@ -200,29 +188,34 @@ fn broken_frames_break_nothing() {
             port.send(&frame, &Offload::default());
         }
     }
-    for _ in 0..60_000 {
-        let mut frame = samples[numbers.next() % samples.len()].clone();
-        for _ in 0..1 + numbers.next() % 6 {
-            let at = 12 + numbers.next() % (frame.len() - 12);
-            frame[at] = match numbers.next() % 4 {
-                0 => 0,
-                1 => 0xff,
-                2 => frame[at] ^ (1 << (numbers.next() % 8)),
-                _ => numbers.next() as u8,
-            };
+    rounds("packets", |random| {
+        for _ in 0..4000 {
+            let mut frame = samples[random.usize(..samples.len())].clone();
+            for _ in 0..random.u8(1..7) {
+                let at = random.usize(12..frame.len());
+                frame[at] = match random.u8(..4) {
+                    0 => 0,
+                    1 => 0xff,
+                    2 => frame[at] ^ 1 << random.u8(..8),
+                    _ => random.u8(..),
+                };
+            }
+            if random.u8(..4) == 0 {
+                frame.truncate(random.usize(..=frame.len()));
+            }
+            tame(&mut frame, tcp_port, udp_port, random.u8(..8) != 0);
+            port.send(&frame, &Offload::default());
         }
-        if numbers.next().is_multiple_of(4) {
-            frame.truncate(numbers.next() % (frame.len() + 1));
-        }
-        tame(&mut frame, tcp_port, udp_port, !numbers.next().is_multiple_of(8));
-        port.send(&frame, &Offload::default());
-    }
-    // It is still there.
-    let mut guest = Guest::new(recorder.clone());
-    assert_eq!(guest.dhcp().router, Some(GATEWAY));
-    let mut guest = guest.configured();
-    let handle = guest.tcp(4096);
-    assert!(guest.connect(handle, (GATEWAY, tcp_port), 61234));
+        // It is still there.
+        let mut guest = Guest::new(recorder.clone());
+        assert_eq!(guest.dhcp().router, Some(GATEWAY));
+        let mut guest = guest.configured();
+        let handle = guest.tcp(4096);
+        assert!(guest.connect(handle, (GATEWAY, tcp_port), random.u16(50000..)));
+        guest.tcp_socket(handle).abort();
+        guest.poll();
+        recorder.sent.lock().unwrap().clear();
+    });
 }
 
 /// A TCP segment of the guest's.

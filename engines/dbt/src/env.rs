@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::sync::Arc;
 
 use bivisor_machine::engine::VcpuBus;
+use bivisor_machine::exits::Kind;
 use bivisor_machine::host::Waker;
 use bivisor_machine::memory::GuestMemory;
 use bivisor_x86::env::{Compared, Env, Event, HostExecution, HostInstruction};
@@ -24,6 +25,8 @@ pub struct VcpuEnv {
     host_unit: HostUnit,
     /// Pages that this processor was the first to cache instructions of, until somebody asks.
     newly_marked: Cell<Vec<u64>>,
+    /// How often the machine was asked for something.
+    asked: u64,
 }
 
 impl VcpuEnv {
@@ -46,12 +49,23 @@ impl VcpuEnv {
             index,
             host_unit: HostUnit::new()?,
             newly_marked: Cell::default(),
+            asked: 0,
         })
     }
 
     /// What to add to the host's time-stamp counter to get the guest's.
     pub fn tsc_offset(&self) -> u64 {
         self.bus.tsc_offset()
+    }
+
+    /// How often the machine was asked for something that it counts itself: ports, device registers, MSRs, hypercalls.
+    pub fn asked(&self) -> u64 {
+        self.asked
+    }
+
+    /// Counts why translated code was left.
+    pub fn count(&self, kind: Kind) {
+        self.bus.count(kind);
     }
 
     /// Has `observer` called when another thread raises an event.
@@ -186,15 +200,19 @@ impl Env for VcpuEnv {
     }
 
     fn mmio_read(&mut self, gpa: u64, size: usize) -> u64 {
+        self.asked += 1;
         self.bus.mmio_read(gpa, size)
     }
     fn mmio_write(&mut self, gpa: u64, size: usize, value: u64) {
+        self.asked += 1;
         self.bus.mmio_write(gpa, size, value);
     }
     fn port_in(&mut self, port: u16, size: usize) -> u32 {
+        self.asked += 1;
         self.bus.port_in(port, size)
     }
     fn port_out(&mut self, port: u16, size: usize, value: u32) {
+        self.asked += 1;
         self.bus.port_out(port, size, value);
     }
 
@@ -218,9 +236,11 @@ impl Env for VcpuEnv {
         self.bus.set_cr8(value);
     }
     fn read_msr(&mut self, msr: u32) -> Option<u64> {
+        self.asked += 1;
         self.bus.read_msr(msr)
     }
     fn write_msr(&mut self, msr: u32, value: u64) -> bool {
+        self.asked += 1;
         self.bus.write_msr(msr, value)
     }
     fn on_init(&mut self) {
@@ -230,6 +250,7 @@ impl Env for VcpuEnv {
         host_cpu::random()
     }
     fn hypercall(&mut self, state: &CpuState) -> Option<u64> {
+        self.asked += 1;
         self.bus.hypercall(state)
     }
 

@@ -339,7 +339,17 @@ impl Lapic {
         Some(pending)
     }
 
-    fn end_of_interrupt(&mut self) -> Effect {
+    /// Whether any interrupt was requested that the processor has not taken.
+    pub fn requested(&self) -> bool {
+        self.irr.highest().is_some()
+    }
+    /// Whether the end of this vector's interrupt matters to nobody but this local APIC, and nothing waits for it.
+    pub fn ends_quietly(&self, vector: u8) -> bool {
+        !self.tmr.get(vector) && !self.requested()
+    }
+
+    /// EOI: the interrupt of the highest priority in service ends.
+    pub fn end_of_interrupt(&mut self) -> Effect {
         let Some(vector) = self.isr.highest() else { return Effect::None };
         self.isr.set(vector, false);
         for entry in [LVT_LINT0, LVT_LINT1] {

@@ -2,7 +2,7 @@
 //! and one atomic word that says what waits for the processor.
 
 use alloc::sync::{Arc, Weak};
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use bivisor_x86::env::Event;
 
@@ -11,6 +11,7 @@ use super::message::{Delivery, Message};
 use super::{Registers, RestoreError, Saved};
 use crate::device::Poll;
 use crate::host::{Clock, Nanos, Waker};
+use crate::pv::eoi::{Ended, EoiFlag};
 use crate::sync::Mutex;
 use crate::timer::{Timer, TimerHub};
 
@@ -23,10 +24,14 @@ mod event {
     pub const INIT: u32 = 1 << 3;
     pub const SIPI: u32 = 1 << 4;
     pub const KICK: u32 = 1 << 5;
+    /// The present HLT, or the next, ends without an interrupt.
+    pub const UNHALT: u32 = 1 << 6;
+    /// Cached translations are to be dropped.
+    pub const FLUSH_TLB: u32 = 1 << 7;
     /// The vector of the start-up IPI.
     pub const SIPI_VECTOR_SHIFT: u32 = 8;
     /// What is saved: all but what follows from the registers or is the host's.
-    pub const SAVED: u32 = NMI | NMI_SECOND | INIT | SIPI | 0xff << SIPI_VECTOR_SHIFT;
+    pub const SAVED: u32 = NMI | NMI_SECOND | INIT | SIPI | UNHALT | 0xff << SIPI_VECTOR_SHIFT;
 }
 
 /// What [`LocalApic::take_event`] found.
@@ -38,13 +43,29 @@ pub enum Taken {
     FromPic,
 }
 
+/// What the lock guards.
+struct Guarded {
+    lapic: Lapic,
+    /// Where the guest ends interrupts without an exit.
+    eoi: Option<EoiFlag>,
+}
+
+impl Guarded {
+    /// The registers may be behind what the guest has done.
+    fn eoi_is_set(&self) -> bool {
+        self.eoi.as_ref().is_some_and(EoiFlag::is_set)
+    }
+}
+
 /// The shared block of one vCPU.
 pub struct LocalApic {
     events: AtomicU32,
     /// Where the registers are in guest-physical memory; all ones if they are not.
     mmio_base: AtomicU64,
     tsc_offset: AtomicU64,
-    registers: Mutex<Lapic>,
+    registers: Mutex<Guarded>,
+    /// [`Guarded::eoi_is_set`], for the vCPU's own thread.
+    eoi_is_set: AtomicBool,
     timer: Timer,
     clock: Arc<dyn Clock>,
     waker: spin::Once<Arc<dyn Waker>>,
@@ -72,7 +93,8 @@ impl LocalApic {
             events: AtomicU32::new(0),
             mmio_base: AtomicU64::new(registers.mmio_base().unwrap_or(u64::MAX)),
             tsc_offset: AtomicU64::new(0),
-            registers: Mutex::new(registers),
+            registers: Mutex::new(Guarded { lapic: registers, eoi: None }),
+            eoi_is_set: AtomicBool::new(false),
             timer: timers.register(me.clone()),
             clock,
             waker: spin::Once::new(),
@@ -115,15 +137,17 @@ impl LocalApic {
     /// Changes the registers, then makes the event word and the timer follow.
     fn update<R>(&self, by: By, change: impl FnOnce(&mut Lapic, &Moment) -> R) -> R {
         let moment = self.moment();
-        let mut registers = self.registers.lock();
+        let mut guarded = self.registers.lock();
+        let registers = &mut guarded.lapic;
         let armed = registers.timer_armed();
-        let result = change(&mut registers, &moment);
+        let result = change(registers, &moment);
         self.mmio_base.store(registers.mmio_base().unwrap_or(u64::MAX), Ordering::Relaxed);
-        let wake = self.publish(&registers) && by == By::Other;
-        if registers.timer_armed() != armed {
-            self.timer.set(registers.deadline(&moment));
+        let rearmed = (registers.timer_armed() != armed).then(|| registers.deadline(&moment));
+        let wake = self.publish(&guarded) && by == By::Other;
+        if let Some(deadline) = rearmed {
+            self.timer.set(deadline);
         }
-        drop(registers);
+        drop(guarded);
         if wake {
             self.wake();
         }
@@ -131,8 +155,10 @@ impl LocalApic {
     }
 
     /// Brings the event word in line with the registers; true if an interrupt is newly there.
-    fn publish(&self, registers: &Lapic) -> bool {
-        if registers.pending().is_some() {
+    fn publish(&self, guarded: &Guarded) -> bool {
+        let registers = &guarded.lapic;
+        // The guest may have ended what seems to hold an interrupt back.
+        if registers.pending().is_some() || guarded.eoi_is_set() && registers.requested() {
             self.events.fetch_or(event::INTERRUPT, Ordering::SeqCst) & event::INTERRUPT == 0
         } else {
             self.events.fetch_and(!event::INTERRUPT, Ordering::SeqCst);
@@ -149,8 +175,14 @@ impl LocalApic {
 
     /// Takes the next event by priority. Costs one load while nothing can be taken.
     pub fn take_event(&self, interrupts: bool, nmis: bool) -> Option<Taken> {
-        use event::{INIT, INTERRUPT, KICK, NMI, NMI_SECOND, SIPI, SIPI_VECTOR_SHIFT};
+        use event::{FLUSH_TLB, INIT, INTERRUPT, KICK, NMI, NMI_SECOND, SIPI, SIPI_VECTOR_SHIFT, UNHALT};
         let events = self.events.load(Ordering::Acquire);
+        for (bit, event) in [(FLUSH_TLB, Event::FlushTlb), (UNHALT, Event::Unhalt)] {
+            if events & bit != 0 {
+                self.events.fetch_and(!bit, Ordering::AcqRel);
+                return Some(Taken::Event(event));
+            }
+        }
         if events & KICK != 0 {
             self.events.fetch_and(!KICK, Ordering::AcqRel);
             return Some(Taken::Event(Event::Kick));
@@ -181,13 +213,40 @@ impl LocalApic {
     }
 
     fn acknowledge(&self) -> Option<Taken> {
-        let mut registers = self.registers.lock();
-        let pending = registers.acknowledge();
-        self.publish(&registers);
+        let mut guarded = self.registers.lock();
+        let pending = guarded.lapic.acknowledge();
+        if let (Guarded { lapic, eoi: Some(eoi) }, Some(Pending::Vector(vector))) = (&mut *guarded, pending)
+            && lapic.ends_quietly(vector)
+        {
+            eoi.set();
+            self.eoi_is_set.store(true, Ordering::Relaxed);
+        }
+        self.publish(&guarded);
         match pending? {
             Pending::Vector(vector) => Some(Taken::Event(Event::Interrupt(vector))),
             Pending::ExtInt => Some(Taken::FromPic),
         }
+    }
+
+    /// Whether [`LocalApic::settle_eoi`] has something to do.
+    pub fn eoi_is_set(&self) -> bool {
+        self.eoi_is_set.load(Ordering::Relaxed)
+    }
+    /// Ends the interrupt that the guest has ended without an exit, if it has; else that will take an exit.
+    pub fn settle_eoi(&self) -> Effect {
+        let mut guarded = self.registers.lock();
+        self.eoi_is_set.store(false, Ordering::Relaxed);
+        let effect = match guarded.eoi.as_mut().and_then(EoiFlag::take) {
+            Some(Ended::ByGuest) => guarded.lapic.end_of_interrupt(),
+            Some(Ended::NotYet) | None => Effect::None,
+        };
+        self.publish(&guarded);
+        effect
+    }
+    /// Where the guest ends interrupts without an exit from now on. What it ended before must be settled.
+    pub fn set_eoi_flag(&self, flag: Option<EoiFlag>) {
+        self.registers.lock().eoi = flag;
+        self.eoi_is_set.store(false, Ordering::Relaxed);
     }
 
     /// Guest-physical address of the 4 KiB of registers; all ones while they are not in memory space.
@@ -212,7 +271,7 @@ impl LocalApic {
     }
     /// IA32_APIC_BASE.
     pub fn base(&self) -> u64 {
-        self.registers.lock().base()
+        self.registers.lock().lapic.base()
     }
     /// Writes IA32_APIC_BASE.
     pub fn set_base(&self, value: u64) -> Result<(), BadAccess> {
@@ -228,13 +287,13 @@ impl LocalApic {
     }
     /// CR8.
     pub fn cr8(&self) -> u8 {
-        self.registers.lock().cr8()
+        self.registers.lock().lapic.cr8()
     }
     /// Sets CR8.
     pub fn set_cr8(&self, value: u8) {
-        let mut registers = self.registers.lock();
-        registers.set_cr8(value);
-        self.publish(&registers);
+        let mut guarded = self.registers.lock();
+        guarded.lapic.set_cr8(value);
+        self.publish(&guarded);
     }
     /// The processor was reset by INIT.
     pub fn on_init(&self) {
@@ -274,6 +333,14 @@ impl LocalApic {
     pub fn kick(&self) {
         self.raise(event::KICK);
     }
+    /// Ends the processor's HLT, the present one or the next.
+    pub fn unhalt(&self) {
+        self.raise(event::UNHALT);
+    }
+    /// Has the processor drop its cached translations before it executes anything.
+    pub fn flush_tlb(&self) {
+        self.raise(event::FLUSH_TLB);
+    }
     /// Raises a non-maskable interrupt.
     pub fn raise_nmi(&self) {
         let result = self.events.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |e| {
@@ -293,11 +360,11 @@ impl LocalApic {
 
     /// Whether a message is meant for this local APIC.
     pub fn matches(&self, message: &Message) -> bool {
-        self.registers.lock().matches(message)
+        self.registers.lock().lapic.matches(message)
     }
     /// The priority that the arbitration of lowest priority compares.
     pub fn priority(&self) -> u8 {
-        self.registers.lock().ppr()
+        self.registers.lock().lapic.ppr()
     }
     /// Accepts a message, whatever its destination says.
     pub fn accept(&self, message: &Message) {
@@ -337,7 +404,7 @@ impl LocalApic {
 
     /// A copy of the registers.
     pub fn save(&self) -> Saved<Lapic> {
-        self.registers.lock().save()
+        self.registers.lock().lapic.save()
     }
     /// Takes over saved registers.
     pub fn restore(&self, saved: &Saved<Lapic>) -> Result<(), RestoreError> {

@@ -87,6 +87,16 @@ pub enum EngineChoice {
     Kvm,
 }
 
+/// `--pv`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Paravirtual {
+    /// Guests find KVM's interface
+    #[default]
+    On,
+    /// Guests find a PC and nothing else
+    Off,
+}
+
 /// `--gdb`: where to wait for a debugger.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GdbSpec {
@@ -154,6 +164,8 @@ pub struct VmConfig {
     pub cpus: u32,
     /// Engine.
     pub engine: EngineChoice,
+    /// Paravirtual interface.
+    pub pv: Paravirtual,
     /// Disks, in the order in which the guest sees them.
     pub disks: Vec<DiskSpec>,
     /// What the guest writes to any disk is forgotten at the end.
@@ -186,6 +198,8 @@ pub struct VmConfig {
     pub restart: RestartPolicy,
     /// How its image is made if it is not there.
     pub build: Option<DiskRecipe>,
+    /// Do without the jail.
+    pub no_jail: bool,
 }
 
 /// Why a configuration can't be used.
@@ -259,6 +273,7 @@ struct FileConfig {
     memory: Option<Spanned<String>>,
     cpus: Option<Spanned<i64>>,
     engine: Option<Spanned<String>>,
+    pv: Option<Spanned<String>>,
     #[serde(default)]
     disk: Vec<Spanned<toml::Table>>,
     snapshot: Option<bool>,
@@ -277,6 +292,7 @@ struct FileConfig {
     gdb: Option<Spanned<String>>,
     restart: Option<Spanned<String>>,
     build: Option<Spanned<toml::Table>>,
+    no_jail: Option<bool>,
 }
 
 impl VmConfig {
@@ -324,6 +340,7 @@ impl VmConfig {
             memory: settings.memory.unwrap_or(DEFAULT_MEMORY),
             cpus: settings.cpus.unwrap_or(1),
             engine: settings.engine.unwrap_or_default(),
+            pv: settings.pv.unwrap_or_default(),
             disks: settings.disks,
             snapshot: settings.snapshot,
             nets: settings.nets,
@@ -340,6 +357,7 @@ impl VmConfig {
             gdb: settings.gdb,
             restart: settings.restart,
             build: settings.build,
+            no_jail: settings.no_jail,
         })
     }
 
@@ -366,6 +384,7 @@ struct Settings {
     memory: Option<MemorySize>,
     cpus: Option<u32>,
     engine: Option<EngineChoice>,
+    pv: Option<Paravirtual>,
     disks: Vec<DiskSpec>,
     snapshot: bool,
     nets: Vec<NetSpec>,
@@ -382,6 +401,7 @@ struct Settings {
     gdb: Option<GdbSpec>,
     restart: RestartPolicy,
     build: Option<DiskRecipe>,
+    no_jail: bool,
 }
 
 impl Settings {
@@ -409,6 +429,7 @@ impl Settings {
             memory: source.value("memory", file.memory, MemorySize::from_str)?,
             cpus: source.value("cpus", file.cpus, parse_cpus)?,
             engine: source.value("engine", file.engine, parse_engine)?,
+            pv: source.value("pv", file.pv, parse_pv)?,
             disks: file
                 .disk
                 .iter()
@@ -443,6 +464,7 @@ impl Settings {
             }),
             restart: source.value("restart", file.restart, parse_restart)?.unwrap_or_default(),
             build: source.value("build", file.build, |table| set::recipe(table, folder))?,
+            no_jail: file.no_jail.unwrap_or(false),
         };
         Ok((settings, file.image))
     }
@@ -459,6 +481,7 @@ impl Settings {
         set(&mut self.memory, &args.memory);
         set(&mut self.cpus, &args.cpus);
         set(&mut self.engine, &args.engine);
+        set(&mut self.pv, &args.pv);
         set(&mut self.console, &args.console);
         set(&mut self.virtio_console, &args.virtio_console);
         set(&mut self.vsock, &args.vsock);
@@ -473,6 +496,7 @@ impl Settings {
         self.testdev |= args.testdev;
         self.stats |= args.stats;
         self.perf_map |= args.perf_map;
+        self.no_jail |= args.no_jail;
     }
 }
 
@@ -558,6 +582,10 @@ fn parse_restart(text: &str) -> Result<RestartPolicy, String> {
         .map_err(|_| format!("'{text}' is no policy: say no, on-failure or always"))
 }
 
+fn parse_pv(text: &str) -> Result<Paravirtual, String> {
+    Paravirtual::from_str(text, false).map_err(|_| format!("'{text}' means nothing here: say on or off"))
+}
+
 fn parse_cpus(number: &i64) -> Result<u32, String> {
     match u32::try_from(*number) {
         Ok(cpus @ 1..) if *number <= MAX_CPUS => Ok(cpus),
@@ -610,13 +638,14 @@ mod tests {
         let config = VmConfig::new(&RunArgs::default()).unwrap();
         assert_eq!((config.boot, config.cpus, config.memory.0), (Boot::Default, 1, 512 << 20));
         assert_eq!((config.engine, config.console), (EngineChoice::Auto, ConsoleSpec::Stdio));
+        assert_eq!(config.pv, Paravirtual::On);
         assert!(!config.no_reboot && !config.testdev && config.gdb.is_none());
     }
 
     #[test]
     fn a_file_says_what_options_say() {
         let config = parse(
-            "kernel = \"k\"\ninitrd = \"i\"\nappend = \"quiet\"\nmemory = \"1G\"\ncpus = 4\nengine = \"interp\"\n\
+            "kernel = \"k\"\ninitrd = \"i\"\nappend = \"quiet\"\nmemory = \"1G\"\ncpus = 4\nengine = \"interp\"\npv = \"off\"\n\
              console = \"pty\"\nno-reboot = true\ntestdev = true\nstats = true\ntrace = \"/t\"\nperf-map = true\ngdb = \":1234\"\n",
             "",
         )
@@ -624,6 +653,7 @@ mod tests {
         assert_eq!(config.boot, Boot::Kernel { kernel: "k".into(), initrd: Some("i".into()) });
         assert_eq!((config.append.as_deref(), config.memory.0, config.cpus), (Some("quiet"), 1 << 30, 4));
         assert_eq!((config.engine, config.console), (EngineChoice::Interp, ConsoleSpec::Pty));
+        assert_eq!(config.pv, Paravirtual::Off);
         assert!(config.no_reboot && config.testdev && config.stats && config.perf_map);
         assert_eq!((config.trace, config.gdb), (Some("/t".into()), Some(GdbSpec::Port(1234))));
     }
@@ -661,6 +691,8 @@ mod tests {
         let text = "kernel = \"k\"\ninitrd = \"i\"\nmemory = \"1G\"\ncpus = 4\nconsole = \"pty\"\n";
         let config = parse(text, "--memory 64M --console stdio").unwrap();
         assert_eq!((config.memory.0, config.cpus, config.console), (64 << 20, 4, ConsoleSpec::Stdio));
+        assert_eq!(parse("kernel = \"k\"\npv = \"off\"", "--pv on").unwrap().pv, Paravirtual::On);
+        assert!(matches!(parse("\npv = \"yes\"", ""), Err(ConfigError::File { line: 2, .. })));
         let config = parse(text, "--kernel other").unwrap();
         assert_eq!(config.boot, Boot::Kernel { kernel: "other".into(), initrd: None });
         let config = parse("image = \"debian\"", "--kernel other").unwrap();

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use bivisor_backends::console::{ConsoleError, SocketFile, listen_at};
 use bivisor_backends::terminal::message;
+use bivisor_backends::thread::{Role, spawn};
 use bivisor_machine::engine::{DebugControl, EngineError};
 use gdbstub::conn::ConnectionExt;
 use gdbstub::stub::{DisconnectReason, GdbStub};
@@ -115,9 +116,7 @@ impl Debugger {
         let (stops, hear) = channel();
         let (done, farewell) = channel();
         let target = Target::new(shared.clone(), hear);
-        thread::Builder::new()
-            .name("gdb".into())
-            .spawn(move || serve(&listener, target, &events, &done))
+        spawn(Role::Debugger, "gdb", move || serve(&listener, target, &events, &done))
             .map_err(DebuggerError::Thread)?;
         Ok(Self { shared, stops, farewell })
     }

@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use bivisor_backends::thread::{Role, spawn};
 use bivisor_machine::host::{Alarm, Clock, Nanos};
 
 use super::clock::LinuxClock;
@@ -68,7 +69,7 @@ impl HostAlarm {
     /// Starts the thread, which calls `expired` whenever a deadline has come, until the returned value is dropped.
     pub fn start(self: &Arc<Self>, expired: impl Fn(Nanos) + Send + 'static) -> std::io::Result<AlarmThread> {
         let alarm = self.clone();
-        let handle = thread::Builder::new().name("timer".into()).spawn(move || alarm.run(&expired))?;
+        let handle = spawn(Role::Timer, "timer", move || alarm.run(&expired))?;
         Ok(AlarmThread { alarm: self.clone(), handle: Some(handle) })
     }
 

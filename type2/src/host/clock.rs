@@ -2,6 +2,8 @@
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{__cpuid, __cpuid_count, _rdtsc};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bivisor_machine::host::{Clock, Nanos};
@@ -42,12 +44,30 @@ impl Clock for LinuxClock {
     fn wall_seconds(&self) -> u64 {
         SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
     }
+    fn wall(&self) -> Nanos {
+        SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as Nanos)
+    }
+    fn stolen(&self) -> Nanos {
+        WAITED.with(|file| file.as_ref().and_then(waited).unwrap_or(0))
+    }
     fn tsc(&self) -> u64 {
         read_tsc()
     }
     fn tsc_hz(&self) -> u64 {
         self.tsc_hz
     }
+}
+
+thread_local! {
+    /// What the kernel's scheduler tells of the thread (proc(5), /proc/pid/schedstat); kernels built without don't.
+    static WAITED: Option<File> = File::open("/proc/thread-self/schedstat").ok();
+}
+
+/// Nanoseconds that the thread was ready to execute but did not: the second number.
+fn waited(file: &File) -> Option<Nanos> {
+    let mut text = [0; 80];
+    let length = file.read_at(&mut text, 0).ok()?;
+    std::str::from_utf8(&text[..length]).ok()?.split_whitespace().nth(1)?.parse().ok()
 }
 
 fn read_tsc() -> u64 {
@@ -131,5 +151,24 @@ mod tests {
         assert!(clock.until(now + 1_000_000_000) <= Duration::from_secs(1));
         assert!(clock.now() >= now && clock.tsc() > tsc);
         assert!(clock.wall_seconds() > 1_700_000_000);
+        assert!(clock.wall() / 1_000_000_000 >= clock.wall_seconds() - 1);
+    }
+
+    #[test]
+    fn a_thread_waits_while_another_has_its_processor() {
+        let mut set = rustix::thread::CpuSet::new();
+        set.set(0);
+        let busy = move || {
+            rustix::thread::sched_setaffinity(None, &set).unwrap();
+            let clock = LinuxClock { start: Instant::now(), tsc_hz: 1 };
+            let before = clock.stolen();
+            while clock.now() < 200_000_000 {}
+            clock.stolen() - before
+        };
+        let waited: Nanos =
+            [0; 2].map(|_| std::thread::spawn(busy)).map(|thread| thread.join().unwrap()).iter().sum();
+        // Half of the time, unless the kernel doesn't tell.
+        let told = std::path::Path::new("/proc/thread-self/schedstat").exists();
+        assert!(!told || waited > 100_000_000, "{waited}");
     }
 }

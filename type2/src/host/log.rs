@@ -4,10 +4,10 @@
 use std::fmt;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Mutex, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use bivisor_backends::terminal;
+use bivisor_backends::thread::{Role, spawn};
 
 /// Lines that may come at once.
 const BURST: u32 = 30;
@@ -59,7 +59,7 @@ impl Log {
         let mut lines = None;
         if wanted {
             let (sender, receiver): (_, Receiver<String>) = sync_channel(BURST as usize);
-            thread::Builder::new().name("log".into()).spawn(move || {
+            spawn(Role::Log, "log", move || {
                 for line in receiver {
                     terminal::message(&line);
                 }

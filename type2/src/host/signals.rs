@@ -1,9 +1,9 @@
 //! Signals of the host: an orderly end, and a terminal that is never left raw while the process is stopped.
 
 use std::io;
-use std::thread;
 
 use bivisor_backends::terminal;
+use bivisor_backends::thread::{Role, spawn};
 use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP};
 use signal_hook::iterator::{Handle, Signals};
 
@@ -22,7 +22,7 @@ impl Drop for Watch {
 pub fn watch(end: impl Fn(i32) + Send + 'static) -> io::Result<Watch> {
     let mut signals = Signals::new([SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP])?;
     let watch = Watch(signals.handle());
-    thread::Builder::new().name("signals".into()).spawn(move || {
+    spawn(Role::Signals, "signals", move || {
         let mut ending = false;
         for signal in signals.forever() {
             match signal {

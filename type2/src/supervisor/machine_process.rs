@@ -13,6 +13,7 @@ use std::time::Duration;
 use bivisor_backends::console::{Command, ConsoleEvent, ConsoleSpec, SocketFile, listen_at};
 use bivisor_backends::stderr_log;
 use bivisor_backends::terminal::message;
+use bivisor_backends::thread::{Role, spawn};
 
 use super::places::MachinePlaces;
 use super::process::{POWER_BUTTON, READY, start_time};
@@ -86,7 +87,7 @@ fn begin(places: &MachinePlaces) -> Result<run::Ending, Failure> {
         }),
         control: Box::new(move |events| serve(control, events)),
     };
-    let ending = run::machine(config, spec.verbose, Some(managed))?;
+    let ending = run::machine(config, spec.verbose, Some(managed), None)?;
     let told = if ending.sentence.is_empty() { "the guest powered off" } else { &ending.sentence };
     message(&format!("bivisor: {} has ended: {told}\n", spec.name));
     Ok(ending)
@@ -111,5 +112,5 @@ fn serve((listener, file): (UnixListener, SocketFile), events: Sender<Event>) ->
             }
         }
     };
-    thread::Builder::new().name("control".into()).spawn(serve).map(drop)
+    spawn(Role::Control, "control", serve).map(drop)
 }

@@ -21,7 +21,7 @@ use bivisor_machine::memory::GuestMemory;
 use bivisor_x86::cpuid::CpuModel;
 
 use crate::backends::Backends;
-use crate::config::VmConfig;
+use crate::config::{Paravirtual, VmConfig};
 use crate::error::Failure;
 use crate::guest::Guest;
 use crate::host::alarm::{AlarmThread, HostAlarm};
@@ -59,6 +59,8 @@ pub struct Parts {
     pub guest: Guest,
     /// Time.
     pub clock: Arc<LinuxClock>,
+    /// Processors of the host's that the process may use at once.
+    pub processors: usize,
     /// Its first serial port's far end.
     pub console: Console,
     /// What its devices are backed by.
@@ -129,7 +131,12 @@ impl Session {
         let gate = Arc::new(Gate::new());
         let alarm = HostAlarm::new(parts.clock.clone());
         let machine = Machine::new(
-            MachineConfig { cpus: config.cpus, testdev: config.testdev, packed_rings: true },
+            MachineConfig {
+                cpus: config.cpus,
+                testdev: config.testdev,
+                packed_rings: true,
+                pv: config.pv == Paravirtual::On,
+            },
             memory.clone(),
             Arc::new(CpuModel::from_host(host_cpuid, config.cpus, parts.clock.frequency())),
             HostParts {
@@ -165,6 +172,7 @@ impl Session {
             alarm,
             memory,
             vcpus: session.vcpus.len(),
+            processors: parts.processors,
             expired: Box::new(move |now| expiring.expired(now)),
         });
         session.start_threads(&surroundings, parts)?;
@@ -205,11 +213,14 @@ impl Session {
         &self.vcpus
     }
 
-    /// What the engine has counted, a line each. The machine must stand still.
+    /// What machine and engine have counted, a line each. The machine must stand still.
     pub fn statistics(&self) -> String {
         let mut text = String::new();
-        for (index, vcpu) in self.vcpus.iter().enumerate() {
-            for (name, count) in lock(vcpu).statistics().into_iter().filter(|(_, count)| *count != 0) {
+        for (index, (vcpu, exits)) in self.vcpus.iter().zip(self.machine.exits()).enumerate() {
+            let exits =
+                exits.list().into_iter().map(|(name, count)| (format!("exits by kind: {name}"), count));
+            let engine = lock(vcpu).statistics();
+            for (name, count) in exits.chain(engine).filter(|(_, count)| *count != 0) {
                 text.push_str(&format!("CPU {index} {count:>14} {name}\n"));
             }
         }

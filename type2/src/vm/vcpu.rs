@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::Duration;
 
+use bivisor_backends::thread::{Role, spawn};
 use bivisor_machine::engine::{EngineError, Exit, Vcpu, VcpuBus};
+use bivisor_machine::exits::Kind;
 use bivisor_machine::host::{Clock, Nanos, Waker};
 use bivisor_machine::memory::GuestMemory;
 use bivisor_x86::state::CpuState;
@@ -70,6 +72,8 @@ pub struct Surroundings {
     pub alarm: Arc<HostAlarm>,
     /// How many vCPUs there are.
     pub vcpus: usize,
+    /// Processors of the host's that the process may use at once.
+    pub processors: usize,
     /// RAM.
     pub memory: Arc<GuestMemory>,
     /// Polls the devices that are due.
@@ -101,7 +105,7 @@ pub struct VcpuThread {
 impl VcpuThread {
     /// Starts the thread, which waits at the gate. `waker` then wakes it.
     pub fn start(self, waker: &ThreadWaker) -> io::Result<JoinHandle<()>> {
-        let handle = thread::Builder::new().name(format!("vcpu{}", self.index)).spawn(move || self.run())?;
+        let handle = spawn(Role::Vcpu, &format!("vcpu{}", self.index), move || self.run())?;
         // A waker serves one thread.
         let _ = waker.0.set(handle.thread().clone());
         Ok(handle)
@@ -133,6 +137,7 @@ impl VcpuThread {
                 // Halted again in spite of an event: it is masked, and only another one can help.
                 Ok(Exit::Halt) if idle && self.bus.has_event() => thread::park_timeout(MASKED_RECHECK),
                 Ok(Exit::Halt) => {
+                    self.bus.count(Kind::Halt);
                     self.sleep(&mut poll);
                     idle = true;
                     continue;
@@ -151,8 +156,13 @@ impl VcpuThread {
     fn sleep(&self, poll: &mut HaltPoll) {
         let Surroundings { gate, clock, alarm, expired, .. } = &*self.surroundings;
         let start = clock.now();
-        while !self.bus.has_event() && clock.now() < start + poll.time() {
+        let awake = if self.bus.host_polls() { poll.time() } else { 0 };
+        while !self.bus.has_event() && clock.now() < start + awake {
             hint::spin_loop();
+        }
+        let parks = !self.bus.has_event();
+        if parks {
+            self.bus.parked();
         }
         while !self.bus.has_event() && gate.is_open() {
             let now = clock.now();
@@ -162,13 +172,14 @@ impl VcpuThread {
                 alarm.park();
             }
         }
+        if parks {
+            self.bus.unparked();
+        }
         poll.halted(clock.now() - start);
     }
 
     fn halt_poll(&self) -> HaltPoll {
-        // A host that doesn't tell has one.
-        let processors = thread::available_parallelism().map_or(1, usize::from);
-        HaltPoll::new(self.surroundings.vcpus, processors)
+        HaltPoll::new(self.surroundings.vcpus, self.surroundings.processors)
     }
 
     fn crash(&self, vcpu: &mut dyn Vcpu) -> VcpuEvent {

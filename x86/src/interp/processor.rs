@@ -19,7 +19,9 @@ impl Cpu {
                 if self.state.cpl != 0 {
                     return Err(Exception::GP0);
                 }
-                self.state.activity = Activity::Halted;
+                if !core::mem::take(&mut self.unhalted) {
+                    self.state.activity = Activity::Halted;
+                }
             }
             // Guest loads and stores are loads and stores of the host.
             Mnemonic::Mfence => fence(Ordering::SeqCst),

@@ -121,7 +121,16 @@ impl Cpu {
         if state.activity == Activity::Shutdown {
             return Some(RunExit::Shutdown);
         }
-        match env.take_event(interrupts, nmis) {
+        let event = loop {
+            match env.take_event(interrupts, nmis) {
+                Some(event @ (Event::FlushTlb | Event::Unhalt)) => {
+                    *view = CodeView::NONE;
+                    self.deliver_event(env, event);
+                }
+                other => break other,
+            }
+        };
+        match event {
             Some(Event::Kick) => return Some(RunExit::Kicked),
             Some(event) => {
                 *view = CodeView::NONE;

@@ -5,6 +5,7 @@ use cpio::newc::{self, ModeFileType};
 use flate2::{Compression, read::GzDecoder, write::GzEncoder};
 use serde::Deserialize;
 use std::{
+    collections::BTreeSet,
     env, fs,
     io::{Read, Write},
     os::unix::fs::PermissionsExt,
@@ -50,14 +51,7 @@ impl Image {
     /// Builds the program and packs the initramfs, in a folder. Kernel and busybox are those of Bivisor's default
     /// guest, which is made now if it isn't there.
     pub fn prepare(bivisor: &Path, folder: &Path) -> Result<Self> {
-        let image = cache_folder()?.join("images/debian");
-        if !image.join("image.toml").is_file() {
-            let status = Command::new(bivisor).args(["image", "build", "debian"]).status();
-            let status = status.with_context(|| format!("{} could not be started", bivisor.display()))?;
-            ensure!(status.success(), "the kernel for the machines could not be had: see above");
-        }
-        let manifest = fs::read_to_string(image.join("image.toml"))?;
-        let manifest: Manifest = toml::from_str(&manifest).context("image.toml of the default guest")?;
+        let image = default_guest(bivisor)?;
         let bench = folder.join("bench");
         compile(&bench)?;
         let packed = fs::read(image.join("initrd.img")).context("the default guest's initramfs")?;
@@ -66,8 +60,26 @@ impl Image {
         write_program(&busybox, &program)?;
         let initrd = folder.join("initrd.img");
         fs::write(&initrd, pack(&fs::read(&bench)?, &program)?)?;
-        Ok(Self { bench, busybox, kernel: image.join("vmlinuz"), initrd, packages: manifest.packages })
+        Ok(Self { bench, busybox, kernel: image.join("vmlinuz"), initrd, packages: packages(&image)? })
     }
+}
+
+/// The folder of Bivisor's default guest, which is made now if it isn't there.
+pub fn default_guest(bivisor: &Path) -> Result<PathBuf> {
+    let image = cache_folder()?.join("images/debian");
+    if !image.join("image.toml").is_file() {
+        let status = Command::new(bivisor).args(["image", "build", "debian"]).status();
+        let status = status.with_context(|| format!("{} could not be started", bivisor.display()))?;
+        ensure!(status.success(), "the kernel for the machines could not be had: see above");
+    }
+    Ok(image)
+}
+
+/// The Debian packages of an image, with versions.
+pub fn packages(image: &Path) -> Result<Vec<String>> {
+    let manifest = fs::read_to_string(image.join("image.toml"))?;
+    let manifest: Manifest = toml::from_str(&manifest).context("image.toml of the default guest")?;
+    Ok(manifest.packages)
 }
 
 /// Bivisor's folder under the user's cache folder.
@@ -122,7 +134,7 @@ fn write_program(path: &Path, contents: &[u8]) -> Result<()> {
 }
 
 /// A file of a gzipped cpio archive.
-fn extract(packed: &[u8], wanted: &str) -> Result<Vec<u8>> {
+pub fn extract(packed: &[u8], wanted: &str) -> Result<Vec<u8>> {
     let mut plain = Vec::new();
     GzDecoder::new(packed).read_to_end(&mut plain)?;
     let mut rest = plain.as_slice();
@@ -140,24 +152,33 @@ fn extract(packed: &[u8], wanted: &str) -> Result<Vec<u8>> {
 
 /// Packs the initramfs.
 fn pack(bench: &[u8], busybox: &[u8]) -> Result<Vec<u8>> {
+    write_archive(&[("bin/busybox".into(), busybox.to_vec()), ("init".into(), bench.to_vec())])
+}
+
+/// Packs an initramfs of programs and other files, with the folders that they lie in and a console.
+pub fn write_archive(files: &[(String, Vec<u8>)]) -> Result<Vec<u8>> {
     // Hardly compressed: unpacking is not what is measured.
     let mut archive = GzEncoder::new(Vec::new(), Compression::fast());
     let mut number = 0;
-    // The console is device 5:1; no other file is a device.
-    for (path, kind, device, contents) in [
-        ("bin", ModeFileType::Directory, (0, 0), &[][..]),
-        ("dev", ModeFileType::Directory, (0, 0), &[]),
-        ("bin/busybox", ModeFileType::Regular, (0, 0), busybox),
-        ("init", ModeFileType::Regular, (0, 0), bench),
-        ("dev/console", ModeFileType::Char, (5, 1), &[]),
-    ] {
+    let mut add = |path: &str, kind, device: (u32, u32), contents: &[u8]| -> Result<()> {
         number += 1;
         let builder = newc::Builder::new(path).ino(number).mode(0o755).set_mode_file_type(kind);
         let builder = builder.rdev_major(device.0).rdev_minor(device.1);
         let mut writer = builder.write(&mut archive, u32::try_from(contents.len())?);
         writer.write_all(contents)?;
         writer.finish()?;
+        Ok(())
+    };
+    let above = files.iter().flat_map(|(path, _)| Path::new(path).ancestors().skip(1));
+    let folders: BTreeSet<_> = above.chain([Path::new("dev")]).filter_map(Path::to_str).collect();
+    for folder in folders.into_iter().filter(|folder| !folder.is_empty()) {
+        add(folder, ModeFileType::Directory, (0, 0), &[])?;
     }
+    for (path, contents) in files {
+        add(path, ModeFileType::Regular, (0, 0), contents)?;
+    }
+    // The console is device 5:1; no other file is a device.
+    add("dev/console", ModeFileType::Char, (5, 1), &[])?;
     newc::trailer(&mut archive)?;
     Ok(archive.finish()?)
 }

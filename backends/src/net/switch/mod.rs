@@ -6,11 +6,10 @@ mod meeting;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs;
-use std::io::IoSlice;
+use std::io::{self, IoSlice};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::Instant;
 
 use bivisor_machine::net_switch::{Destination, NetSwitch, PortId};
@@ -27,6 +26,7 @@ use super::NetError;
 use super::outlet::Outlet;
 use super::{segment, vnet};
 use crate::runtime;
+use crate::thread::{Role, spawn};
 
 /// The guest's own port of the switch; the others are members.
 const GUEST: PortId = 0;
@@ -74,8 +74,16 @@ impl SwitchPort {
     /// # Errors
     /// The user's runtime folder does not let us.
     pub fn join(name: &str) -> Result<Self, NetError> {
-        let folder = runtime::folder().map_err(|error| NetError::Switch(name.into(), error))?;
-        Self::join_in(&folder.join(format!("net-{name}")), name)
+        let folder = Self::folder(name).map_err(|error| NetError::Switch(name.into(), error))?;
+        Self::join_in(&folder, name)
+    }
+
+    /// Where the members of a switch of this name meet. The folder may not be there yet.
+    ///
+    /// # Errors
+    /// The user's runtime folder does not let us.
+    pub fn folder(name: &str) -> io::Result<PathBuf> {
+        Ok(runtime::folder()?.join(format!("net-{name}")))
     }
 
     /// Joins those who meet in this folder.
@@ -111,10 +119,7 @@ impl SwitchPort {
         }
         let shared = Arc::new(shared);
         let thread = shared.clone();
-        thread::Builder::new()
-            .name("net-switch".into())
-            .spawn(move || Reader::new(&thread).run())
-            .map_err(failed)?;
+        spawn(Role::NetSwitch, "net-switch", move || Reader::new(&thread).run()).map_err(failed)?;
         Ok(Self { shared })
     }
 

@@ -23,7 +23,6 @@ use std::collections::VecDeque;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use bivisor_machine::packet::{Offload, PacketPort, PacketReceiver, PortFeatures};
@@ -34,6 +33,7 @@ use smoltcp::wire::{EthernetFrame, EthernetProtocol, IpProtocol, Ipv4Packet, Ipv
 use self::core::{Core, Target};
 use super::NetError;
 use super::outlet::Outlet;
+use crate::thread::{Role, spawn};
 use forward::Listener;
 use fragments::{Fragments, Key};
 use frame::Frame;
@@ -101,10 +101,7 @@ impl UserNetwork {
         };
         let shared = Arc::new(Shared { state: Mutex::new(state), outlet });
         let thread = shared.clone();
-        thread::Builder::new()
-            .name("net-user".into())
-            .spawn(move || thread.run(&epoll))
-            .map_err(NetError::Start)?;
+        spawn(Role::NetUser, "net-user", move || thread.run(&epoll)).map_err(NetError::Start)?;
         Ok(Self { shared })
     }
 

@@ -138,8 +138,10 @@ pub struct Decoded {
     pub class: Class,
     /// Flags that are live before it.
     pub live_before: u32,
-    /// Flags that are live at the target, if it is a conditional jump.
+    /// Flags that are live where the block does not go on, if it is a conditional jump.
     pub live_taken: u32,
+    /// The block goes on at the jump's target.
+    pub followed: bool,
     /// Offset from RSP at the block's start of RSP before it, where that is known.
     pub stack_delta: Option<i32>,
     /// Access of each operand.

@@ -5,29 +5,22 @@
 //! [`super::sensitive`] what would trap or tell of the host.
 
 use bivisor_x86::cpuid::CpuModel;
-use bivisor_x86::interp::decode::{decoder_options, is_peculiar};
-use iced_x86::{Decoder, Encoder, Instruction, InstructionInfoFactory};
+use iced_x86::Encoder;
 
 use rustc_hash::FxHashSet;
 
 use super::analysis::{self, Class, Decoded, StackRange, Unit};
 use super::checks::{self, Check, MAX_WINDOWS};
-use super::code32::{self, Widened};
+use super::code32;
 use super::context::{
     self, ADDEND, ADDRESS, GUEST_RSP, TEMPORARY, block_flags, page_base, saved, stack_page,
 };
+use super::decode::{self, Decoding};
 use super::emit::{Emitter, Fixup, Mem, Reg, Width, at, condition, reg};
 use super::key::{Key, USER};
 use super::site::{FaultPoint, Site, SiteKind, Undo};
 use super::stack_moves;
-use crate::code_tracker;
 
-/// Instructions of a block at most.
-const MAX_INSTRUCTIONS: usize = 48;
-/// Conditional jumps of a block at most.
-const MAX_BRANCHES: usize = 4;
-/// Instructions looked at behind a jump, to find which flags are live there.
-const LOOK_AHEAD: usize = 8;
 /// Size of a page.
 pub const PAGE: usize = 4096;
 /// Bytes of the next page that are looked at, for an instruction that crosses into it.
@@ -188,6 +181,10 @@ pub(super) struct Builder<'a> {
     /// The current instruction works on vectors.
     vector: bool,
     pub links: u32,
+    /// The block follows jumps backwards: wherever it leads, that may be a way back.
+    pub winds: bool,
+    /// See [`Request::loop_head`].
+    loop_head: bool,
 }
 
 /// What the scratch register for addends holds.
@@ -211,13 +208,8 @@ pub(super) struct NotRenamed;
 
 /// Translates the block at the requested place, or `None` if its first instruction can't be translated.
 pub fn translate(request: &Request<'_>) -> Option<Translation> {
-    let mut lines = 0;
-    let mut factory = InstructionInfoFactory::new();
-    let mut block = decode(request, &mut factory, &mut lines);
-    let last = block.last()?;
-    let length = last.instruction.next_ip() as usize - request.offset;
-    lines |= code_tracker::lines(request.offset as u64, length as u64);
-    let live_out = live_out(request, last, &mut lines);
+    let Decoding { mut block, lines, live_out, next, winds, loop_head } = decode::decode(request)?;
+    let length = block.iter().map(|decoded| decoded.instruction.len()).sum();
     let uses_vectors = block.iter().any(|d| d.class == Class::Copy && is_vector(d));
     let uses_x87 =
         block.iter().any(|d| d.class == Class::Copy && analysis::unit(&d.instruction) == Unit::X87);
@@ -255,19 +247,22 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
         next_guest: request.offset,
         vector: false,
         links: 0,
+        winds,
+        loop_head,
     };
-    let crosses = request.offset + length > PAGE;
+    // An instruction that crosses into the next page stands alone.
+    let crosses = next > PAGE;
     let mut entries = builder.prologue(&block, uses_vectors, uses_x87, crosses);
     for decoded in &block {
         builder.instruction(decoded);
     }
     builder.move_stack();
     if !block.last().is_some_and(|last| last.class.is_last()) {
-        builder.jump_to(builder.next_guest as i64, live_out);
+        builder.jump_to(next as i64, live_out);
     }
     builder.finish_tails();
     builder.e.split(request.cold_start - request.start - builder.e.position());
-    if !crosses && !request.loop_head {
+    if !crosses && !loop_head {
         let live = block.first().map_or(analysis::ALL_FLAGS, |first| first.live_before);
         entries.backwards = builder.loop_entry(entries.forwards, live);
     }
@@ -290,91 +285,6 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
 
 fn is_vector(decoded: &Decoded) -> bool {
     analysis::unit(&decoded.instruction) != Unit::General
-}
-
-fn decode(request: &Request<'_>, factory: &mut InstructionInfoFactory, looked_at: &mut u64) -> Vec<Decoded> {
-    let options = decoder_options(request.model);
-    let bits = code_bits(request.key);
-    let mut decoder = Decoder::with_ip(bits, &request.page[request.offset..], request.offset as u64, options);
-    let mut block = Vec::with_capacity(16);
-    let mut branches = 0;
-    while block.len() < MAX_INSTRUCTIONS && decoder.can_decode() && (decoder.ip() as usize) < PAGE {
-        let mut instruction = decoder.decode();
-        if instruction.is_invalid() {
-            // Cut off by the page's end, or no instruction at all: the interpreter decides.
-            break;
-        }
-        let bytes = &request.page[instruction.ip() as usize..instruction.next_ip() as usize];
-        let class = if is_peculiar(&instruction, bytes, request.model) {
-            Class::Interpret
-        } else {
-            classify(&mut instruction, request)
-        };
-        let (access, written) = analysis::accesses(factory, &instruction);
-        let live_taken = match class {
-            Class::JumpIf => live_at(request, instruction.near_branch64() as usize, looked_at),
-            _ => 0,
-        };
-        block.push(Decoded {
-            instruction,
-            class,
-            live_before: 0,
-            live_taken,
-            stack_delta: None,
-            access,
-            stack_step: request.key.stack_step(),
-            written,
-            check: Check::Own,
-        });
-        branches += usize::from(class == Class::JumpIf);
-        // An instruction that crosses into the next page stands alone.
-        // Where RSP gets another value, the next block begins with a check of the stack there.
-        let other_stack = block.last().is_some_and(analysis::changes_stack);
-        if class.is_last() || other_stack || branches == MAX_BRANCHES || request.page.len() > PAGE {
-            break;
-        }
-    }
-    block
-}
-
-fn code_bits(key: Key) -> u32 {
-    if key.code32() { 32 } else { 64 }
-}
-
-/// The instruction's class; one of 32-bit code becomes its 64-bit equivalent.
-fn classify(instruction: &mut Instruction, request: &Request<'_>) -> Class {
-    if request.key.code32() {
-        match code32::widened(instruction, request.key) {
-            Widened::As(wide) => *instruction = wide,
-            Widened::Interpreted => return Class::Interpret,
-            Widened::InterpretedLast => return Class::InterpretLast,
-        }
-    }
-    analysis::classify(instruction, request.model, request.key)
-}
-
-/// Flags that may be read after the block.
-fn live_out(request: &Request<'_>, last: &Decoded, looked_at: &mut u64) -> u32 {
-    let next = last.instruction.next_ip() as usize;
-    let target = last.instruction.near_branch64() as usize;
-    match last.class {
-        Class::JumpIfRcxZero => live_at(request, target, looked_at) | live_at(request, next, looked_at),
-        Class::Jump | Class::Call => live_at(request, target, looked_at),
-        class if class.is_last() => analysis::ALL_FLAGS,
-        _ => live_at(request, next, looked_at),
-    }
-}
-
-/// Flags live at an offset of the page; all of them where that isn't in this page.
-fn live_at(request: &Request<'_>, offset: usize, looked_at: &mut u64) -> u32 {
-    let page = request.page.get(..PAGE).unwrap_or_default();
-    let Some(bytes) = page.get(offset..).filter(|_| !request.all_flags) else { return analysis::ALL_FLAGS };
-    let bits = code_bits(request.key);
-    let mut decoder = Decoder::with_ip(bits, bytes, offset as u64, decoder_options(request.model));
-    let ahead = std::iter::from_fn(|| decoder.can_decode().then(|| decoder.decode())).take(LOOK_AHEAD);
-    let live = analysis::live_at_start(ahead);
-    *looked_at |= code_tracker::lines(offset as u64, decoder.ip() - offset as u64);
-    live
 }
 
 impl Builder<'_> {
@@ -400,7 +310,7 @@ impl Builder<'_> {
             self.flags_aside = false;
             self.e.bind(over);
         } else {
-            if self.request.loop_head {
+            if self.loop_head {
                 self.check_event(self.request.offset as i32, live);
             }
             entry = self.e.position();

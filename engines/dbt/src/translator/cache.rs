@@ -1,5 +1,7 @@
 //! Translated blocks: where they stand, how they are found, linked and dropped.
 
+use std::num::NonZeroU32;
+
 use rustc_hash::FxHashMap;
 
 use super::block::{SharedCode, Translation};
@@ -211,8 +213,8 @@ impl Cache {
     /// Makes the jump at a site go to a block.
     pub fn link(&mut self, site: u32, target: u32, context: &mut Context) {
         let Some(kind) = self.sites.get(site as usize).map(|site| site.kind) else { return };
-        let Some(block) = self.blocks.get_mut(target as usize) else { return };
-        block.incoming.push(site);
+        self.note_incoming(site, target);
+        let Some(block) = self.blocks.get(target as usize) else { return };
         match kind {
             SiteKind::Jump { patch, backwards, .. } => {
                 let entry = if backwards { block.loop_entry } else { block.entry };
@@ -226,6 +228,26 @@ impl Cache {
                 context.links[link as usize % LINKS] = self.code.address(block.link_entry as usize);
             }
             _ => {}
+        }
+    }
+
+    /// Notes at a block that a site leads to it, and no longer at the one that it led to before.
+    fn note_incoming(&mut self, site: u32, target: u32) {
+        let Some(from) = self.sites.get_mut(site as usize) else { return };
+        if let SiteKind::Link { noted_by, .. } = &mut from.kind {
+            let new = NonZeroU32::new(target + 1);
+            if *noted_by == new {
+                return;
+            }
+            if let Some(old) = std::mem::replace(noted_by, new)
+                && let Some(block) = self.blocks.get_mut(old.get() as usize - 1)
+                && let Some(place) = block.incoming.iter().position(|&other| other == site)
+            {
+                block.incoming.swap_remove(place);
+            }
+        }
+        if let Some(block) = self.blocks.get_mut(target as usize) {
+            block.incoming.push(site);
         }
     }
 
@@ -287,6 +309,11 @@ impl Cache {
         }
         for site in std::mem::take(&mut block.incoming) {
             self.unlink(site, context);
+            if let Some(Site { kind: SiteKind::Link { noted_by, .. }, .. }) =
+                self.sites.get_mut(site as usize)
+            {
+                *noted_by = None;
+            }
         }
         if self.index.get(&key) == Some(&number) {
             self.index.remove(&key);

@@ -3,7 +3,8 @@
 //! While translated code runs, the host's RSP points at the context; the memory below it is free stack, where the
 //! host may push a signal frame. Guest registers live in the host registers of the same name, but
 //! - guest RSP in host R12,
-//! - guest R12 to R15 in [`Context::spilled`],
+//! - guest R12, R13 and R14 in host R9, R10 and R11,
+//! - guest R9, R10, R11 and R15, which compilers use least, in [`Context::spilled`],
 //! - host R13, R14 and R15 are scratch.
 //!
 //! Arithmetic flags are the host's. Vector registers are the host's too: always in user mode, else from the first
@@ -32,6 +33,23 @@ pub const TEMPORARY: Reg = reg::R15;
 pub const GUEST_RSP: Reg = reg::R12;
 /// Where the context is.
 pub const CONTEXT: Reg = reg::RSP;
+/// Guest registers that live in memory.
+pub const SPILLED: [u8; 4] = [9, 10, 11, 15];
+/// Guest registers that live in host registers, and which.
+pub const HOMES: [(u8, Reg); 12] = [
+    (0, reg::RAX),
+    (1, reg::RCX),
+    (2, reg::RDX),
+    (3, reg::RBX),
+    (4, GUEST_RSP),
+    (5, reg::RBP),
+    (6, reg::RSI),
+    (7, reg::RDI),
+    (8, reg::R8),
+    (12, Reg(9)),
+    (13, Reg(10)),
+    (14, Reg(11)),
+];
 
 /// Entries of each [`Tlb`]; a power of two.
 pub const TLB_ENTRIES: usize = 1024;
@@ -199,7 +217,7 @@ pub const NO_RETURN: u64 = u64::MAX;
 /// The context. Its first 128 bytes, reached by short displacements, are the hottest.
 #[repr(C, align(4096))]
 pub struct Context {
-    /// Guest R12 to R15.
+    /// The guest registers of [`SPILLED`].
     pub spilled: [u64; 4],
     /// Linear address of the page that the current block's first byte lies in.
     pub page_base: u64,
@@ -307,9 +325,10 @@ field!(page_base stack_page stack_addend jump_bias saved state block_flags vecto
 field!(fast_system_calls inner_segments base_instructions fs_base gs_base site host_mxcsr flags address temporary host_rsp target call_target overwritten tsc_offset pauses);
 field!(arithmetic_mask pushed_mask bit_mask syscall sysret mxcsr);
 
-/// Guest register 12 to 15 in [`Context::spilled`].
-pub const fn spilled(number: u8) -> Mem {
-    at(CONTEXT, offset_of!(Context, spilled) as i32 + (number as i32 - 12) * 8)
+/// A guest register in [`Context::spilled`].
+pub fn spilled(number: u8) -> Mem {
+    let place = SPILLED.iter().position(|&spilled| spilled == number).unwrap_or_default();
+    at(CONTEXT, offset_of!(Context, spilled) as i32 + place as i32 * 8)
 }
 /// A word of the frame that IRETQ has popped.
 pub const fn frame(word: usize) -> Mem {

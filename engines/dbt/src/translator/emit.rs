@@ -473,6 +473,18 @@ impl Emitter {
     pub fn store_ymm(&mut self, mem: Mem, vector: u8) {
         self.vex_mem([1, 4, 0x11], vector, 0, mem);
     }
+    /// `vmovups xmm, [mem]`, which clears the upper half.
+    pub fn load_lower(&mut self, vector: u8, mem: Mem) {
+        self.vex_mem([1, 0, 0x10], vector, 0, mem);
+    }
+    /// `vorps xmm0, xmm0, [mem]`.
+    pub fn or_to_xmm0(&mut self, mem: Mem) {
+        self.vex_mem([1, 0, 0x56], 0, 0, mem);
+    }
+    /// `vptest xmm0, xmm0`.
+    pub fn test_xmm0(&mut self) {
+        self.code.extend([0xc4, 0xe2, 0x79, 0x17, 0xc0]);
+    }
     /// `vmovups ymm, [mem]`.
     pub fn load_ymm(&mut self, vector: u8, mem: Mem) {
         self.vex_mem([1, 4, 0x10], vector, 0, mem);
@@ -615,6 +627,18 @@ mod tests {
         assert_eq!(i.immediate(2), 45);
         let i = decode(|e| e.store_ymm(at(RSP, 0x200), 9));
         assert_eq!((i.code(), i.op1_register()), (Code::VEX_Vmovups_ymmm256_ymm, Register::YMM9));
+        let i = decode(|e| e.load_lower(12, at(RSP, 0x200)));
+        assert_eq!((i.code(), i.op0_register()), (Code::VEX_Vmovups_xmm_xmmm128, Register::XMM12));
+        let i = decode(|e| e.or_to_xmm0(at(RSP, 0x200)));
+        assert_eq!(
+            (i.code(), i.op0_register(), i.op1_register()),
+            (Code::VEX_Vorps_xmm_xmm_xmmm128, Register::XMM0, Register::XMM0)
+        );
+        let i = decode(|e| e.test_xmm0());
+        assert_eq!(
+            (i.code(), i.op0_register(), i.op1_register()),
+            (Code::VEX_Vptest_xmm_xmmm128, Register::XMM0, Register::XMM0)
+        );
         let i = decode(|e| e.load_ymm(12, at(RSP, 0x200)));
         assert_eq!(
             (i.code(), i.memory_size()),

@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use bivisor_machine::engine::{EngineError, Exit};
+use bivisor_machine::exits::Kind;
 use bivisor_x86::cpu::Access;
 use bivisor_x86::env::Env;
 use bivisor_x86::exception::{Exception, vector};
@@ -38,6 +39,31 @@ impl DbtVcpu {
             return self.host_fault();
         };
         self.statistics.left(site.kind);
+        let asked = self.env.asked();
+        let next = self.handle(site);
+        // The machine counts what it was asked for, and halts.
+        if self.env.asked() == asked && !matches!(next, Next::Leave(Ok(Exit::Halt))) {
+            self.count(site.kind);
+        }
+        next
+    }
+
+    /// Counts an exit that the machine has not heard of.
+    fn count(&self, kind: SiteKind) {
+        match kind {
+            SiteKind::Access { .. }
+            | SiteKind::Window { .. }
+            | SiteKind::String { .. }
+            | SiteKind::Stack { .. } => self.env.count(Kind::Memory),
+            SiteKind::Interpret { .. }
+            | SiteKind::Invlpg { .. }
+            | SiteKind::Cpuid { .. }
+            | SiteKind::InterpretLast => self.env.count(Kind::Instruction),
+            _ => {}
+        }
+    }
+
+    fn handle(&mut self, site: Site) -> Next {
         let number = self.context().site;
         let base = self.context().page_base;
         let rip = base.wrapping_add(site.guest.into());

@@ -8,7 +8,7 @@ use super::context::{
     self, ADDEND, ADDRESS, JUMP_MASK, TEMPORARY, jump_bias_of, jump_host, jump_rip, page_base,
 };
 use super::emit::{Emitter, Fixup, Width, at, condition, indexed};
-use super::operand::{host_register, number};
+use super::operand::{host_register, lives_in_memory, number};
 use super::site::{SiteKind, Undo};
 
 impl Builder<'_> {
@@ -17,7 +17,7 @@ impl Builder<'_> {
         let instruction = &decoded.instruction;
         if instruction.op0_kind() == OpKind::Register {
             let guest = number(instruction.op0_register()).ok_or(NotRenamed)?;
-            if guest >= 12 {
+            if lives_in_memory(guest) {
                 self.e.load(Width::W64, ADDRESS, context::spilled(guest));
             } else {
                 self.e.copy(self.width(), ADDRESS, host_register(guest));
@@ -81,21 +81,21 @@ impl Builder<'_> {
             self.link(fixup, target as u16);
             return;
         }
-        if target <= self.guest as i32 {
+        if self.winds || target <= self.guest as i32 {
             self.check_event(target, live);
         }
         self.e.load(Width::W64, ADDRESS, page_base());
         self.e.lea(self.width(), ADDRESS, at(ADDRESS, target));
         let link = self.request.first_link + self.links;
         self.links += 1;
-        self.new_site(SiteKind::Link { target, link, stub: 0 });
+        self.new_site(SiteKind::Link { target, link, stub: 0, noted_by: None });
         self.e.jump_mem(context::link(link));
     }
 
     fn link(&mut self, fixup: Fixup, target: u16) {
         let patch = (self.request.start + Emitter::displacement_position(fixup)) as u32;
         // Events are looked for once in every loop: where a jump backwards arrives.
-        let backwards = usize::from(target) <= self.guest;
+        let backwards = self.winds || usize::from(target) <= self.guest;
         self.leave_from(fixup, SiteKind::Jump { target, backwards, patch, stub: 0 });
     }
 
@@ -110,11 +110,16 @@ impl Builder<'_> {
         self.leave_from(fixup, SiteKind::Event { target });
     }
 
-    /// A conditional jump: the block goes on where it isn't taken.
+    /// A conditional jump: the block goes on where it isn't taken, or, if it is followed, where it is.
     pub fn jump_if(&mut self, decoded: &Decoded) {
         self.bring_flags_back();
-        let target = decoded.instruction.near_branch64() as i64;
-        let condition = encoding(decoded.instruction.condition_code() as u8);
+        let mut condition = encoding(decoded.instruction.condition_code() as u8);
+        let mut target = decoded.instruction.near_branch64() as i64;
+        if decoded.followed {
+            // Each condition's opposite differs in the lowest bit.
+            condition ^= 1;
+            target = decoded.instruction.next_ip() as i64;
+        }
         let taken = self.e.jump_if(condition);
         if (0..PAGE as i64).contains(&target) {
             self.link(taken, target as u16);

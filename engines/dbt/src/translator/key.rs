@@ -167,6 +167,10 @@ mod tests {
         pub fn plain_code32() -> Self {
             Self(USER.into()).with(CODE32 | SSE | AVX | X87 | TSC)
         }
+        /// 64-bit user code, likewise.
+        pub fn plain_code64() -> Self {
+            Self(USER.into()).with(SSE | AVX | X87 | TSC)
+        }
         fn with(self, bits: u16) -> Self {
             Self(self.0 | bits)
         }

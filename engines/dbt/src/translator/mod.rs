@@ -11,6 +11,7 @@ pub mod cache;
 pub mod checks;
 pub mod code32;
 pub mod context;
+mod decode;
 pub mod emit;
 mod exits;
 pub mod fault;

@@ -6,7 +6,8 @@ use super::analysis::{self, Class, Decoded};
 use super::block::{Addend, Builder, Kept, NotRenamed, PAGE, Retry};
 use super::checks::{Check, Window};
 use super::context::{
-    self, ADDEND, ADDRESS, GUEST_RSP, TEMPORARY, TLB_INDEX_MASK, TLB_INDEX_SHIFT, page_base, stack_addend,
+    self, ADDEND, ADDRESS, GUEST_RSP, HOMES, SPILLED, TEMPORARY, TLB_INDEX_MASK, TLB_INDEX_SHIFT, page_base,
+    stack_addend,
 };
 use super::emit::{Mem, Reg, Width, at, condition, indexed, reg};
 use super::site::{FaultPoint, SiteKind};
@@ -18,7 +19,7 @@ pub(super) fn number(register: Register) -> Option<u8> {
 
 /// Whether the guest register lives in memory.
 fn is_spilled(register: Register) -> bool {
-    number(register).is_some_and(|number| number >= 12)
+    number(register).is_some_and(lives_in_memory)
 }
 
 fn is_high_byte(register: Register) -> bool {
@@ -210,7 +211,7 @@ impl Builder<'_> {
     /// The host register of a base or index, loaded into `scratch` if it lives in memory.
     fn address_register(&mut self, register: Register, scratch: Reg) -> Option<Reg> {
         let number = number(register)?;
-        if number >= 12 {
+        if lives_in_memory(number) {
             self.e.load(Width::W64, scratch, context::spilled(number));
             return Some(scratch);
         }
@@ -401,7 +402,7 @@ impl Builder<'_> {
             let register = instruction.op_register(operand);
             high_byte |= is_high_byte(register);
             let Some(guest) = number(register) else { continue };
-            if guest < 12 {
+            if !lives_in_memory(guest) {
                 let host = host_register(guest);
                 if host.0 != guest {
                     renamed.set_op_register(operand, sized(host, register));
@@ -537,7 +538,7 @@ impl Builder<'_> {
             OpKind::Register => {
                 let place = self.stack_operand(decoded, -step, true);
                 let guest = number(instruction.op0_register()).ok_or(NotRenamed)?;
-                let host = if guest >= 12 {
+                let host = if lives_in_memory(guest) {
                     self.e.load(Width::W64, TEMPORARY, context::spilled(guest));
                     TEMPORARY
                 } else {
@@ -571,9 +572,9 @@ impl Builder<'_> {
     pub fn pop(&mut self, decoded: &Decoded) {
         let place = self.stack_operand(decoded, 0, false);
         let guest = number(decoded.instruction.op0_register()).unwrap_or_default();
-        let target = if guest >= 12 { TEMPORARY } else { host_register(guest) };
+        let target = if lives_in_memory(guest) { TEMPORARY } else { host_register(guest) };
         self.e.load(self.width(), target, place);
-        if guest >= 12 {
+        if lives_in_memory(guest) {
             self.e.store(Width::W64, context::spilled(guest), TEMPORARY);
         }
         // POP RSP gets the popped value, not the incremented one.
@@ -608,7 +609,12 @@ impl Builder<'_> {
 
 /// Host register of a guest register that lives in one.
 pub(super) fn host_register(guest: u8) -> Reg {
-    if guest == 4 { GUEST_RSP } else { Reg(guest) }
+    HOMES.iter().find(|&&(number, _)| number == guest).map_or(TEMPORARY, |&(_, host)| host)
+}
+
+/// Whether a guest register lives in memory.
+pub(super) fn lives_in_memory(guest: u8) -> bool {
+    SPILLED.contains(&guest)
 }
 
 /// SPL, BPL, SIL, DIL: they exist with REX only.

@@ -15,10 +15,10 @@ use super::context::{
 };
 use super::emit::{Mem, Reg, Width, at, condition, indexed, reg};
 use super::key::{SUPERVISOR, SUPERVISOR_AC, USER};
-use super::operand::{host_register, number};
+use super::operand::{host_register, lives_in_memory, number};
 use super::site::{SiteKind, Undo};
 
-const R11: Reg = Reg(11);
+const R11: u8 = 11;
 
 /// A field of the state, whose address TEMPORARY holds.
 pub(super) fn state(offset: usize) -> Mem {
@@ -140,7 +140,7 @@ impl Builder<'_> {
 
     /// Stores a general register of the guest's from TEMPORARY.
     fn write_register(&mut self, guest: u8) {
-        if guest >= 12 {
+        if lives_in_memory(guest) {
             self.e.store(Width::W64, context::spilled(guest), TEMPORARY);
         } else {
             self.e.copy(Width::W64, host_register(guest), TEMPORARY);
@@ -169,7 +169,7 @@ impl Builder<'_> {
         self.load_state();
         self.e.load_zx16(TEMPORARY, state(segment(register) + offset_of!(Segment, selector)));
         match decoded.instruction.op0_register().size() {
-            2 if guest >= 12 => self.e.store16(context::spilled(guest), TEMPORARY),
+            2 if lives_in_memory(guest) => self.e.store16(context::spilled(guest), TEMPORARY),
             2 => self.e.copy16(host_register(guest), TEMPORARY),
             _ => self.write_register(guest),
         }
@@ -209,7 +209,7 @@ impl Builder<'_> {
             self.write_register(guest);
             return Ok(());
         }
-        let from = if guest >= 12 {
+        let from = if lives_in_memory(guest) {
             self.e.load(Width::W64, ADDRESS, context::spilled(guest));
             ADDRESS
         } else {
@@ -287,18 +287,20 @@ impl Builder<'_> {
         self.put_flags_aside();
         self.interpret_if_zero(context::fast_system_calls(), true);
         self.bring_flags_back();
+        // RCX gets the instruction pointer in the end, and is free until then.
         self.e.pushfq();
-        self.e.pop(R11);
+        self.e.pop(reg::RCX);
         self.load_state();
-        self.e.and_imm(Width::W32, R11, ARITHMETIC as i32);
+        self.e.and_imm(Width::W32, reg::RCX, ARITHMETIC as i32);
         self.e.load(Width::W64, ADDRESS, state(RFLAGS));
         self.e.and_imm(Width::W32, ADDRESS, !ARITHMETIC as i32);
-        self.e.or(Width::W64, R11, ADDRESS);
+        self.e.or(Width::W64, reg::RCX, ADDRESS);
         self.e.load(Width::W64, ADDRESS, state(MSR + offset_of!(Msrs, sfmask)));
         self.e.not(Width::W64, ADDRESS);
-        self.e.and(Width::W64, ADDRESS, R11);
+        self.e.and(Width::W64, ADDRESS, reg::RCX);
         self.e.or_imm(Width::W64, ADDRESS, Rflags::FIXED.bits() as i32);
         self.e.store(Width::W64, state(RFLAGS), ADDRESS);
+        self.e.store(Width::W64, context::spilled(R11), reg::RCX);
         // The arithmetic flags that remain, in the form in which flags are put aside.
         self.flags_word(ADDRESS);
         self.load_selectors(context::syscall(), 0);
@@ -320,7 +322,8 @@ impl Builder<'_> {
         self.e.compare_imm8(context::vectors(), VECTORS_IN_STATE);
         let elsewhere = self.e.jump_if(condition::E);
         self.leave_from(elsewhere, SiteKind::InterpretLast);
-        self.e.test_imm(R11, SPECIAL.bits() as u32);
+        self.e.load(Width::W64, ADDRESS, context::spilled(R11));
+        self.e.test_imm(ADDRESS, SPECIAL.bits() as u32);
         let special = self.e.jump_if(condition::NE);
         self.leave_from(special, SiteKind::InterpretLast);
         if self.request.model.vendor == Vendor::Intel {
@@ -333,12 +336,13 @@ impl Builder<'_> {
             self.leave_from(outside, SiteKind::InterpretLast);
         }
         self.load_state();
-        self.e.copy(Width::W32, ADDRESS, R11);
+        self.e.load(Width::W32, ADDRESS, context::spilled(R11));
         // All that SYSRET loads, and the flag that is always set.
         self.e.and_imm(Width::W32, ADDRESS, 0x003c_7fd7);
         self.e.or_imm(Width::W32, ADDRESS, Rflags::FIXED.bits() as i32);
         self.e.store(Width::W64, state(RFLAGS), ADDRESS);
-        self.flags_word(R11);
+        self.e.load(Width::W64, ADDRESS, context::spilled(R11));
+        self.flags_word(ADDRESS);
         self.load_selectors(context::sysret(), 3);
         self.load_missing_vectors();
         self.e.copy(Width::W64, ADDRESS, reg::RCX);
@@ -436,7 +440,7 @@ impl Builder<'_> {
 
     /// The bit's number, sign-extended, to TEMPORARY.
     fn bit_number(&mut self, guest: u8, size: i32) {
-        let from = if guest >= 12 {
+        let from = if lives_in_memory(guest) {
             self.e.load(Width::W64, TEMPORARY, context::spilled(guest));
             TEMPORARY
         } else {

@@ -5,12 +5,12 @@ use std::mem::offset_of;
 use bivisor_x86::state::CpuState;
 
 use super::block::SharedCode;
-use super::context::{self, CONTEXT, Context, GUEST_RSP, TEMPORARY, VECTORS_IN_CONTEXT, VECTORS_LOADED, ymm};
+use super::context::{
+    self, CONTEXT, Context, HOMES, SPILLED, TEMPORARY, VECTORS_IN_CONTEXT, VECTORS_LOADED, ymm,
+};
 use super::emit::{Emitter, Reg, Width, at, condition, reg};
 use super::routines::{self, repeat_string};
 
-/// Host registers that the guest's registers of the same number live in.
-const SAME: [u8; 11] = [0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11];
 /// Registers that a function must preserve (System V ABI for x86-64).
 const PRESERVED: [Reg; 6] = [reg::RBX, reg::RBP, reg::R12, reg::R13, reg::R14, reg::R15];
 /// The first two arguments of a function.
@@ -71,12 +71,27 @@ pub fn emit() -> (Vec<u8>, Parts) {
     (e.code, Parts { blocks, enter, enter_with_vectors, enter_with_x87, fault_exit })
 }
 
-/// Loads SSE and AVX registers from the context. `pushed`: bytes on the stack below the context.
+/// Loads SSE and AVX registers from the context. Changes the flags. `pushed`: bytes on the stack below the context.
 fn load_vectors_body(e: &mut Emitter, pushed: i32) {
     e.load_mxcsr(context::mxcsr().plus(pushed));
+    // Where all upper halves are zero, the processor is to know it: as long as it doesn't, each SSE instruction waits for what
+    // its destination held before, since it leaves the upper half of that alone.
+    let upper = |number| ymm(number).plus(pushed + 16);
+    e.load_lower(0, upper(0));
+    for number in 1..16 {
+        e.or_to_xmm0(upper(number));
+    }
+    e.test_xmm0();
+    let dirty = e.jump_if(condition::NE);
+    for number in 0..16 {
+        e.load_lower(number, ymm(number).plus(pushed));
+    }
+    let loaded = e.jump();
+    e.bind(dirty);
     for number in 0..16 {
         e.load_ymm(number, ymm(number).plus(pushed));
     }
+    e.bind(loaded);
     e.store_imm8(context::vectors().plus(pushed), VECTORS_LOADED);
 }
 
@@ -96,11 +111,10 @@ fn emit_exit(e: &mut Emitter) {
     e.store16(context::flags(), reg::RAX);
     e.load(Width::W64, reg::RAX, context::saved());
     e.load(Width::W64, TEMPORARY, context::state());
-    for number in SAME {
-        e.store(Width::W64, at(TEMPORARY, gpr(number)), Reg(number));
+    for (guest, host) in HOMES {
+        e.store(Width::W64, at(TEMPORARY, gpr(guest)), host);
     }
-    e.store(Width::W64, at(TEMPORARY, gpr(4)), GUEST_RSP);
-    for number in 12..16 {
+    for number in SPILLED {
         e.load(Width::W64, reg::RAX, context::spilled(number));
         e.store(Width::W64, at(TEMPORARY, gpr(number)), reg::RAX);
     }
@@ -146,15 +160,14 @@ fn emit_enter(e: &mut Emitter, load: impl FnOnce(&mut Emitter)) -> usize {
     e.store(Width::W64, context::target(), SECOND);
     load(e);
     e.load(Width::W64, TEMPORARY, context::state());
-    for number in 12..16 {
+    for number in SPILLED {
         e.load(Width::W64, reg::RAX, at(TEMPORARY, gpr(number)));
         e.store(Width::W64, context::spilled(number), reg::RAX);
     }
-    e.load(Width::W64, GUEST_RSP, at(TEMPORARY, gpr(4)));
     e.load_zx16(reg::RAX, context::flags());
     e.flags_from_ax();
-    for number in SAME {
-        e.load(Width::W64, Reg(number), at(TEMPORARY, gpr(number)));
+    for (guest, host) in HOMES {
+        e.load(Width::W64, host, at(TEMPORARY, gpr(guest)));
     }
     e.load(Width::W64, context::ADDRESS, context::address());
     e.jump_mem(context::target());

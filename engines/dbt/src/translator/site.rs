@@ -1,5 +1,7 @@
 //! The places where translated code may leave, and what is to be done there.
 
+use std::num::NonZeroU32;
+
 /// A place where a block may leave translated code.
 #[derive(Clone, Copy, Debug)]
 pub struct Site {
@@ -112,6 +114,9 @@ pub enum SiteKind {
         link: u32,
         /// The code that leaves, which the link leads to as long as it isn't set.
         stub: u32,
+        /// The block that counts the site among those that lead to it, if any does. Links are set again and again, in each
+        /// address space.
+        noted_by: Option<NonZeroU32>,
     },
     /// A jump to a linear address that the jump cache doesn't know.
     Lookup(Undo),

@@ -14,6 +14,8 @@ pub type Value = (u32, i32);
 pub struct Values {
     registers: [Value; 16],
     next: u32,
+    /// Numbers of sums: of what, how often the second is added, and the number.
+    sums: Vec<(u32, u32, u32, u32)>,
 }
 
 fn number(register: Register) -> usize {
@@ -23,7 +25,7 @@ fn number(register: Register) -> usize {
 impl Values {
     /// The values at the block's start.
     pub fn at_start() -> Self {
-        Self { registers: std::array::from_fn(|number| (number as u32, 0)), next: 16 }
+        Self { registers: std::array::from_fn(|number| (number as u32, 0)), next: 16, sums: Vec::new() }
     }
 
     /// The value of a 64-bit register.
@@ -64,12 +66,15 @@ impl Values {
     }
 
     /// Where an instruction gives a register of this size another one's value plus a constant: the register, and the value.
-    fn moved(&self, instruction: &Instruction, size: usize) -> Option<(usize, Value)> {
+    fn moved(&mut self, instruction: &Instruction, size: usize) -> Option<(usize, Value)> {
         let whole = |register: Register| register.is_gpr() && register.size() == size;
         if instruction.op0_kind() != OpKind::Register || !whole(instruction.op0_register()) {
             return None;
         }
         let target = instruction.op0_register();
+        if let Some(sum) = self.sum(instruction, whole) {
+            return Some((number(target), sum));
+        }
         let constant = match instruction.op1_kind() {
             OpKind::Immediate8to64 | OpKind::Immediate32to64 | OpKind::Immediate8to32 => {
                 Some(instruction.immediate(1) as i64)
@@ -95,7 +100,45 @@ impl Values {
             _ => return None,
         };
         let (root, delta) = self.of(from);
-        let delta = i32::try_from(i64::from(delta).checked_add(moved)?).ok()?;
-        (delta.abs() < LIMIT).then_some((number(target), (root, delta)))
+        let delta = limited(i64::from(delta).checked_add(moved)?)?;
+        Some((number(target), (root, delta)))
     }
+
+    /// The value of a sum of two registers. The same sum again, as in a loop's next round, has the same number.
+    fn sum(&mut self, instruction: &Instruction, whole: impl Fn(Register) -> bool) -> Option<Value> {
+        let (one, other, times, constant) = match instruction.mnemonic() {
+            Mnemonic::Lea
+                if instruction.memory_base().is_gpr64() && instruction.memory_index().is_gpr64() =>
+            {
+                (
+                    instruction.memory_base(),
+                    instruction.memory_index(),
+                    instruction.memory_index_scale(),
+                    instruction.memory_displacement64() as i64,
+                )
+            }
+            Mnemonic::Add
+                if instruction.op1_kind() == OpKind::Register && whole(instruction.op1_register()) =>
+            {
+                (instruction.op0_register(), instruction.op1_register(), 1, 0)
+            }
+            _ => return None,
+        };
+        let ((one, first), (other, second)) = (self.of(one), self.of(other));
+        let delta = i64::from(second) * i64::from(times) + i64::from(first);
+        let delta = limited(delta.checked_add(constant)?)?;
+        let (one, other) = if times == 1 { (one.min(other), one.max(other)) } else { (one, other) };
+        let known = self.sums.iter().find(|&&(a, b, n, _)| (a, b, n) == (one, other, times));
+        let number = known.map_or(self.next, |&(.., number)| number);
+        if number == self.next {
+            self.sums.push((one, other, times, number));
+            self.next += 1;
+        }
+        Some((number, delta))
+    }
+}
+
+/// A constant, if it is small enough to be followed.
+fn limited(constant: i64) -> Option<i32> {
+    i32::try_from(constant).ok().filter(|constant| constant.abs() < LIMIT)
 }

@@ -5,7 +5,7 @@ use iced_x86::{ConstantOffsets, FlowControl, Instruction, Mnemonic, OpKind, Regi
 
 use super::build::{Builder, Class, RBP, RSP};
 use super::code::{Field, Form, To};
-use super::layout::{CONTROL, CONTROL_FREE, CONTROL_SIZE, READ_ONLY};
+use super::layout::{CONTROL, CONTROL_FREE, CONTROL_SIZE, NUDGE, READ_ONLY};
 use crate::exclude::exclusion;
 use crate::generate::{is_untold, random_bytes};
 use crate::layout::{CODE, DATA, DATA_SIZE, PAGE};
@@ -104,7 +104,10 @@ impl Builder<'_> {
                 true
             };
         }
-        if self.is_excluded(&instruction) || !self.is_wanted(&instruction) {
+        if self.is_excluded(&instruction)
+            || leads_to_nudges(&bytes[..instruction.len()])
+            || !self.is_wanted(&instruction)
+        {
             return false;
         }
         let mut needs = Needs::default();
@@ -325,6 +328,14 @@ impl Builder<'_> {
             _ => self.data_address(),
         }
     }
+}
+
+/// Whether a constant in the instruction may make an address near the page of nudges, which holds other things in the guest.
+fn leads_to_nudges(bytes: &[u8]) -> bool {
+    let near = NUDGE - 0x1_0000..NUDGE + 0x2_0000;
+    bytes
+        .windows(4)
+        .any(|word| near.contains(&u32::from_le_bytes([word[0], word[1], word[2], word[3]]).into()))
 }
 
 /// Whether the instruction changes system registers, or ports.

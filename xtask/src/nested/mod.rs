@@ -1,0 +1,134 @@
+//! The engine kvm on a KVM that is not pretended: in a Linux of its own, which QEMU emulates with a processor that has
+//! virtualization, so that this needs none here.
+mod outer;
+
+use crate::{
+    bench::guest::default_guest,
+    linux::{DIALOGUE, PROMPT},
+    steps::{Tally, progress},
+};
+use anyhow::{Context, Result, bail, ensure};
+use bivisor_guests::{ALL, Guest, Outcome};
+use outer::Outer;
+use std::{
+    fs,
+    os::unix::process::ExitStatusExt,
+    path::Path,
+    process::ExitStatus,
+    time::{Duration, Instant},
+};
+
+/// Ends of a run that count as good: power-off, and the verdict "passed" at port 0xf4 (2 * 0x10 + 1).
+const GOOD_ENDS: [i32; 2] = [0, 33];
+/// What a guest may take, emulated twice and on a busy machine.
+const GUEST_LIMIT: Duration = Duration::from_secs(90);
+/// What a boot of Linux and all that is typed there may take.
+const LINUX_LIMIT: Duration = Duration::from_secs(240);
+/// What else is typed in the inner Linux: that it has a network, and knows what executes it.
+const MORE: &[(&str, &[&str])] = &[
+    ("ip link set eth0 up && udhcpc -n -q -s /bin/true -i eth0", &["10.0.2.15 obtained"]),
+    ("dmesg | grep -o 'Hypervisor detected: KVM'", &["\nHypervisor detected: KVM"]),
+    ("cat /sys/devices/system/clocksource/clocksource0/available_clocksource", &["kvm-clock"]),
+];
+
+/// Runs the test guests and Linux with one and two processors. `program`: bivisor.
+///
+/// # Errors
+/// If something that the outer Linux needs can't be had.
+pub fn all(tally: &mut Tally, program: &Path) -> Result<()> {
+    progress("nested KVM");
+    let folder = tempfile::tempdir()?;
+    let start = Instant::now();
+    let mut outer = Outer::start(program, &default_guest(program)?, folder.path())?;
+    println!("    the outer Linux is up after {:.1?}", start.elapsed());
+    let chosen = outer.ask("bivisor doctor | grep kvm", GUEST_LIMIT)?;
+    let usable = chosen.contains("ok  engine kvm");
+    println!("    bivisor doctor: {}", chosen.lines().next().unwrap_or_default());
+    tally.count("nested KVM: doctor", usable);
+    for guest in ALL {
+        check(tally, &format!("{} on kvm", guest.name), || run(&mut outer, guest))?;
+    }
+    for cpus in [1, 2] {
+        check(tally, &format!("Linux with {cpus} CPUs on kvm"), || boot(&mut outer, cpus))?;
+    }
+    outer.end()?;
+    println!("    nested KVM: {:.0?} in all", start.elapsed());
+    Ok(())
+}
+
+/// Counts one check.
+fn check(tally: &mut Tally, name: &str, what: impl FnOnce() -> Result<()>) -> Result<()> {
+    let start = Instant::now();
+    let result = what();
+    match &result {
+        Ok(()) => println!("    {name}: ok in {:.1?}", start.elapsed()),
+        Err(error) => println!("    {name}: FAILED: {error:#}"),
+    }
+    tally.count(name, result.is_ok());
+    Ok(())
+}
+
+/// Runs a test guest and compares what it prints.
+fn run(outer: &mut Outer, guest: &Guest) -> Result<()> {
+    let Guest { name, input, .. } = guest;
+    let start = Instant::now();
+    outer.type_line(&format!(
+        "bivisor run --engine kvm --testdev --no-reboot --memory 64M --kernel /guests/{name} 2>/tmp/messages"
+    ))?;
+    let mut output = String::new();
+    if !input.is_empty() {
+        output = outer.until("\n> ", GUEST_LIMIT)?;
+        outer.type_text(input)?;
+    }
+    let (rest, code) = outer.until_status(GUEST_LIMIT)?;
+    output.push_str(&rest);
+    let messages = outer.ask("cat /tmp/messages", GUEST_LIMIT)?;
+    let status = Some(ExitStatus::from_raw(code << 8));
+    let outcome = Outcome { output, messages, status, time: start.elapsed() };
+    let verdict = outcome.compare(guest, "");
+    if !GOOD_ENDS.contains(&code) || !verdict.differences.is_empty() {
+        bail!("status {code}\n{}\n{}", verdict.differences.join("\n"), outcome.messages);
+    }
+    Ok(())
+}
+
+/// Boots Linux with a disk and a network, types what a user would try first, and powers it off.
+fn boot(outer: &mut Outer, cpus: u32) -> Result<()> {
+    outer.ask("truncate -s 64M /tmp/disk", GUEST_LIMIT)?;
+    outer.type_line(&format!(
+        "bivisor run --engine kvm --cpus {cpus} --memory 256M --no-reboot --disk /tmp/disk,serial=serial-1 --net user \
+         --kernel /inner/vmlinuz --initrd /inner/initrd.img --append 'console=ttyS0 quiet' 2>/tmp/messages"
+    ))?;
+    let deadline = Instant::now() + LINUX_LIMIT;
+    let left = || deadline.saturating_duration_since(Instant::now());
+    outer.until(PROMPT, left())?;
+    let processors = format!("\n{cpus}");
+    let count = ("nproc", &[processors.as_str()][..]);
+    for (line, expected) in DIALOGUE.iter().chain(MORE).copied().chain([count]) {
+        outer.type_line(line)?;
+        let answer = outer.until(PROMPT, left())?;
+        for part in expected {
+            ensure!(answer.contains(part), "`{line}` answers without {part:?}: {answer:?}");
+        }
+    }
+    outer.type_line("poweroff")?;
+    let (rest, code) = outer.until_status(left())?;
+    let messages = outer.ask("cat /tmp/messages; rm /tmp/disk", GUEST_LIMIT)?;
+    ensure!(code == 0 && rest.contains("Power down"), "status {code}: {rest:?}\n{messages}");
+    Ok(())
+}
+
+/// The test guests, as files of the outer Linux.
+fn guests() -> impl Iterator<Item = (String, Vec<u8>)> {
+    ALL.iter().map(|guest| (format!("guests/{}", guest.name), guest.image.to_vec()))
+}
+
+/// Kernel and initramfs of the inner Linux, as files of the outer one.
+fn inner(image: &Path) -> Result<Vec<(String, Vec<u8>)>> {
+    let read = |name: &str| -> Result<_> {
+        let path = image.join(name);
+        let bytes = fs::read(&path).with_context(|| path.display().to_string())?;
+        Ok((format!("inner/{name}"), bytes))
+    };
+    Ok(vec![read("vmlinuz")?, read("initrd.img")?])
+}
