@@ -37,6 +37,8 @@ pub enum Role {
     Log,
     /// Serves a debugger.
     Debugger,
+    /// Takes orders of a supervisor.
+    Control,
 }
 
 impl Role {
@@ -58,6 +60,7 @@ impl Role {
             Self::Signals => "signals",
             Self::Log => "the log",
             Self::Debugger => "the debugger",
+            Self::Control => "a supervisor's orders",
         }
     }
 }

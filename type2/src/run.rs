@@ -64,7 +64,7 @@ pub fn machine(
     mut config: VmConfig,
     verbose: bool,
     managed: Option<Managed>,
-    jail_probe: Option<Probe>,
+    probe: Option<Probe>,
 ) -> Result<Ending, Failure> {
     config.check_memory(memory::host_memory()).map_err(Failure::configuration)?;
     config.engine = engines::choose(config.engine).map_err(Failure::configuration)?;
@@ -106,13 +106,13 @@ pub fn machine(
     let trace = trace.transpose().map_err(Failure::host)?;
     let perf_map = config.perf_map.then(PerfMap::create).transpose().map_err(Failure::host)?;
     let backends = Backends::open(&config, &guest)?;
-    if let Some(probe) = jail_probe {
+    if let Some(probe) = probe {
         probe.before_close();
     }
     if let Some(jail) = jail {
         jail.close().map_err(Failure::host)?;
     }
-    if let Some(probe) = jail_probe {
+    if let Some(probe) = probe {
         probe.after_close();
     }
     let parts = Parts { config, guest, clock, processors, console, backends, trace, perf_map, log, events };

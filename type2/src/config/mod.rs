@@ -194,12 +194,12 @@ pub struct VmConfig {
     pub perf_map: bool,
     /// Debugger.
     pub gdb: Option<GdbSpec>,
-    /// Do without the jail.
-    pub no_jail: bool,
     /// When the supervisor starts it again.
     pub restart: RestartPolicy,
     /// How its image is made if it is not there.
     pub build: Option<DiskRecipe>,
+    /// Do without the jail.
+    pub no_jail: bool,
 }
 
 /// Why a configuration can't be used.
@@ -290,9 +290,9 @@ struct FileConfig {
     trace: Option<PathBuf>,
     perf_map: Option<bool>,
     gdb: Option<Spanned<String>>,
-    no_jail: Option<bool>,
     restart: Option<Spanned<String>>,
     build: Option<Spanned<toml::Table>>,
+    no_jail: Option<bool>,
 }
 
 impl VmConfig {
@@ -355,9 +355,9 @@ impl VmConfig {
             trace: settings.trace,
             perf_map: settings.perf_map,
             gdb: settings.gdb,
-            no_jail: settings.no_jail,
             restart: settings.restart,
             build: settings.build,
+            no_jail: settings.no_jail,
         })
     }
 
@@ -399,9 +399,9 @@ struct Settings {
     trace: Option<PathBuf>,
     perf_map: bool,
     gdb: Option<GdbSpec>,
-    no_jail: bool,
     restart: RestartPolicy,
     build: Option<DiskRecipe>,
+    no_jail: bool,
 }
 
 impl Settings {
@@ -462,9 +462,9 @@ impl Settings {
                 GdbSpec::Unix(path) => GdbSpec::Unix(folder.join(path)),
                 port => port,
             }),
-            no_jail: file.no_jail.unwrap_or(false),
             restart: source.value("restart", file.restart, parse_restart)?.unwrap_or_default(),
             build: source.value("build", file.build, |table| set::recipe(table, folder))?,
+            no_jail: file.no_jail.unwrap_or(false),
         };
         Ok((settings, file.image))
     }
@@ -577,13 +577,13 @@ fn parse_engine(text: &str) -> Result<EngineChoice, String> {
         .map_err(|_| format!("'{text}' is no engine: say auto, interp, dbt or kvm"))
 }
 
-fn parse_pv(text: &str) -> Result<Paravirtual, String> {
-    Paravirtual::from_str(text, false).map_err(|_| format!("'{text}' means nothing here: say on or off"))
-}
-
 fn parse_restart(text: &str) -> Result<RestartPolicy, String> {
     RestartPolicy::from_str(text, false)
         .map_err(|_| format!("'{text}' is no policy: say no, on-failure or always"))
+}
+
+fn parse_pv(text: &str) -> Result<Paravirtual, String> {
+    Paravirtual::from_str(text, false).map_err(|_| format!("'{text}' means nothing here: say on or off"))
 }
 
 fn parse_cpus(number: &i64) -> Result<u32, String> {

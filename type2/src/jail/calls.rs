@@ -17,9 +17,9 @@ const BASIC: &[c_long] = &[
     libc::SYS_write,
     libc::SYS_readv,
     libc::SYS_writev,
-    // A log of bounded size is made shorter by whoever writes to it.
-    libc::SYS_pread64,
+    // Standard error may be a log of bounded size: who writes to it makes it shorter.
     libc::SYS_fstat,
+    libc::SYS_pread64,
     libc::SYS_ftruncate,
     // The handlers of signals, on whatever thread, tell the thread for signals by a socket.
     libc::SYS_sendto,
@@ -142,7 +142,7 @@ impl Calls {
                 calls.socket(libc::AF_UNIX)?;
                 calls.ioctls(NONBLOCKING)?;
             }
-            Role::ConsoleIn | Role::Control | Role::Debugger => {
+            Role::ConsoleIn | Role::Debugger | Role::Control => {
                 calls.any(SOCKETS);
                 calls.any(&[libc::SYS_accept4]);
                 calls.ioctls(NONBLOCKING)?;

@@ -35,7 +35,7 @@ pub(super) fn run(file: &Path, verbose: bool) -> Result<u8, Failure> {
 fn check(machine: &Described) -> Result<(), Failure> {
     let config = &machine.config;
     config.check_memory(memory::host_memory()).map_err(Failure::configuration)?;
-    engines::make(config.engine).map_err(Failure::configuration)?;
+    engines::choose(config.engine).map_err(Failure::configuration)?;
     if config.virtio_console == Some(bivisor_backends::console::ConsoleSpec::Stdio) {
         let text =
             "a machine in the background has no terminal: say virtio-console = \"pty\" or \"unix=PATH\"";
