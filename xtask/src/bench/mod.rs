@@ -1,5 +1,5 @@
 //! `cargo xtask bench`: one benchmark program on the host itself, in Bivisor and in every QEMU there is, in turns.
-mod guest;
+pub mod guest;
 mod host;
 mod peer;
 mod plot;
