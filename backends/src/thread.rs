@@ -29,8 +29,6 @@ pub enum Role {
     ConsoleIn,
     /// Writes a console's output.
     ConsoleOut,
-    /// Takes the supervisor's orders.
-    Control,
     /// Hears signals.
     Signals,
     /// Writes the log.
@@ -56,7 +54,6 @@ impl Role {
             Self::Vsock => "stream sockets",
             Self::ConsoleIn => "a console's input",
             Self::ConsoleOut => "a console's output",
-            Self::Control => "the supervisor's orders",
             Self::Signals => "signals",
             Self::Log => "the log",
             Self::Debugger => "the debugger",

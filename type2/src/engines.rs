@@ -22,7 +22,7 @@ pub fn choose(choice: EngineChoice) -> Result<EngineChoice, EngineUnavailable> {
         EngineChoice::Auto if bivisor_kvm::probe().is_ok() => Ok(EngineChoice::Kvm),
         EngineChoice::Auto if host_can_translate() => Ok(EngineChoice::Dbt),
         EngineChoice::Auto => Ok(EngineChoice::Interp),
-        EngineChoice::Kvm => bivisor_kvm::probe().map(|()| choice).map_err(EngineUnavailable::Kvm),
+        EngineChoice::Kvm => bivisor_kvm::probe().map(|_| choice).map_err(EngineUnavailable::Kvm),
         EngineChoice::Dbt | EngineChoice::Interp => Ok(choice),
     }
 }

@@ -399,10 +399,20 @@ impl KvmVcpu {
 
     /// A register that this KVM doesn't have is passed over: no guest finds it.
     fn set_one_msr(&self, number: u32, value: u64) {
+        if self.one_msr(number) == Some(value) {
+            return;
+        }
         let entry = kvm_msr_entry { index: number, data: value, ..Default::default() };
         if let Ok(list) = Msrs::from_entries(&[entry]) {
             let _ = self.fd.set_msrs(&list);
         }
+    }
+
+    fn one_msr(&self, number: u32) -> Option<u64> {
+        let entry = kvm_msr_entry { index: number, ..Default::default() };
+        let mut list = Msrs::from_entries(&[entry]).ok()?;
+        let count = self.fd.get_msrs(&mut list).ok()?;
+        (count == 1).then(|| list.as_slice()[0].data)
     }
 
     fn set_extended(&self, state: &CpuState) -> Result<(), kvm_ioctls::Error> {
@@ -442,12 +452,7 @@ impl KvmVcpu {
         state.dr[..4].copy_from_slice(&debug.db);
         (state.dr[6], state.dr[7]) = (debug.dr6, debug.dr7);
         msrs::for_each(&mut state.msr, |number, place| {
-            let entry = kvm_msr_entry { index: number, ..Default::default() };
-            if let Ok(mut list) = Msrs::from_entries(&[entry])
-                && self.fd.get_msrs(&mut list) == Ok(1)
-            {
-                *place = list.as_slice()[0].data;
-            }
+            *place = self.one_msr(number).unwrap_or(*place);
         });
         state.msr.tsc_adjust = self.tsc_adjust;
         let events = self.fd.get_vcpu_events()?;

@@ -68,7 +68,7 @@ impl Outer {
     /// What is written up to `end`, that included, without carriage returns.
     pub fn until(&mut self, end: &str, limit: Duration) -> Result<String> {
         self.screen.set_deadline(Instant::now() + limit);
-        self.screen.until(end)
+        Ok(self.screen.until(end)?.replace('\r', ""))
     }
 
     /// What is written until the line typed last has been done, and its status.
