@@ -605,10 +605,16 @@ mod tests {
         assert_eq!(machine.env.load64(PTE), 0x9007, "a debugger's look changes nothing");
         access(&mut machine, Access::Read, 3).unwrap();
         assert_eq!(machine.env.load64(PTE), 0x9027);
+        machine.cpu.state.cpl = 3;
+        assert!(!machine.cpu.may_write(LINEAR), "a store has the dirty flag to set");
         assert_eq!(machine.env.load64(at::PAGES + 0x1008) & 0xfff, 0x27);
         access(&mut machine, Access::Write, 3).unwrap();
         assert_eq!(machine.env.load64(PTE), 0x9067);
         assert_eq!(machine.env.load64(at::PAGES + 0x1008) & 0xfff, 0x27, "only the leaf gets dirty");
+        machine.cpu.state.cpl = 3;
+        assert!(machine.cpu.may_write(LINEAR));
+        machine.cpu.state.cpl = 0;
+        assert!(!machine.cpu.may_write(LINEAR), "a store of the supervisor's faults");
     }
 
     #[test]
