@@ -140,7 +140,7 @@ impl Screen {
             }
             Err(RecvTimeoutError::Disconnected) => Ok(false),
             Err(RecvTimeoutError::Timeout) => {
-                bail!("nothing more within {TIME_LIMIT:?}: {:?}", tail(&self.text))
+                bail!("nothing more in time: {:?}", tail(&self.text))
             }
         }
     }
