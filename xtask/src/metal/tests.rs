@@ -16,8 +16,8 @@ use std::{
 };
 
 const QEMU: &str = "qemu-system-x86_64";
-/// A guest's time; twenty times what the slowest takes on a quiet machine.
-const GUEST_LIMIT: Duration = Duration::from_secs(120);
+/// A guest's time. The slowest leaves its processor some million times, which QEMU makes expensive.
+const GUEST_LIMIT: Duration = Duration::from_secs(600);
 /// The time of two Debians from power-up to the end.
 const LINUX_LIMIT: Duration = Duration::from_secs(300);
 /// RAM of the emulated machine in MiB.
@@ -124,8 +124,8 @@ fn config_of(guest: &Guest, name: &str) -> MachineConfig<'static> {
 }
 
 /// Checks that fail here for reasons beyond those for which they fail on QEMU itself: its VMRUN loads DR7 without setting the
-/// breakpoints; it marks PAE's directory pointers as accessed, which the interpreter then finds reserved; and the engine refuses
-/// vector instructions on devices.
+/// breakpoints; it marks PAE's directory pointers as accessed, which the interpreter then finds reserved; the processor
+/// looks at the address in RAX before it finds VMRUN intercepted; and the engine refuses vector instructions on devices.
 const EXCUSED: &[(&str, &str)] = &[
     (
         "exceptions",
@@ -142,7 +142,8 @@ const EXCUSED: &[(&str, &str)] = &[
         "escape",
         "devices: holes take everything\ndevices: the local APIC is read in every size and place\n\
          devices: the I/O APIC is used in every size and place\n\
-         devices: junk to everything below 4 GiB that is no RAM\ndevices: every size of physical address\n",
+         devices: junk to everything below 4 GiB that is no RAM\ndevices: every size of physical address\n\
+         registers: the instructions of hypervisors are #UD\n",
     ),
 ];
 
@@ -194,10 +195,9 @@ fn crash_is_its_own(image: &Path) -> Result<String> {
     Ok(String::new())
 }
 
-/// Both reach a shell; the console switches between them; each powers off by itself.
+/// Both, one of them with two processors, reach a shell; the console switches between them; each powers off by itself.
 fn two_debians(image: &Path) -> Result<String> {
-    let description =
-        "[vm.one]\nimage = \"debian\"\nmemory = \"256M\"\n[vm.two]\nimage = \"debian\"\nmemory = \"256M\"\n";
+    let description = "[vm.one]\nimage = \"debian\"\nmemory = \"256M\"\n[vm.two]\nimage = \"debian\"\nmemory = \"256M\"\ncpus = 2\n";
     let start = Instant::now();
     let bundle = config::parse(description, Path::new(""))?;
     let mut metal = Metal::start(image, &bundle, LINUX_LIMIT)?;
@@ -207,8 +207,8 @@ fn two_debians(image: &Path) -> Result<String> {
     metal.screen.until("-cloud-amd64")?;
     metal.type_in(&format!("{ESCAPE}2"))?;
     metal.screen.until(&format!("[two] {PROMPT}"))?;
-    metal.type_in("echo I am $((1 + 1)); cat /proc/interrupts\r")?;
-    metal.screen.until("[two] I am 2")?;
+    metal.type_in("echo CPUs: $(nproc); cat /proc/interrupts\r")?;
+    metal.screen.until("[two] CPUs: 2")?;
     metal.screen.until("Local timer interrupts")?;
     metal.type_in("poweroff\r")?;
     metal.screen.until("two: powered off")?;
