@@ -16,10 +16,10 @@ pub enum EngineUnavailable {
     Kvm(#[source] Unusable),
 }
 
-/// Decides which engine is to be taken: `auto` becomes one of the others. KVM is only taken after a look at what it does.
+/// Decides which engine is to be taken: `auto` becomes one of the software engines. KVM is only taken where it is asked
+/// for, since stock Linux does not get to a shell on it yet, and after a look at what it does.
 pub fn choose(choice: EngineChoice) -> Result<EngineChoice, EngineUnavailable> {
     match choice {
-        EngineChoice::Auto if bivisor_kvm::probe().is_ok() => Ok(EngineChoice::Kvm),
         EngineChoice::Auto if host_can_translate() => Ok(EngineChoice::Dbt),
         EngineChoice::Auto => Ok(EngineChoice::Interp),
         EngineChoice::Kvm => bivisor_kvm::probe().map(|_| choice).map_err(EngineUnavailable::Kvm),

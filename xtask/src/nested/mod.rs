@@ -73,7 +73,7 @@ fn run(outer: &mut Outer, guest: &Guest) -> Result<()> {
     let Guest { name, input, .. } = guest;
     let start = Instant::now();
     outer.type_line(&format!(
-        "bivisor run --engine kvm --testdev --no-reboot --memory 64M --kernel /guests/{name} 2>/tmp/messages"
+        "bivisor run --engine kvm --no-jail --testdev --no-reboot --memory 64M --kernel /guests/{name} 2>/tmp/messages"
     ))?;
     let mut output = String::new();
     if !input.is_empty() {
@@ -97,7 +97,7 @@ fn run(outer: &mut Outer, guest: &Guest) -> Result<()> {
 fn boot(outer: &mut Outer, cpus: u32) -> Result<()> {
     outer.ask("truncate -s 64M /tmp/disk", GUEST_LIMIT)?;
     outer.type_line(&format!(
-        "bivisor run --engine kvm --cpus {cpus} --memory 256M --no-reboot --disk /tmp/disk,serial=serial-1 --net user \
+        "bivisor run --engine kvm --no-jail --cpus {cpus} --memory 256M --no-reboot --disk /tmp/disk,serial=serial-1 --net user \
          --kernel /inner/vmlinuz --initrd /inner/initrd.img --append 'console=ttyS0 quiet' 2>/tmp/messages"
     ))?;
     let deadline = Instant::now() + LINUX_LIMIT;
