@@ -18,6 +18,8 @@ const MAX_BLOCKS: usize = BlockIndex::CAPACITY;
 const MAX_INCOMING: usize = MAX_BLOCKS * 8;
 /// No block, or nothing that follows in a list.
 const NONE: u32 = u32::MAX;
+/// More than one place.
+const MANY: u32 = u32::MAX - 1;
 /// Blocks that there is room for from the start. Memory that is never used costs nothing; tables that grow would leave
 /// holes behind, and take their time.
 const ROOM_BLOCKS: usize = MAX_BLOCKS / 2;
@@ -51,6 +53,8 @@ pub struct Block {
     fault_points: (u32, u32),
     /// First of the list of jumps that are linked to this block, in [`Cache::incoming`].
     incoming: u32,
+    /// Where the jump cache may have it: [`NONE`], a place, or [`MANY`].
+    remembered: u32,
 }
 
 impl Block {
@@ -219,6 +223,7 @@ impl Cache {
             start,
             fault_points: (self.fault_points.len() as u32, translation.fault_points.len() as u32),
             incoming: NONE,
+            remembered: NONE,
         });
         for site in &translation.sites {
             if let SiteKind::Link { link, stub, .. } = site.kind {
@@ -316,16 +321,31 @@ impl Cache {
         !dropped.is_empty()
     }
 
+    /// Notes that the jump cache has a block at this place.
+    pub fn remembered(&mut self, number: u32, place: usize) {
+        let Some(block) = self.blocks.get_mut(number as usize) else { return };
+        block.remembered = match block.remembered {
+            NONE => place as u32,
+            known if known == place as u32 => known,
+            _ => MANY,
+        };
+    }
+
     fn drop_block(&mut self, number: u32, context: &mut Context) {
         let Some(block) = self.blocks.get_mut(number as usize) else { return };
         let key = index_key(block.offset, block.key);
         // The jump cache is indexed by more bits of the linear address than lie within a page.
         let host = self.code.address(block.lookup_entry as usize);
         let in_page = block.offset & 0xfff;
-        for place in (0..JUMP_PAGES).map(|page| jump_index(in_page | page << 12)) {
+        let mut forget = |place: usize| {
             if context.jumps[place].host == host {
                 context.jumps[place] = JumpEntry::EMPTY;
             }
+        };
+        match block.remembered {
+            NONE => {}
+            MANY => (0..JUMP_PAGES).for_each(|page| forget(jump_index(in_page | page << 12))),
+            place => forget(place as usize),
         }
         let mut next = std::mem::replace(&mut block.incoming, NONE);
         while let Some(&Incoming { site, next: behind }) = self.incoming.get(next as usize) {

@@ -778,8 +778,9 @@ impl DbtVcpu {
         self.cpu.drop_idle_resume_flag();
         let key = Key::of(&self.cpu);
         let translatable = key.code32() || self.cpu.state.mode() == Mode::Long64;
-        let block = if translatable && self.cpu.runs_plainly() { self.block(key, false) } else { None };
-        let Some(block) = block.and_then(|number| self.cache.block(number)) else {
+        let number = if translatable && self.cpu.runs_plainly() { self.block(key, false) } else { None };
+        let found = number.and_then(|number| Some((number, self.cache.block(number)?)));
+        let Some((number, block)) = found else {
             let statistics = &mut self.statistics;
             *(if translatable { &mut statistics.not_translated } else { &mut statistics.other_modes }) += 1;
             self.windows.context().forget_cpuid();
@@ -798,6 +799,7 @@ impl DbtVcpu {
         context.address = rip;
         if remember {
             context.jumps[jump_index(rip)] = JumpEntry { rip, bias, host, padding: 0 };
+            self.cache.remembered(number, jump_index(rip));
         }
         self.resets = self.spaces.shared().resets();
         self.spaces.shared().enter_block();
