@@ -88,17 +88,19 @@ impl Walk<'_> {
             }
             self.next = instruction.next_ip() as usize;
             let mut decoded = self.one(instruction, &mut factory);
+            let mut elsewhere = decoded.instruction.near_branch64() as usize;
             if let Some(target) = self.target_to_follow(&decoded) {
                 decoded.followed = true;
                 self.winds |= target <= instruction.ip() as usize;
-                if decoded.class == Class::Jump {
-                    decoded.class = Class::Nothing;
-                } else {
-                    decoded.live_taken = live_at(request, self.next, &mut self.lines);
+                (elsewhere, self.next) = (self.next, target);
+            }
+            match decoded.class {
+                Class::JumpIf => {
+                    decoded.live_taken = live_at(request, elsewhere, &mut self.lines);
+                    branches += usize::from(!decoded.followed);
                 }
-                self.next = target;
-            } else {
-                branches += usize::from(decoded.class == Class::JumpIf);
+                Class::Jump if decoded.followed => decoded.class = Class::Nothing,
+                _ => {}
             }
             // Where RSP gets another value, the next block begins with a check of the stack there.
             // An instruction that crosses into the next page stands alone.
@@ -110,7 +112,7 @@ impl Walk<'_> {
         }
     }
 
-    fn one(&mut self, mut instruction: Instruction, factory: &mut InstructionInfoFactory) -> Decoded {
+    fn one(&self, mut instruction: Instruction, factory: &mut InstructionInfoFactory) -> Decoded {
         let request = self.request;
         let bytes = &request.page[instruction.ip() as usize..instruction.next_ip() as usize];
         let class = if is_peculiar(&instruction, bytes, request.model) {
@@ -119,15 +121,11 @@ impl Walk<'_> {
             classify(&mut instruction, request)
         };
         let (access, written) = analysis::accesses(factory, &instruction);
-        let live_taken = match class {
-            Class::JumpIf => live_at(request, instruction.near_branch64() as usize, &mut self.lines),
-            _ => 0,
-        };
         Decoded {
             instruction,
             class,
             live_before: 0,
-            live_taken,
+            live_taken: 0,
             followed: false,
             stack_delta: None,
             access,
@@ -149,11 +147,11 @@ impl Walk<'_> {
         {
             return None;
         }
-        let rounds = self.block.iter().filter(|decoded| decoded.instruction.ip() as usize == target).count();
-        if rounds == 0 {
+        let is_target = |decoded: &Decoded| decoded.instruction.ip() as usize == target;
+        let Some(start) = self.block.iter().rposition(is_target) else {
             return (jump.class == Class::Jump).then_some(target);
-        }
-        let start = self.block.iter().rposition(|decoded| decoded.instruction.ip() as usize == target)?;
+        };
+        let rounds = self.block.iter().filter(|decoded| is_target(decoded)).count();
         let round = self.block.len() + 1 - start;
         (rounds < MAX_ROUNDS && self.block.len() + 1 + round <= MAX_LOOPED).then_some(target)
     }

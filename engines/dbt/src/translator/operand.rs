@@ -210,12 +210,16 @@ impl Builder<'_> {
 
     /// The host register of a base or index, loaded into `scratch` if it lives in memory.
     fn address_register(&mut self, register: Register, scratch: Reg) -> Option<Reg> {
-        let number = number(register)?;
-        if lives_in_memory(number) {
-            self.e.load(Width::W64, scratch, context::spilled(number));
-            return Some(scratch);
+        Some(self.in_register(number(register)?, scratch))
+    }
+
+    /// The host register that holds a guest register: `scratch`, into which it is loaded, if it lives in memory.
+    pub(super) fn in_register(&mut self, guest: u8, scratch: Reg) -> Reg {
+        if !lives_in_memory(guest) {
+            return host_register(guest);
         }
-        Some(host_register(number))
+        self.e.load(Width::W64, scratch, context::spilled(guest));
+        scratch
     }
 
     // ---- ordinary instructions ----
@@ -538,12 +542,7 @@ impl Builder<'_> {
             OpKind::Register => {
                 let place = self.stack_operand(decoded, -step, true);
                 let guest = number(instruction.op0_register()).ok_or(NotRenamed)?;
-                let host = if lives_in_memory(guest) {
-                    self.e.load(Width::W64, TEMPORARY, context::spilled(guest));
-                    TEMPORARY
-                } else {
-                    host_register(guest)
-                };
+                let host = self.in_register(guest, TEMPORARY);
                 self.e.store(width, place, host);
             }
             OpKind::Memory => {

@@ -209,12 +209,7 @@ impl Builder<'_> {
             self.write_register(guest);
             return Ok(());
         }
-        let from = if lives_in_memory(guest) {
-            self.e.load(Width::W64, ADDRESS, context::spilled(guest));
-            ADDRESS
-        } else {
-            host_register(guest)
-        };
+        let from = self.in_register(guest, ADDRESS);
         // #GP(0) for an address that isn't canonical.
         self.e.copy(Width::W64, TEMPORARY, from);
         self.e.shl(Width::W64, TEMPORARY, 16);
@@ -440,12 +435,7 @@ impl Builder<'_> {
 
     /// The bit's number, sign-extended, to TEMPORARY.
     fn bit_number(&mut self, guest: u8, size: i32) {
-        let from = if lives_in_memory(guest) {
-            self.e.load(Width::W64, TEMPORARY, context::spilled(guest));
-            TEMPORARY
-        } else {
-            host_register(guest)
-        };
+        let from = self.in_register(guest, TEMPORARY);
         if size == 8 {
             self.e.copy(Width::W64, TEMPORARY, from);
         } else {
