@@ -15,16 +15,15 @@ use bivisor_x86::state::CpuState;
 use super::exit::{self, code};
 use super::nested::NestedTables;
 use super::permissions::{IoPermissions, MsrPermissions};
-use super::processor::{Features, SvmProcessor, write_msr};
+use super::processor::{Features, SvmProcessor};
 use super::switch::{self, Switch};
 use super::vmcb::{Intercepts1, Intercepts2, Vmcb, tlb_control, virtual_interrupt};
-use crate::guest::{Cause, Entry, HardwareGuest, Left};
+use crate::guest::{Cause, DR7_ENABLES, Entry, HardwareGuest, Left};
+use crate::host::write_msr;
 use crate::page::{Page, PhysicalMap, physical_of};
 
 /// Where XSTATE_BV stands in the XSAVE area.
 const XSTATE_BV: usize = 512;
-/// DR7: any breakpoint is enabled.
-const DR7_ENABLES: u64 = 0xff;
 
 /// What all virtual processors of a machine share.
 pub struct SvmMachine {
