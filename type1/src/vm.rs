@@ -96,7 +96,7 @@ impl Vm {
     ) -> Result<Self, VmError> {
         let memory = memory::allocate_guest(config.memory)?;
         let clock = host.processor.clock.clone();
-        let model = CpuModel::from_host_natively(cpuid, config.cpus, clock.hz());
+        let model = CpuModel::from_host_natively(cpuid, config.cpus, clock.tsc_hz());
         let (alarm, events) = (VmAlarm::new(host.clone()), VmEvents::new(&config.name));
         let machine = Machine::new(
             bivisor_machine::machine::MachineConfig {
