@@ -10,7 +10,9 @@ use bivisor_machine::devices::lapic::{BASE_BSP, MSR_APIC_BASE};
 use bivisor_machine::engine::{DebugControl, EngineError, Exit, Vcpu, VcpuBus, VcpuSetup};
 use bivisor_x86::env::Event;
 use bivisor_x86::msr::number;
-use bivisor_x86::state::{Activity, CpuState, MXCSR_MASK, Mode, SegReg, XCR0_SSE, XCR0_X87, XSAVE_AREA_SIZE};
+use bivisor_x86::state::{
+    Activity, CpuState, MXCSR_MASK, Mode, SegReg, XCR0_SSE, XCR0_X87, XSAVE_AREA_SIZE, XSTATE_BV,
+};
 use kvm_bindings::*;
 use kvm_ioctls::VcpuFd;
 
@@ -416,7 +418,7 @@ impl KvmVcpu {
         xcrs.xcrs[0].value = state.xcr0;
         self.fd.set_xcrs(&xcrs)?;
         let mut bytes = state.xsave.bytes;
-        let present = &mut bytes[512..520];
+        let present = &mut bytes[XSTATE_BV];
         let kept = little_endian(present) & self.components;
         present.copy_from_slice(&kept.to_le_bytes());
         let mut xsave = kvm_xsave::default();
@@ -435,7 +437,7 @@ impl KvmVcpu {
             bytes.copy_from_slice(&word.to_le_bytes());
         }
         bytes[28..32].copy_from_slice(&MXCSR_MASK.to_le_bytes());
-        bytes[512..520].copy_from_slice(&self.components.to_le_bytes());
+        bytes[XSTATE_BV].copy_from_slice(&self.components.to_le_bytes());
         Ok(())
     }
 
