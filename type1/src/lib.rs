@@ -21,6 +21,8 @@ mod vm;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
+use bivisor_machine::host::Clock;
+
 use boot::BootInfo;
 use bundle::Bundle;
 use console::println;
@@ -54,7 +56,7 @@ pub unsafe fn run(start_info: u64, image: &Image, heap: &Heap) -> ! {
     println!(
         "bivisor: {} MiB of memory, time-stamp counter at {} MHz",
         info.usable_memory() >> 20,
-        processor.clock.hz() / 1_000_000
+        processor.clock.tsc_hz() / 1_000_000
     );
     match start(&info, processor) {
         Ok(mut scheduler) => scheduler.run(),
@@ -73,8 +75,8 @@ enum StartError {
     NoModule,
     #[error("the module with the virtual machines can't be used: {0}")]
     Bundle(#[from] bundle::BundleError),
-    #[error("{0}")]
-    Engine(bivisor_machine::engine::EngineError),
+    #[error(transparent)]
+    Engine(#[from] bivisor_machine::engine::EngineError),
     #[error("{name}: {error}")]
     Vm { name: alloc::string::String, error: vm::VmError },
 }
@@ -83,7 +85,7 @@ enum StartError {
 fn start(info: &BootInfo, processor: Processor) -> Result<Scheduler, StartError> {
     let module = info.modules().first().ok_or(StartError::NoModule)?;
     let bundle = Bundle::parse(memory::module(module))?;
-    let svm = processor.enable_svm().map_err(StartError::Engine)?;
+    let svm = processor.enable_svm()?;
     let host = Arc::new(Host { processor, svm });
     let alone = bundle.machines.len() == 1;
     let console = Arc::new(console::Console::new(alone));

@@ -2,6 +2,7 @@
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::fmt::Display;
 
 use bivisor_machine::host::{Clock, Nanos};
 
@@ -58,6 +59,13 @@ impl Scheduler {
 
     /// Whose turn it is.
     fn next(&mut self, now: Nanos) -> Option<Place> {
+        let runnable = |place: &Place| {
+            self.machines.get(place.0).and_then(Option::as_ref).is_some_and(|vm| vm.is_runnable(place.1, now))
+        };
+        let (current, until) = self.current;
+        if now < until && runnable(&current) {
+            return Some(current);
+        }
         let all: Vec<Place> = self
             .machines
             .iter()
@@ -65,13 +73,6 @@ impl Scheduler {
             .filter_map(|(index, vm)| vm.as_ref().map(|vm| (index, vm)))
             .flat_map(|(index, vm)| (0..vm.cpus()).map(move |cpu| (index, cpu)))
             .collect();
-        let runnable = |place: &Place| {
-            self.machines.get(place.0).and_then(Option::as_ref).is_some_and(|vm| vm.is_runnable(place.1, now))
-        };
-        let (current, until) = self.current;
-        if now < until && all.contains(&current) && runnable(&current) {
-            return Some(current);
-        }
         // Those behind the last one come first.
         let split = all.partition_point(|place| *place <= current);
         let next = all[split..].iter().chain(&all[..split]).copied().find(runnable)?;
@@ -81,16 +82,20 @@ impl Scheduler {
 
     /// Acts on what has become of a machine.
     fn settle(&mut self, index: usize) {
-        let Some(slot) = self.machines.get_mut(index) else { return };
-        let Some(vm) = slot else { return };
+        let Some(Some(vm)) = self.machines.get_mut(index) else { return };
         match vm.settle() {
             Outcome::Runs => {}
             Outcome::Restarted(why) => println!("bivisor: {}: {why}: it starts again", vm.name()),
-            Outcome::Ended(why) => {
-                println!("bivisor: {}: {why}", vm.name());
-                *slot = None;
-                self.focus_on_next();
-            }
+            Outcome::Ended(why) => self.end(index, &why),
+        }
+    }
+
+    /// Ends a machine, for this reason.
+    fn end(&mut self, index: usize, why: &dyn Display) {
+        if let Some(vm) = self.machines.get_mut(index).and_then(Option::take) {
+            println!("bivisor: {}: {why}", vm.name());
+            drop(vm);
+            self.focus_on_next();
         }
     }
 
@@ -139,21 +144,11 @@ impl Scheduler {
                     let result = vm.restart();
                     println!("bivisor: {}: reset from the console", vm.name());
                     if let Err(error) = result {
-                        println!("bivisor: {}: {error}", vm.name());
-                        self.machines[focus] = None;
-                        self.focus_on_next();
+                        self.end(focus, &error);
                     }
                 }
             }
-            Key::Stop => {
-                if let Some(slot @ Some(_)) = self.machines.get_mut(focus)
-                    && let Some(vm) = slot.take()
-                {
-                    println!("bivisor: {}: stopped from the console", vm.name());
-                    drop(vm);
-                    self.focus_on_next();
-                }
-            }
+            Key::Stop => self.end(focus, &"stopped from the console"),
         }
     }
 

@@ -1,6 +1,7 @@
 //! Time on the bare machine: the time-stamp counter, measured against the PIT, and the CMOS clock for the date.
 #![allow(unsafe_code)]
 
+use bivisor_machine::devices::rtc::days_from_date;
 use bivisor_machine::host::{Clock, Nanos};
 
 use crate::processor::port::{inb, outb};
@@ -65,11 +66,6 @@ pub(crate) struct MetalClock {
 impl MetalClock {
     pub(crate) fn start(tsc_hz: u64) -> Self {
         Self { start: read_tsc(), tsc_hz, wall: read_cmos().map_or(0, |date| date.seconds()) }
-    }
-
-    /// Frequency of the time-stamp counter.
-    pub(crate) fn hz(&self) -> u64 {
-        self.tsc_hz
     }
 }
 
@@ -155,16 +151,10 @@ impl Date {
 
     /// Seconds since 1970-01-01.
     fn seconds(&self) -> u64 {
-        // Years begin with March, so that the leap day is the last.
-        let (year, month) = match u64::from(self.month) {
-            month @ 3.. => (2000 + u64::from(self.year), month - 3),
-            month => (1999 + u64::from(self.year), month + 9),
-        };
-        /// Days from 1 March of year 0 to 1 January 1970.
-        const TO_1970: u64 = 719_468;
-        let day_of_year = (153 * month + 2) / 5 + u64::from(self.day).saturating_sub(1);
-        let days = year * 365 + year / 4 - year / 100 + year / 400 + day_of_year - TO_1970;
-        ((days * 24 + u64::from(self.hour)) * 60 + u64::from(self.minute)) * 60 + u64::from(self.second)
+        // A clock without power may say that it is day 0.
+        let days = days_from_date(2000 + i64::from(self.year), self.month.into(), self.day.max(1).into());
+        ((days as u64 * 24 + u64::from(self.hour)) * 60 + u64::from(self.minute)) * 60
+            + u64::from(self.second)
     }
 }
 

@@ -7,6 +7,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use bivisor_hvm::SvmEngine;
+use bivisor_hvm::host::cpuid;
 use bivisor_hvm::svm::SvmProcessor;
 use bivisor_machine::boot::{BootError, BootImage};
 use bivisor_machine::engine::{Engine, EngineError, Exit, Vcpu, VcpuBus};
@@ -19,7 +20,7 @@ use crate::bundle::{MachineConfig, OnCrash};
 use crate::console::Line;
 use crate::host::{VmAlarm, VmEvents};
 use crate::memory::{self, IdentityMap, MemoryError};
-use crate::processor::{Processor, cpuid};
+use crate::processor::Processor;
 
 /// How often a halted processor whose events are all masked is looked at again.
 const MASKED_RECHECK: Nanos = 10_000_000;
@@ -95,7 +96,7 @@ impl Vm {
     ) -> Result<Self, VmError> {
         let memory = memory::allocate_guest(config.memory)?;
         let clock = host.processor.clock.clone();
-        let model = CpuModel::from_host_natively(cpuid, config.cpus, clock.hz());
+        let model = CpuModel::from_host_natively(cpuid, config.cpus, clock.tsc_hz());
         let (alarm, events) = (VmAlarm::new(host.clone()), VmEvents::new(&config.name));
         let machine = Machine::new(
             bivisor_machine::machine::MachineConfig {

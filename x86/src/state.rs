@@ -1,5 +1,7 @@
 //! The architectural state of one logical processor: plain data, copied in and out of every engine.
 
+use core::ops::Range;
+
 use crate::registers::{Cr0, Cr4, Efer, Rflags, gpr};
 
 /// Segment register numbers, in the order of their instruction encoding (SDM Vol. 2A, table 2-3 "sreg").
@@ -75,6 +77,8 @@ pub struct XsaveArea {
 
 /// Bytes of [`XsaveArea`]: legacy 512, header 64, AVX 256.
 pub const XSAVE_AREA_SIZE: usize = 832;
+/// Where XSTATE_BV stands in [`XsaveArea`]: the components that are not in their initial state.
+pub const XSTATE_BV: Range<usize> = 512..520;
 /// XCR0 bit of x87 state.
 pub const XCR0_X87: u64 = 1;
 /// XCR0 bit of SSE state.
@@ -93,7 +97,7 @@ impl Default for XsaveArea {
         bytes[0..2].copy_from_slice(&0x037fu16.to_le_bytes());
         bytes[24..28].copy_from_slice(&MXCSR_RESET.to_le_bytes());
         bytes[28..32].copy_from_slice(&MXCSR_MASK.to_le_bytes());
-        bytes[512..520].copy_from_slice(&(XCR0_X87 | XCR0_SSE | XCR0_AVX).to_le_bytes());
+        bytes[XSTATE_BV].copy_from_slice(&(XCR0_X87 | XCR0_SSE | XCR0_AVX).to_le_bytes());
         Self { bytes }
     }
 }

@@ -4,6 +4,9 @@ use bivisor_machine::engine::EngineError;
 use bivisor_x86::exception::Exception;
 use bivisor_x86::state::CpuState;
 
+/// DR7: any breakpoint is enabled.
+pub(crate) const DR7_ENABLES: u64 = 0xff;
+
 /// What is delivered to a guest as it is entered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Injection {

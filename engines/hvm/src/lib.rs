@@ -14,6 +14,7 @@ extern crate alloc;
 pub mod engine;
 mod env;
 pub mod guest;
+pub mod host;
 mod page;
 pub mod svm;
 pub mod vcpu;

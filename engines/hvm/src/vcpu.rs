@@ -10,10 +10,7 @@ use bivisor_x86::registers::{Cr0, Rflags, gpr};
 use bivisor_x86::state::{Activity, CpuState};
 
 use crate::env::VcpuEnv;
-use crate::guest::{Cause, Entry, HardwareGuest, Injection, Kind, Left, PortAccess};
-
-/// DR7: any breakpoint is enabled.
-const DR7_ENABLES: u64 = 0xff;
+use crate::guest::{Cause, DR7_ENABLES, Entry, HardwareGuest, Injection, Kind, Left, PortAccess};
 
 /// How often the processor left the guest, and why.
 #[derive(Default)]

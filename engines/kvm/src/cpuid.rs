@@ -1,7 +1,7 @@
 //! What CPUID says on a vCPU: the machine's model, as far as the host's KVM executes it.
 
 use bivisor_machine::pv::cpuid::{FEATURE_LEAF, feature};
-use bivisor_x86::cpuid::{CpuModel, HYPERVISOR_LEAF, Leaf, Vendor, Word};
+use bivisor_x86::cpuid::{CpuModel, Leaf, Vendor, Word};
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 /// Features of leaf 1 ECX that are the machine's, whatever KVM says: x2APIC, and that there is a hypervisor.
@@ -86,15 +86,16 @@ fn find(entries: &[kvm_cpuid_entry2], function: u32, index: u32) -> Option<[u32;
     entries.iter().find(is_it).map(|entry| [entry.eax, entry.ebx, entry.ecx, entry.edx])
 }
 
-/// Whether the guest is told of the paravirtual interface.
-pub fn is_announced(model: &CpuModel) -> bool {
-    model.query(FEATURE_LEAF, 0)[0] != 0 && model.query(HYPERVISOR_LEAF, 0)[0] >= FEATURE_LEAF
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use bivisor_machine::pv::cpuid::announce;
+    use bivisor_x86::cpuid::HYPERVISOR_LEAF;
+
+    /// Whether the guest is told of the paravirtual interface.
+    fn is_announced(model: &CpuModel) -> bool {
+        model.query(FEATURE_LEAF, 0)[0] != 0 && model.query(HYPERVISOR_LEAF, 0)[0] >= FEATURE_LEAF
+    }
 
     /// A KVM that supports everything, but for some bits of a leaf.
     fn all_but(function: u32, eax: u32, ecx: u32) -> Vec<kvm_cpuid_entry2> {

@@ -1,6 +1,7 @@
 //! The virtual machine in KVM: its memory, and what all vCPUs have in common.
 #![allow(unsafe_code)]
 
+use std::fmt::Display;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bivisor_machine::engine::{Engine, EngineError, Vcpu, VcpuSetup};
@@ -23,6 +24,11 @@ use crate::vcpu::KvmVcpu;
 const TASK_STATE: usize = 0xfffb_d000;
 const IDENTITY_MAP: u64 = 0xfffb_c000;
 
+/// What KVM did not do, in words that go on after "KVM".
+pub(crate) fn failed<E: Display>(what: &str) -> impl Fn(E) -> EngineError + '_ {
+    move |error| EngineError(format!("KVM {what}: {error}"))
+}
+
 /// One VM in KVM.
 pub struct Vm {
     fd: VmFd,
@@ -35,20 +41,16 @@ pub struct Vm {
 impl Vm {
     /// A VM with this RAM.
     fn new(kvm: &Kvm, memory: Arc<GuestMemory>, vendor: Vendor) -> Result<Self, EngineError> {
-        let failed = |what: &str, error: kvm_ioctls::Error| EngineError(format!("KVM {what}: {error}"));
-        let fd = kvm.create_vm().map_err(|error| failed("makes no virtual machine", error))?;
+        let fd = kvm.create_vm().map_err(failed("makes no virtual machine"))?;
         if vendor == Vendor::Intel {
-            fd.set_identity_map_address(IDENTITY_MAP)
-                .map_err(|error| failed("refuses its page tables", error))?;
-            fd.set_tss_address(TASK_STATE).map_err(|error| failed("refuses its task state", error))?;
+            fd.set_identity_map_address(IDENTITY_MAP).map_err(failed("refuses its page tables"))?;
+            fd.set_tss_address(TASK_STATE).map_err(failed("refuses its task state"))?;
         }
-        let supported = kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(|error| failed("tells no CPUID", error))?;
+        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("tells no CPUID"))?;
         let supported = supported.as_slice().to_vec();
         let vm = Self { fd, supported, memory };
-        vm.map_memory().map_err(|error| failed("takes no memory", error))?;
-        vm.take_msrs().map_err(|error| failed("does not hand over MSRs", error))?;
+        vm.map_memory().map_err(failed("takes no memory"))?;
+        vm.take_msrs().map_err(failed("does not hand over MSRs"))?;
         Ok(vm)
     }
 

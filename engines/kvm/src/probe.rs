@@ -2,7 +2,7 @@
 //! thousand times slower than the processor does or hangs whoever tries, so a small guest is measured.
 #![allow(unsafe_code)]
 
-use std::arch::x86_64::__cpuid;
+use std::arch::x86_64::__cpuid_count;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileTypeExt;
@@ -119,6 +119,12 @@ fn look_at(device: &Path) -> Result<(), Unusable> {
     File::options().read(true).write(true).open(device).map(drop).map_err(|error| opening(&error))
 }
 
+/// The host's CPUID: EAX, EBX, ECX, EDX.
+fn cpuid(leaf: u32, sub_leaf: u32) -> [u32; 4] {
+    let answer = __cpuid_count(leaf, sub_leaf);
+    [answer.eax, answer.ebx, answer.ecx, answer.edx]
+}
+
 /// CPUID 1 ECX bit 5 (Intel VMX) and 8000_0001h ECX bit 2 (AMD SVM).
 fn has_virtualization(cpuid: impl Fn(u32) -> [u32; 4]) -> bool {
     let vmx = cpuid(1)[2] & 1 << 5 != 0;
@@ -150,11 +156,7 @@ fn check_host(cpuid: impl Fn(u32) -> [u32; 4], modules: &[String]) -> Result<(),
 /// milliseconds.
 pub fn probe() -> Result<Duration, Unusable> {
     look_at(Path::new(DEVICE))?;
-    let cpuid = |leaf| {
-        let answer = __cpuid(leaf);
-        [answer.eax, answer.ebx, answer.ecx, answer.edx]
-    };
-    check_host(cpuid, &modules(Path::new("/sys/module")))?;
+    check_host(|leaf| cpuid(leaf, 0), &modules(Path::new("/sys/module")))?;
     match measure(WHOLE_LIMIT)? {
         time if time <= LIMIT => Ok(time),
         time => Err(Unusable::Slow(time)),
@@ -194,10 +196,6 @@ fn run_guest(engine: &dyn Engine, bus: Arc<EmptyBus>) -> Result<Result<Duration,
     const LOOP: [u8; 4] = [0x49, 0x75, 0xfd, 0xf4];
     let memory = Arc::new(GuestMemory::on_heap(2 << 20));
     memory.write(CODE, &LOOP).map_err(|error| EngineError(error.to_string()))?;
-    let cpuid = |leaf, sub_leaf| {
-        let answer = std::arch::x86_64::__cpuid_count(leaf, sub_leaf);
-        [answer.eax, answer.ebx, answer.ecx, answer.edx]
-    };
     let model = Arc::new(CpuModel::from_host(cpuid, 1, 1_000_000_000));
     let mut vcpu = engine.create_vcpu(0, VcpuSetup { memory, bus, model })?;
     let mut best = Duration::MAX;

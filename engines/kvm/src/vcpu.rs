@@ -9,12 +9,15 @@ use std::sync::Arc;
 use bivisor_machine::devices::lapic::{BASE_BSP, MSR_APIC_BASE};
 use bivisor_machine::engine::{DebugControl, EngineError, Exit, Vcpu, VcpuBus, VcpuSetup};
 use bivisor_x86::env::Event;
-use bivisor_x86::state::{Activity, CpuState, MXCSR_MASK, Mode, SegReg, XCR0_SSE, XCR0_X87, XSAVE_AREA_SIZE};
+use bivisor_x86::msr::number;
+use bivisor_x86::state::{
+    Activity, CpuState, MXCSR_MASK, Mode, SegReg, XCR0_SSE, XCR0_X87, XSAVE_AREA_SIZE, XSTATE_BV,
+};
 use kvm_bindings::*;
 use kvm_ioctls::VcpuFd;
 
 use crate::debug::Debug;
-use crate::engine::Vm;
+use crate::engine::{Vm, failed};
 use crate::kick::Kick;
 use crate::{cpuid, ioctls, msrs, registers};
 
@@ -56,10 +59,6 @@ impl Drop for KvmVcpu {
     fn drop(&mut self) {
         self.kick.forget();
     }
-}
-
-fn failed(what: &str) -> impl Fn(kvm_ioctls::Error) -> EngineError + '_ {
-    move |error| EngineError(format!("KVM {what}: {error}"))
 }
 
 impl KvmVcpu {
@@ -128,8 +127,7 @@ impl KvmVcpu {
             match self.bus.take_event(open && executing, executing) {
                 Some(Event::Kick) => return Ok(Some(Exit::Kicked)),
                 Some(Event::Interrupt(vector)) => {
-                    ioctls::interrupt(&self.fd, vector)
-                        .map_err(|error| EngineError(format!("KVM takes no interrupt: {error}")))?;
+                    ioctls::interrupt(&self.fd, vector).map_err(failed("takes no interrupt"))?;
                     self.activity = Activity::Running;
                     // It has room for one.
                     open = false;
@@ -285,8 +283,8 @@ impl KvmVcpu {
         // SAFETY: KVM's exit reason says that this field is the one that is set; all its bit patterns are valid.
         let number = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.msr.index };
         let value = match number {
-            msrs::TSC => Some(self.tsc()),
-            msrs::TSC_ADJUST => Some(self.tsc_adjust),
+            number::TSC => Some(self.tsc()),
+            number::TSC_ADJUST => Some(self.tsc_adjust),
             _ => self.bus.read_msr(number),
         };
         // SAFETY: as above.
@@ -300,12 +298,12 @@ impl KvmVcpu {
         // SAFETY: KVM's exit reason says that this field is the one that is set; all its bit patterns are valid.
         let msr = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.msr };
         let written = match msr.index {
-            msrs::TSC => {
+            number::TSC => {
                 self.tsc_adjust = self.tsc_adjust.wrapping_add(msr.data.wrapping_sub(self.tsc()));
                 self.set_tsc(msr.data)?;
                 true
             }
-            msrs::TSC_ADJUST => {
+            number::TSC_ADJUST => {
                 let by = msr.data.wrapping_sub(self.tsc_adjust);
                 self.tsc_adjust = msr.data;
                 self.set_tsc(self.tsc().wrapping_add(by))?;
@@ -326,7 +324,7 @@ impl KvmVcpu {
 
     fn set_tsc_offset(&mut self) -> Result<(), EngineError> {
         ioctls::set_tsc_offset(&self.fd, self.bus.tsc_offset())
-            .map_err(|error| EngineError(format!("KVM does not set the time-stamp counter: {error}")))
+            .map_err(failed("does not set the time-stamp counter"))
     }
 
     /// Has KVM complete what the last exit left to do, so that registers are what they seem.
@@ -420,7 +418,7 @@ impl KvmVcpu {
         xcrs.xcrs[0].value = state.xcr0;
         self.fd.set_xcrs(&xcrs)?;
         let mut bytes = state.xsave.bytes;
-        let present = &mut bytes[512..520];
+        let present = &mut bytes[XSTATE_BV];
         let kept = little_endian(present) & self.components;
         present.copy_from_slice(&kept.to_le_bytes());
         let mut xsave = kvm_xsave::default();
@@ -439,7 +437,7 @@ impl KvmVcpu {
             bytes.copy_from_slice(&word.to_le_bytes());
         }
         bytes[28..32].copy_from_slice(&MXCSR_MASK.to_le_bytes());
-        bytes[512..520].copy_from_slice(&self.components.to_le_bytes());
+        bytes[XSTATE_BV].copy_from_slice(&self.components.to_le_bytes());
         Ok(())
     }
 

@@ -75,7 +75,7 @@ struct Calendar {
 }
 
 /// Days from 1970-01-01 to this date of the Gregorian calendar.
-fn days_from_date(year: i64, month: i64, day: i64) -> i64 {
+pub fn days_from_date(year: i64, month: i64, day: i64) -> i64 {
     // The year begins in March, so that the leap day comes last.
     let (year, month) = if month <= 2 { (year - 1, month + 9) } else { (year, month - 3) };
     let leap_days = year.div_euclid(4) - year.div_euclid(100) + year.div_euclid(400);

@@ -62,12 +62,7 @@ impl BootInfo {
     pub fn command_line(&self) -> &str {
         let (bytes, length) = &self.command_line;
         let bytes = bytes.get(..*length).unwrap_or_default();
-        match core::str::from_utf8(bytes) {
-            Ok(text) => text,
-            Err(error) => {
-                core::str::from_utf8(bytes.get(..error.valid_up_to()).unwrap_or_default()).unwrap_or("")
-            }
-        }
+        bytes.utf8_chunks().next().map_or("", |chunk| chunk.valid())
     }
 }
 

@@ -84,24 +84,20 @@ impl Mux {
                 out(source.line.get(..shown).unwrap_or_default());
             }
             out(&[byte]);
-            self.open = true;
+            self.open = !ends;
+            if ends {
+                source.line.clear();
+            }
         } else if ends {
             let line = core::mem::take(&mut source.line);
             if self.open {
                 out(b"\r\n");
             }
-            if let Some(source) = self.sources.get(index) {
-                source.begin(out);
-            }
+            source.begin(out);
             out(line.trim_ascii_end());
             out(b"\r\n");
             self.open = false;
             self.reopen(out);
-            return;
-        }
-        if ends && focused {
-            source.line.clear();
-            self.open = false;
         }
     }
 

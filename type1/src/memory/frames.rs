@@ -1,11 +1,11 @@
 //! Which physical memory is free.
 
+use super::PAGE;
 use crate::boot::Range;
 use crate::list::List;
 
 /// Ranges that are kept apart. More pieces than this are lost, not given out twice.
 const MAX_RANGES: usize = 256;
-const PAGE: u64 = 4096;
 
 /// The free ranges, ascending, apart from each other, of whole pages.
 pub(crate) struct Frames {

@@ -4,14 +4,16 @@
 use core::alloc::{GlobalAlloc, Layout};
 use core::ptr::{self, NonNull};
 
+use bivisor_machine::sync::Mutex;
+
 /// The heap. Nothing allocates in an interrupt handler, so a lock is enough.
-pub struct Heap(spin::Mutex<linked_list_allocator::Heap>);
+pub struct Heap(Mutex<linked_list_allocator::Heap>);
 
 impl Heap {
     /// A heap that has nothing to give yet.
     #[allow(clippy::new_without_default)]
     pub const fn new() -> Self {
-        Self(spin::Mutex::new(linked_list_allocator::Heap::empty()))
+        Self(Mutex::new(linked_list_allocator::Heap::empty()))
     }
 
     /// Gives it memory.

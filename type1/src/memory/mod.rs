@@ -10,12 +10,15 @@ use alloc::sync::Arc;
 
 use bivisor_hvm::PhysicalMap;
 use bivisor_machine::memory::GuestMemory;
+use bivisor_machine::sync::Mutex;
 
 use crate::boot::{BootInfo, Range};
 use frames::Frames;
 use heap::Heap;
 use paging::{Layout, PageTables};
 
+/// Bytes of a page.
+const PAGE: u64 = 4096;
 /// Bytes of a large page.
 const LARGE_PAGE: u64 = 2 << 20;
 /// Everything below is left alone: firmware's tables, the loader's information.
@@ -46,7 +49,7 @@ pub enum MemoryError {
     Full(u64),
 }
 
-static FRAMES: spin::Mutex<Frames> = spin::Mutex::new(Frames::new());
+static FRAMES: Mutex<Frames> = Mutex::new(Frames::new());
 
 /// Takes the memory over: frames, page tables of our own, the heap.
 ///
@@ -66,7 +69,7 @@ pub(crate) unsafe fn take_over(info: &BootInfo, image: &Image, heap: &Heap) -> R
         frames.remove(*module);
     }
     let layout = Layout { image: *image, memory: info.memory() };
-    let mut tables = PageTables::new(|| frames.allocate(4096, 4096).ok_or(MemoryError::Full(4096)))?;
+    let mut tables = PageTables::new(|| frames.allocate(PAGE, PAGE).ok_or(MemoryError::Full(PAGE)))?;
     // SAFETY: the frames are free, mapped as they are (they lie where the loader said that there is RAM, and the
     // allocator gives low ones first), and the layout maps everything that is in use where it is.
     unsafe {
@@ -103,7 +106,7 @@ impl Drop for GuestFrames {
 /// # Errors
 /// There is no such piece.
 pub(crate) fn allocate_guest(size: u64) -> Result<Arc<GuestMemory>, MemoryError> {
-    let size = size.next_multiple_of(4096);
+    let size = size.next_multiple_of(PAGE);
     let start = FRAMES.lock().allocate(size, LARGE_PAGE).ok_or(MemoryError::Full(size))?;
     let frames = GuestFrames(Range { start, end: start + size });
     // SAFETY: the frames are RAM, mapped readable and writable at their addresses, and ours alone until they are dropped,

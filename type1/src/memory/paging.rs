@@ -3,7 +3,7 @@
 
 use core::arch::asm;
 
-use super::{Image, LARGE_PAGE, MemoryError};
+use super::{Image, LARGE_PAGE, MemoryError, PAGE};
 use crate::boot::Range;
 
 const PRESENT: u64 = 1;
@@ -13,7 +13,6 @@ const UNCACHED: u64 = 1 << 3 | 1 << 4;
 const LARGE: u64 = 1 << 7;
 const NO_EXECUTE: u64 = 1 << 63;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
-const PAGE: u64 = 4096;
 /// Devices are below.
 const DEVICES_END: u64 = 1 << 32;
 

@@ -3,8 +3,9 @@
 
 use core::sync::atomic::Ordering;
 
+use bivisor_hvm::host::{read_msr, write_msr};
+
 use super::descriptors::{END_OF_INTERRUPT, SPURIOUS_VECTOR, TIMER_VECTOR};
-use super::port::{read_msr, write_msr};
 use crate::time::Counter;
 
 const APIC_BASE: u32 = 0x1b;
@@ -40,7 +41,8 @@ impl LocalApic {
     /// # Safety
     /// At privilege level 0, with our page tables and interrupt table loaded.
     pub(super) unsafe fn enable() -> Self {
-        // SAFETY: every processor with 64-bit mode has the register; enabling delivers nothing that is not handled.
+        // SAFETY: the caller's promise; every processor with 64-bit mode has the register, and enabling delivers nothing that is
+        // not handled.
         let base = unsafe {
             let value = read_msr(APIC_BASE) | BASE_ENABLED;
             write_msr(APIC_BASE, value);
@@ -56,7 +58,8 @@ impl LocalApic {
     }
 
     fn read(&self, register: u32) -> u32 {
-        // SAFETY: `enable` found the registers there; device memory is mapped as such. Reading these changes nothing.
+        // SAFETY: `enable`, at level 0, found the registers there; device memory is mapped as such. Reading these changes
+        // nothing.
         unsafe {
             match self.base {
                 0 => read_msr(X2APIC + (register >> 4)) as u32,

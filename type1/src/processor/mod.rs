@@ -7,7 +7,6 @@ pub(crate) mod port;
 
 use alloc::sync::Arc;
 use core::arch::asm;
-use core::arch::x86_64::__cpuid_count;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use bivisor_hvm::svm::SvmProcessor;
@@ -82,12 +81,6 @@ impl Processor {
         // SAFETY: at privilege level 0. STI holds interrupts back until HLT waits for them; their handlers change no register.
         unsafe { asm!("sti", "hlt", "cli", options(nomem, nostack)) };
     }
-}
-
-/// The processor's CPUID: EAX, EBX, ECX, EDX.
-pub(crate) fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
-    let answer = __cpuid_count(leaf, subleaf);
-    [answer.eax, answer.ebx, answer.ecx, answer.edx]
 }
 
 /// Stands still for ever.

@@ -1,4 +1,4 @@
-//! Ports and model-specific registers of the real machine.
+//! Ports of the real machine.
 #![allow(unsafe_code)]
 
 use core::arch::asm;
@@ -27,33 +27,5 @@ pub(crate) fn outl(port: u16, value: u32) {
     // SAFETY: as in `inb`.
     unsafe {
         asm!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack, preserves_flags));
-    }
-}
-
-/// RDMSR.
-///
-/// # Safety
-/// The register exists.
-pub(super) unsafe fn read_msr(msr: u32) -> u64 {
-    let (low, high): (u32, u32);
-    // SAFETY: the caller's promise; at privilege level 0, and reading changes nothing.
-    unsafe {
-        asm!("rdmsr", in("ecx") msr, out("eax") low, out("edx") high, options(nomem, nostack, preserves_flags));
-    }
-    u64::from(high) << 32 | u64::from(low)
-}
-
-/// WRMSR.
-///
-/// # Safety
-/// The register exists, takes the value, and no memory is accessed otherwise by it.
-pub(super) unsafe fn write_msr(msr: u32, value: u64) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        asm!(
-            "wrmsr",
-            in("ecx") msr, in("eax") value as u32, in("edx") (value >> 32) as u32,
-            options(nostack, preserves_flags)
-        );
     }
 }

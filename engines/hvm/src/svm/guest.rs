@@ -10,21 +10,17 @@ use core::arch::asm;
 use bivisor_machine::engine::EngineError;
 use bivisor_x86::exception::vector;
 use bivisor_x86::msr::number::{SPEC_CTRL, TSC_AUX};
-use bivisor_x86::state::CpuState;
+use bivisor_x86::state::{CpuState, XSTATE_BV};
 
 use super::exit::{self, code};
 use super::nested::NestedTables;
 use super::permissions::{IoPermissions, MsrPermissions};
-use super::processor::{Features, SvmProcessor, write_msr};
+use super::processor::{Features, SvmProcessor};
 use super::switch::{self, Switch};
 use super::vmcb::{Intercepts1, Intercepts2, Vmcb, tlb_control, virtual_interrupt};
-use crate::guest::{Cause, Entry, HardwareGuest, Left};
+use crate::guest::{Cause, DR7_ENABLES, Entry, HardwareGuest, Left};
+use crate::host::write_msr;
 use crate::page::{Page, PhysicalMap, physical_of};
-
-/// Where XSTATE_BV stands in the XSAVE area.
-const XSTATE_BV: usize = 512;
-/// DR7: any breakpoint is enabled.
-const DR7_ENABLES: u64 = 0xff;
 
 /// What all virtual processors of a machine share.
 pub struct SvmMachine {
@@ -188,9 +184,7 @@ impl HardwareGuest for SvmGuest {
             }
         }
         // XSAVE says which components are in their initial state; all of them have been written.
-        if let Some(header) = state.xsave.bytes.get_mut(XSTATE_BV..XSTATE_BV + 8) {
-            header.copy_from_slice(&features.xcr0.to_le_bytes());
-        }
+        state.xsave.bytes[XSTATE_BV].copy_from_slice(&features.xcr0.to_le_bytes());
         let left = finish(&mut self.vmcb, state)?;
         if left.cause == Cause::Host {
             // Only now: one that is taken after another exit would not end the run, and whoever waits for it not hear of it.

@@ -10,4 +10,4 @@ mod vmcb;
 
 pub use guest::{SvmGuest, SvmMachine};
 pub use nested::NestedTables;
-pub use processor::{Features, SvmProcessor, has_svm};
+pub use processor::{Features, SvmProcessor};

@@ -3,21 +3,18 @@
 
 use alloc::boxed::Box;
 use core::arch::asm;
-use core::arch::x86_64::{__cpuid, __cpuid_count};
 
 use bivisor_machine::engine::EngineError;
-use bivisor_x86::registers::Efer;
+use bivisor_x86::msr::number::{EFER, VM_CR};
+use bivisor_x86::registers::{Cr4, Efer};
 use bivisor_x86::state::{XCR0_AVX, XCR0_SSE, XCR0_X87};
 
+use crate::host::{cpuid, read_msr, write_msr};
 use crate::page::{Page, PhysicalMap, physical_of};
 
-const EFER: u32 = 0xc000_0080;
-const VM_CR: u32 = 0xc001_0114;
 const VM_HSAVE_PA: u32 = 0xc001_0117;
 /// VM_CR: EFER.SVME can't be set.
 const SVMDIS: u64 = 1 << 4;
-/// CR4.OSXSAVE.
-const OSXSAVE: u64 = 1 << 18;
 
 /// What is different between processors with SVM (APM Vol. 3, CPUID Fn8000_000A), and matters here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,10 +79,7 @@ impl SvmProcessor {
     /// # Safety
     /// At privilege level 0, and on behalf of whoever owns the processor. The value must live as long as guests are entered.
     pub unsafe fn enable(map: &dyn PhysicalMap) -> Result<Self, EngineError> {
-        let features = Features::new(|leaf, subleaf| {
-            let answer = __cpuid_count(leaf, subleaf);
-            [answer.eax, answer.ebx, answer.ecx, answer.edx]
-        })?;
+        let features = Features::new(cpuid)?;
         let host_save = Page::zeroed();
         // SAFETY: at level 0 (the caller's promise); a processor with SVM has these registers, and the page is one that
         // nothing else uses. CR4.OSXSAVE and XCR0 are as CPUID allows, and only make instructions available.
@@ -97,7 +91,7 @@ impl SvmProcessor {
             write_msr(VM_HSAVE_PA, physical_of(map, &*host_save));
             let cr4: u64;
             asm!("mov {}, cr4", out(reg) cr4, options(nomem, nostack, preserves_flags));
-            asm!("mov cr4, {}", in(reg) cr4 | OSXSAVE, options(nomem, nostack, preserves_flags));
+            asm!("mov cr4, {}", in(reg) cr4 | Cr4::OSXSAVE.bits(), options(nomem, nostack, preserves_flags));
             asm!(
                 "xsetbv",
                 in("ecx") 0, in("eax") features.xcr0 as u32, in("edx") 0,
@@ -111,39 +105,6 @@ impl SvmProcessor {
     pub fn features(&self) -> &Features {
         &self.features
     }
-}
-
-/// RDMSR.
-///
-/// # Safety
-/// At privilege level 0; the register exists.
-unsafe fn read_msr(msr: u32) -> u64 {
-    let (low, high): (u32, u32);
-    // SAFETY: the caller's promise; reading changes nothing.
-    unsafe {
-        asm!("rdmsr", in("ecx") msr, out("eax") low, out("edx") high, options(nomem, nostack, preserves_flags));
-    }
-    u64::from(high) << 32 | u64::from(low)
-}
-
-/// WRMSR.
-///
-/// # Safety
-/// At privilege level 0; the register exists, takes the value, and nothing of the host's goes wrong with it.
-pub(super) unsafe fn write_msr(msr: u32, value: u64) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        asm!(
-            "wrmsr",
-            in("ecx") msr, in("eax") value as u32, in("edx") (value >> 32) as u32,
-            options(nostack, preserves_flags)
-        );
-    }
-}
-
-/// Whether the current processor has SVM at all, by CPUID.
-pub fn has_svm() -> bool {
-    __cpuid(0x8000_0000).eax >= 0x8000_000a && __cpuid(0x8000_0001).ecx & 1 << 2 != 0
 }
 
 #[cfg(test)]

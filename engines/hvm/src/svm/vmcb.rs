@@ -64,8 +64,19 @@ pub mod tlb_control {
     pub const FLUSH_GUEST: u8 = 3;
 }
 
+/// Bytes that stay zero.
+#[repr(transparent)]
+struct Reserved<const N: usize>([u8; N]);
+
+impl<const N: usize> Default for Reserved<N> {
+    fn default() -> Self {
+        Self([0; N])
+    }
+}
+
 /// The control area.
 #[repr(C)]
+#[derive(Default)]
 #[allow(missing_docs)]
 pub struct Control {
     pub cr_reads: u16,
@@ -76,7 +87,7 @@ pub struct Control {
     pub intercepts1: u32,
     pub intercepts2: u32,
     pub intercepts3: u32,
-    reserved_18: [u8; 0x3c - 0x18],
+    reserved_18: Reserved<{ 0x3c - 0x18 }>,
     pub pause_filter_threshold: u16,
     pub pause_filter_count: u16,
     pub iopm_base_pa: u64,
@@ -84,7 +95,7 @@ pub struct Control {
     pub tsc_offset: u64,
     pub asid: u32,
     pub tlb_control: u8,
-    reserved_5d: [u8; 3],
+    reserved_5d: Reserved<3>,
     pub virtual_interrupt: u64,
     /// Bit 0: the guest is in an interrupt shadow.
     pub interrupt_shadow: u64,
@@ -94,13 +105,13 @@ pub struct Control {
     pub exit_interrupt_info: u64,
     /// Bit 0: nested paging.
     pub nested_paging: u64,
-    reserved_98: [u8; 0xa8 - 0x98],
+    reserved_98: Reserved<{ 0xa8 - 0x98 }>,
     pub event_injection: u64,
     pub nested_cr3: u64,
     pub lbr_virtualization: u64,
     pub clean: u64,
     pub next_rip: u64,
-    reserved_d0: [u8; 0x400 - 0xd0],
+    reserved_d0: Reserved<{ 0x400 - 0xd0 }>,
 }
 
 /// A segment register.
@@ -119,6 +130,7 @@ pub struct VmcbSegment {
 
 /// The state save area.
 #[repr(C)]
+#[derive(Default)]
 #[allow(missing_docs)]
 pub struct SaveArea {
     pub es: VmcbSegment,
@@ -131,11 +143,11 @@ pub struct SaveArea {
     pub ldtr: VmcbSegment,
     pub idtr: VmcbSegment,
     pub tr: VmcbSegment,
-    reserved_a0: [u8; 0xcb - 0xa0],
+    reserved_a0: Reserved<{ 0xcb - 0xa0 }>,
     pub cpl: u8,
-    reserved_cc: [u8; 4],
+    reserved_cc: Reserved<4>,
     pub efer: u64,
-    reserved_d8: [u8; 0x148 - 0xd8],
+    reserved_d8: Reserved<{ 0x148 - 0xd8 }>,
     pub cr4: u64,
     pub cr3: u64,
     pub cr0: u64,
@@ -143,9 +155,9 @@ pub struct SaveArea {
     pub dr6: u64,
     pub rflags: u64,
     pub rip: u64,
-    reserved_180: [u8; 0x1d8 - 0x180],
+    reserved_180: Reserved<{ 0x1d8 - 0x180 }>,
     pub rsp: u64,
-    reserved_1e0: [u8; 0x1f8 - 0x1e0],
+    reserved_1e0: Reserved<{ 0x1f8 - 0x1e0 }>,
     pub rax: u64,
     pub star: u64,
     pub lstar: u64,
@@ -156,14 +168,15 @@ pub struct SaveArea {
     pub sysenter_esp: u64,
     pub sysenter_eip: u64,
     pub cr2: u64,
-    reserved_248: [u8; 0x268 - 0x248],
+    reserved_248: Reserved<{ 0x268 - 0x248 }>,
     pub pat: u64,
     pub debugctl: u64,
-    reserved_278: [u8; 0xc00 - 0x278],
+    reserved_278: Reserved<{ 0xc00 - 0x278 }>,
 }
 
 /// The whole block.
 #[repr(C, align(4096))]
+#[derive(Default)]
 pub struct Vmcb {
     /// What the hypervisor asks for, and why the guest was left.
     pub control: Control,
@@ -186,83 +199,7 @@ const _: () = {
 impl Vmcb {
     /// A block of zeros.
     pub fn zeroed() -> alloc::boxed::Box<Self> {
-        let no_segment = VmcbSegment::default();
-        alloc::boxed::Box::new(Self {
-            control: Control {
-                cr_reads: 0,
-                cr_writes: 0,
-                dr_reads: 0,
-                dr_writes: 0,
-                exceptions: 0,
-                intercepts1: 0,
-                intercepts2: 0,
-                intercepts3: 0,
-                reserved_18: [0; 0x24],
-                pause_filter_threshold: 0,
-                pause_filter_count: 0,
-                iopm_base_pa: 0,
-                msrpm_base_pa: 0,
-                tsc_offset: 0,
-                asid: 0,
-                tlb_control: 0,
-                reserved_5d: [0; 3],
-                virtual_interrupt: 0,
-                interrupt_shadow: 0,
-                exit_code: 0,
-                exit_info1: 0,
-                exit_info2: 0,
-                exit_interrupt_info: 0,
-                nested_paging: 0,
-                reserved_98: [0; 0x10],
-                event_injection: 0,
-                nested_cr3: 0,
-                lbr_virtualization: 0,
-                clean: 0,
-                next_rip: 0,
-                reserved_d0: [0; 0x330],
-            },
-            save: SaveArea {
-                es: no_segment,
-                cs: no_segment,
-                ss: no_segment,
-                ds: no_segment,
-                fs: no_segment,
-                gs: no_segment,
-                gdtr: no_segment,
-                ldtr: no_segment,
-                idtr: no_segment,
-                tr: no_segment,
-                reserved_a0: [0; 0x2b],
-                cpl: 0,
-                reserved_cc: [0; 4],
-                efer: 0,
-                reserved_d8: [0; 0x70],
-                cr4: 0,
-                cr3: 0,
-                cr0: 0,
-                dr7: 0,
-                dr6: 0,
-                rflags: 0,
-                rip: 0,
-                reserved_180: [0; 0x58],
-                rsp: 0,
-                reserved_1e0: [0; 0x18],
-                rax: 0,
-                star: 0,
-                lstar: 0,
-                cstar: 0,
-                sfmask: 0,
-                kernel_gs_base: 0,
-                sysenter_cs: 0,
-                sysenter_esp: 0,
-                sysenter_eip: 0,
-                cr2: 0,
-                reserved_248: [0; 0x20],
-                pat: 0,
-                debugctl: 0,
-                reserved_278: [0; 0x988],
-            },
-        })
+        alloc::boxed::Box::default()
     }
 }
 
