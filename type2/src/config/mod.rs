@@ -413,15 +413,12 @@ impl Settings {
             let machines = names.join(", ");
             return Err(ConfigError::SeveralMachines { path: path.to_owned(), machines });
         }
-        Self::of_file(source.parse()?, &source, path.parent().unwrap_or(Path::new("")))
+        Self::of_file(source.parse()?, &source)
     }
 
-    /// The settings of a file, whose paths are relative to a folder.
-    fn of_file(
-        file: FileConfig,
-        source: &Source<'_>,
-        folder: &Path,
-    ) -> Result<(Self, Option<String>), ConfigError> {
+    /// The settings of a file, whose paths are relative to its folder.
+    fn of_file(file: FileConfig, source: &Source<'_>) -> Result<(Self, Option<String>), ConfigError> {
+        let folder = source.path.parent().unwrap_or(Path::new(""));
         let settings = Self {
             kernel: file.kernel.map(|path| folder.join(path)),
             initrd: file.initrd.map(|path| folder.join(path)),

@@ -18,7 +18,6 @@ use bivisor_backends::thread::{Role, spawn};
 use super::places::MachinePlaces;
 use super::process::{POWER_BUTTON, READY, start_time};
 use super::record::{self, Ending, ProcessRecord, Spec};
-use crate::config::VmConfig;
 use crate::error::Failure;
 use crate::run::{self, Managed};
 use crate::status;
@@ -65,17 +64,14 @@ pub fn run(folder: &Path) -> Result<u8, Failure> {
 }
 
 fn begin(places: &MachinePlaces) -> Result<run::Ending, Failure> {
-    let spec: Spec = record::read(&places.spec()).ok_or_else(|| {
-        Failure::new(status::CONFIGURATION, format!("{} can't be read", places.spec().display()))
-    })?;
+    let spec = Spec::of(places)?;
     // What other programs show of it, and what a disk that is in use names.
     let name: Vec<u8> = format!("biv:{}", spec.name).into_bytes().into_iter().take(15).collect();
     if let Ok(name) = std::ffi::CString::new(name) {
         let _ = rustix::thread::set_name(&name);
     }
     message(&format!("bivisor: {} starts\n", spec.name));
-    let mut config =
-        VmConfig::from_text(&spec.text, &spec.file, spec.folder()).map_err(Failure::configuration)?;
+    let mut config = spec.config()?;
     if config.console == ConsoleSpec::Stdio {
         config.console = ConsoleSpec::Unix(places.console());
     }
