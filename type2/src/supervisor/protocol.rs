@@ -89,6 +89,13 @@ impl Reply {
     }
 }
 
+/// What is said of a name that no machine has.
+pub fn unknown<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> String {
+    let known: Vec<&str> = known.collect();
+    let known = if known.is_empty() { "none is up".into() } else { known.join(", ") };
+    format!("there is no machine {name}; those there are: {known}")
+}
+
 /// A machine as `bivisor ps` shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineStatus {
