@@ -7,7 +7,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bivisor_backends::console::listen_at;
+use bivisor_backends::console::{accept, listen_at};
 use bivisor_backends::runtime;
 use rustix::process::{setsid, umask};
 
@@ -56,12 +56,8 @@ pub fn run() -> Result<u8, Failure> {
 }
 
 fn listen(listener: &UnixListener, messages: &Sender<Message>, busy: &Arc<AtomicUsize>) {
-    for stream in listener.incoming() {
-        let Ok(stream) = stream else {
-            // Out of descriptors or the like: it may pass.
-            thread::sleep(Duration::from_millis(100));
-            continue;
-        };
+    loop {
+        let stream = accept(listener);
         let (messages, ours) = (messages.clone(), busy.clone());
         busy.fetch_add(1, Ordering::SeqCst);
         let spawned = thread::Builder::new().name("answer".into()).spawn(move || {

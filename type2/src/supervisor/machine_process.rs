@@ -7,10 +7,9 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::mpsc::Sender;
 use std::sync::{Mutex, PoisonError};
-use std::thread;
 use std::time::Duration;
 
-use bivisor_backends::console::{Command, ConsoleEvent, ConsoleSpec, SocketFile, listen_at};
+use bivisor_backends::console::{Command, ConsoleEvent, ConsoleSpec, SocketFile, accept, listen_at};
 use bivisor_backends::stderr_log;
 use bivisor_backends::terminal::message;
 use bivisor_backends::thread::{Role, spawn};
@@ -93,12 +92,8 @@ fn begin(places: &MachinePlaces) -> Result<run::Ending, Failure> {
 fn serve((listener, file): (UnixListener, SocketFile), events: Sender<Event>) -> io::Result<()> {
     let serve = move || {
         let _file = file;
-        for stream in listener.incoming() {
-            let Ok(stream) = stream else {
-                // Out of descriptors or the like: it may pass.
-                thread::sleep(Duration::from_millis(100));
-                continue;
-            };
+        loop {
+            let stream = accept(&listener);
             let mut order = String::new();
             let _ = stream.set_read_timeout(Some(Duration::from_secs(1)));
             let read = BufReader::new(stream.take(64)).read_line(&mut order);
