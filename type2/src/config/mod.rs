@@ -559,14 +559,21 @@ fn disk_of(table: &toml::Table, folder: &Path) -> Result<DiskSpec, String> {
     let mut disk = DiskSpec::new(folder.join(path));
     for (key, value) in table.iter().filter(|(key, _)| *key != "path") {
         let text = match value {
-            toml::Value::String(text) => text.clone(),
             toml::Value::Boolean(true) => "on".into(),
             toml::Value::Boolean(false) => "off".into(),
-            other => other.to_string(),
+            other => in_words(other),
         };
         disk.set(key, Some(&text))?;
     }
     Ok(disk)
+}
+
+/// A value as it is said on a command line.
+fn in_words(value: &toml::Value) -> String {
+    match value {
+        toml::Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
 }
 
 fn parse_engine(text: &str) -> Result<EngineChoice, String> {

@@ -7,7 +7,7 @@ use clap::Parser;
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::{ConfigError, FileConfig, Settings, Source, VmConfig, one_line};
+use super::{ConfigError, FileConfig, Settings, Source, VmConfig, in_words, one_line};
 use crate::image::DiskRecipe;
 
 /// The longest name of a machine: paths of sockets have a limit.
@@ -110,18 +110,14 @@ struct RecipeWords {
 pub(super) fn recipe(table: &toml::Table, folder: &Path) -> Result<DiskRecipe, String> {
     let mut words = Vec::new();
     for (key, value) in table {
-        let text = |value: &toml::Value| match value {
-            toml::Value::String(text) => text.clone(),
-            other => other.to_string(),
-        };
         match value {
             toml::Value::Boolean(true) => words.push(format!("--{key}")),
             toml::Value::Boolean(false) => {}
             toml::Value::Array(items) => {
-                let items: Vec<String> = items.iter().map(text).collect();
+                let items: Vec<String> = items.iter().map(in_words).collect();
                 words.push(format!("--{key}={}", items.join(",")));
             }
-            other => words.push(format!("--{key}={}", text(other))),
+            other => words.push(format!("--{key}={}", in_words(other))),
         }
     }
     let parsed = RecipeWords::try_parse_from(words).map_err(|error| {
