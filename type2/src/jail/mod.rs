@@ -169,10 +169,17 @@ impl Jail {
 pub fn try_out() -> Result<Support, JailError> {
     rustix::thread::set_no_new_privs(true).map_err(|error| JailError::new("no new privileges", error))?;
     let support = paths::support().map_err(|error| JailError::new("Landlock", error))?;
-    let tried = std::thread::spawn(|| Filters::default().install(Role::Log, &Needs::default())).join();
-    let tried = tried.unwrap_or_else(|_| Err(io::Error::other("the thread that tries it has failed")));
+    let tried = try_in_thread(|| Filters::default().install(Role::Log, &Needs::default()));
     tried.map_err(|error| JailError::new("seccomp", error))?;
     Ok(support)
+}
+
+/// Confines a thread that ends then: what confines one is never taken away again.
+fn try_in_thread<T: Send + 'static>(
+    confine: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    let tried = std::thread::spawn(confine).join();
+    tried.unwrap_or_else(|_| Err(io::Error::other("the thread that tries it has failed")))
 }
 
 /// As many heaps for threads as the C library would settle for by itself: it would ask /sys for the number of processors
