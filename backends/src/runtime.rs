@@ -1,12 +1,19 @@
 //! The user's folder for what lives as long as a login: sockets and locks.
 
 use std::env;
-use std::fs::{self, DirBuilder};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use rustix::process::geteuid;
+
+/// How often a lock that somebody else has is tried again.
+const TRY_AGAIN: Duration = Duration::from_millis(5);
 
 /// Our folder in `$XDG_RUNTIME_DIR`, or where there is none in the folder for temporary files. It exists, and is the
 /// user's alone.
@@ -37,6 +44,25 @@ pub fn private(path: &Path) -> io::Result<()> {
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
     }
     Ok(())
+}
+
+/// Takes a lock, which is held until the file is closed by all who have it open. None: somebody else has had it all this
+/// time.
+///
+/// # Errors
+/// The file can't be made, or not be locked.
+pub fn lock(path: &Path, patience: Duration) -> io::Result<Option<File>> {
+    let file =
+        OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    let end = Instant::now() + patience;
+    loop {
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(Some(file)),
+            Err(Errno::WOULDBLOCK) if Instant::now() < end => thread::sleep(TRY_AGAIN),
+            Err(Errno::WOULDBLOCK) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 /// Closes what whoever started this process has left open to it by mistake, all but the three standard streams: a
@@ -70,5 +96,16 @@ mod tests {
         let link = base.path().join("link");
         std::os::unix::fs::symlink(base.path(), &link).unwrap();
         assert!(private(&link).is_err());
+    }
+
+    #[test]
+    fn a_lock_has_one_holder() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lock");
+        let held = lock(&path, Duration::ZERO).unwrap().unwrap();
+        assert!(lock(&path, Duration::from_millis(20)).unwrap().is_none());
+        let waiting = thread::spawn(move || lock(&path, Duration::from_secs(30)).unwrap());
+        drop(held);
+        assert!(waiting.join().unwrap().is_some());
     }
 }

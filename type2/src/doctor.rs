@@ -94,6 +94,13 @@ fn interpreter() -> Finding {
 
 /// How far machines' processes can be confined.
 fn confinement() -> Finding {
+    let by_seccomp_alone = |why: &str| {
+        let text = format!(
+            "machines run confined by seccomp alone, so that one with sockets in the file system could remove other \
+             files, and one with a user-mode network does not hear of new name servers: {why}"
+        );
+        (Verdict::Lacking, text)
+    };
     let (verdict, text) = match jail::try_out() {
         Err(error) => (Verdict::Lacking, error.to_string()),
         Ok(Support::Full) => {
@@ -103,19 +110,10 @@ fn confinement() -> Finding {
             Verdict::Good,
             "machines run confined to what is theirs, by seccomp and an early Landlock".into(),
         ),
-        Ok(missing) => {
-            let why = match missing {
-                Support::NotEnabled => {
-                    "the kernel was started without Landlock: add it to the boot parameter lsm="
-                }
-                _ => "the kernel has no Landlock, which came with Linux 5.13",
-            };
-            let text = format!(
-                "machines run confined by seccomp alone, so that one with sockets in the file system could remove other \
-                 files, and one with a user-mode network does not hear of new name servers: {why}"
-            );
-            (Verdict::Lacking, text)
+        Ok(Support::NotEnabled) => {
+            by_seccomp_alone("the kernel was started without Landlock: add it to the boot parameter lsm=")
         }
+        Ok(Support::Missing) => by_seccomp_alone("the kernel has no Landlock, which came with Linux 5.13"),
     };
     Finding::new(verdict, "jail", text)
 }

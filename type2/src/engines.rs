@@ -4,7 +4,7 @@ use bivisor_dbt::{SoftwareEngine, host_can_translate};
 use bivisor_kvm::{KvmEngine, Unusable};
 use bivisor_machine::engine::Engine;
 
-use crate::config::EngineChoice;
+use crate::config::{EngineChoice, VmConfig};
 
 /// An engine that is not to be had.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -14,16 +14,23 @@ pub enum EngineUnavailable {
         "the engine kvm is not usable: {0}; leave --engine away, and the best one is taken that works here"
     )]
     Kvm(#[source] Unusable),
+    /// The jail's lists of system calls have none of KVM's yet.
+    #[error("the engine kvm can't be run in the jail yet: add --no-jail, or leave --engine away")]
+    KvmInJail,
 }
 
 /// Decides which engine is to be taken: `auto` becomes one of the software engines. KVM is only taken where it is asked
 /// for, since stock Linux does not get to a shell on it yet, and after a look at what it does.
-pub fn choose(choice: EngineChoice) -> Result<EngineChoice, EngineUnavailable> {
-    match choice {
+pub fn choose(config: &VmConfig) -> Result<EngineChoice, EngineUnavailable> {
+    match config.engine {
         EngineChoice::Auto if host_can_translate() => Ok(EngineChoice::Dbt),
         EngineChoice::Auto => Ok(EngineChoice::Interp),
-        EngineChoice::Kvm => bivisor_kvm::probe().map(|_| choice).map_err(EngineUnavailable::Kvm),
-        EngineChoice::Dbt | EngineChoice::Interp => Ok(choice),
+        EngineChoice::Kvm => match bivisor_kvm::probe() {
+            Err(why) => Err(EngineUnavailable::Kvm(why)),
+            Ok(_) if !config.no_jail => Err(EngineUnavailable::KvmInJail),
+            Ok(_) => Ok(EngineChoice::Kvm),
+        },
+        choice @ (EngineChoice::Dbt | EngineChoice::Interp) => Ok(choice),
     }
 }
 

@@ -12,7 +12,7 @@ use bivisor_machine::sync::set_yield;
 
 use crate::backends::Backends;
 use crate::cli::RunArgs;
-use crate::config::{EngineChoice, VmConfig};
+use crate::config::VmConfig;
 use crate::debugger::{Debugger, Stop};
 use crate::error::Failure;
 use crate::guest::{self, Guest};
@@ -67,12 +67,7 @@ pub fn machine(
     probe: Option<Probe>,
 ) -> Result<Ending, Failure> {
     config.check_memory(memory::host_memory()).map_err(Failure::configuration)?;
-    config.engine = engines::choose(config.engine).map_err(Failure::configuration)?;
-    if config.engine == EngineChoice::Kvm && !config.no_jail {
-        // The jail's lists of system calls have none of KVM's yet.
-        let text = "the engine kvm can't be run in the jail yet: add --no-jail, or leave --engine away";
-        return Err(Failure::new(status::CONFIGURATION, text));
-    }
+    config.engine = engines::choose(&config).map_err(Failure::configuration)?;
     let guest = Guest::find(&config).map_err(Failure::configuration)?;
     let clock = Arc::new(LinuxClock::start());
     set_yield(|| {

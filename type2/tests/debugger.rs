@@ -15,10 +15,8 @@ fn debug(code: &[u8], words: &[&str], commands: &[&str]) -> Option<(String, Opti
         return None;
     }
     let folder = Folder::new();
-    let kernel = folder.kernel(code);
-    let mut all = vec!["run", "--memory", "16M", "--gdb", "unix=gdb", "--kernel", kernel.to_str().unwrap()];
-    all.extend(words);
-    let mut machine = folder.bivisor(&all).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let mut machine = folder.run_command(code, &["--gdb", "unix=gdb"]);
+    let mut machine = machine.args(words).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let start = Instant::now();
     while !folder.path().join("gdb").exists() {
         assert!(start.elapsed() < Duration::from_secs(30) && machine.try_wait().unwrap().is_none());

@@ -62,12 +62,8 @@ fn a_reset_ends_only_on_request() {
     assert!(stderr(&output).contains("the guest reset the machine"));
     assert_eq!(output.stdout, b"A");
 
-    let kernel = folder.kernel(RESET);
-    let mut child = folder
-        .bivisor(&["run", "--memory", "16M", "--console", "file=out", "--kernel", kernel.to_str().unwrap()])
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child =
+        folder.run_command(RESET, &["--console", "file=out"]).stderr(Stdio::piped()).spawn().unwrap();
     let start = Instant::now();
     while std::fs::read(folder.path().join("out")).unwrap_or_default().len() < 3 {
         assert!(start.elapsed() < Duration::from_secs(30) && child.try_wait().unwrap().is_none());
@@ -83,9 +79,8 @@ fn signals_end_a_busy_machine() {
         [(Signal::TERM, 143, "SIGTERM"), (Signal::INT, 130, "SIGINT"), (Signal::HUP, 129, "SIGHUP")]
     {
         let folder = Folder::new();
-        let kernel = folder.kernel(ECHO);
         let mut child = folder
-            .bivisor(&["run", "--memory", "16M", "--cpus", "2", "--kernel", kernel.to_str().unwrap()])
+            .run_command(ECHO, &["--cpus", "2"])
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -119,9 +114,8 @@ fn output_is_complete_at_the_end() {
 #[test]
 fn a_console_that_is_gone_ends_the_machine() {
     let folder = Folder::new();
-    let kernel = folder.kernel(ECHO);
     let mut child = folder
-        .bivisor(&["run", "--memory", "16M", "--kernel", kernel.to_str().unwrap()])
+        .run_command(ECHO, &[])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -146,9 +140,8 @@ fn a_full_disk_ends_the_machine() {
 #[test]
 fn pasted_input_arrives_whole_through_a_socket() {
     let folder = Folder::new();
-    let kernel = folder.kernel(ECHO);
-    let words = ["run", "--memory", "16M", "--console", "unix=line", "--kernel", kernel.to_str().unwrap()];
-    let mut child = folder.bivisor(&words).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child =
+        folder.run_command(ECHO, &["--console", "unix=line"]).stderr(Stdio::piped()).spawn().unwrap();
     let start = Instant::now();
     let mut line = loop {
         match UnixStream::connect(folder.path().join("line")) {
@@ -173,10 +166,8 @@ fn pasted_input_arrives_whole_through_a_socket() {
 #[test]
 fn sixty_four_processors_start_and_end() {
     let folder = Folder::new();
-    let kernel = folder.kernel(COUNT);
-    let words =
-        ["run", "--memory", "16M", "--cpus", "64", "--console", "pty", "--kernel", kernel.to_str().unwrap()];
-    let mut child = folder.bivisor(&words).stderr(Stdio::piped()).spawn().unwrap();
+    let words = ["--cpus", "64", "--console", "pty"];
+    let mut child = folder.run_command(COUNT, &words).stderr(Stdio::piped()).spawn().unwrap();
     let mut told = [0; 28];
     child.stderr.as_mut().unwrap().read_exact(&mut told).unwrap();
     assert_eq!(&told, b"bivisor: the console is at /");

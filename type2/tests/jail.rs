@@ -91,13 +91,7 @@ fn without_the_jail_all_that_happens() {
 fn every_thread_of_a_machine_is_confined() {
     let folder = Folder::new();
     folder.file("disk", vec![0; 1 << 20]);
-    let kernel = folder.kernel(ECHO);
     let words = [
-        "run",
-        "--kernel",
-        kernel.to_str().unwrap(),
-        "--memory",
-        "16M",
         "--cpus",
         "2",
         "--console",
@@ -120,9 +114,7 @@ fn every_thread_of_a_machine_is_confined() {
         "--trace",
         "trace",
     ];
-    let mut command = folder.bivisor(&words);
-    command.env("XDG_RUNTIME_DIR", folder.path());
-    let mut child = command.stderr(Stdio::null()).spawn().unwrap();
+    let mut child = folder.run_command(ECHO, &words).stderr(Stdio::null()).spawn().unwrap();
     let threads = || {
         let tasks = fs::read_dir(format!("/proc/{}/task", child.id())).unwrap();
         tasks
@@ -153,20 +145,8 @@ fn every_thread_of_a_machine_is_confined() {
 fn a_reset_makes_a_new_machine_in_the_jail() {
     let folder = Folder::new();
     for engine in ["dbt", "interp"] {
-        let kernel = folder.kernel(RESET);
-        let words = [
-            "run",
-            "--kernel",
-            kernel.to_str().unwrap(),
-            "--memory",
-            "16M",
-            "--engine",
-            engine,
-            "--cpus",
-            "2",
-            "--perf-map",
-        ];
-        let mut child = folder.bivisor(&words).stderr(Stdio::piped()).spawn().unwrap();
+        let words = ["--engine", engine, "--cpus", "2", "--perf-map"];
+        let mut child = folder.run_command(RESET, &words).stderr(Stdio::piped()).spawn().unwrap();
         sleep(Duration::from_millis(1500));
         assert_eq!(child.try_wait().unwrap(), None, "it goes on, reset after reset");
         child.kill().unwrap();
@@ -178,18 +158,7 @@ fn a_reset_makes_a_new_machine_in_the_jail() {
 #[test]
 fn sockets_are_removed_at_the_end_and_core_dumps_are_off() {
     let folder = Folder::new();
-    let kernel = folder.kernel(ECHO);
-    let words = [
-        "run",
-        "--kernel",
-        kernel.to_str().unwrap(),
-        "--memory",
-        "16M",
-        "--testdev",
-        "--console",
-        "unix=console",
-    ];
-    let mut child = folder.bivisor(&words).spawn().unwrap();
+    let mut child = folder.run_command(ECHO, &["--testdev", "--console", "unix=console"]).spawn().unwrap();
     let path = folder.path().join("console");
     let start = Instant::now();
     let mut client = loop {

@@ -5,7 +5,7 @@ mod common;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
@@ -28,14 +28,15 @@ struct Terminal {
 impl Terminal {
     /// `bivisor run` with a kernel of this code and more words.
     fn start(folder: &Folder, code: &[u8], words: &[&str]) -> Self {
-        let kernel = folder.kernel(code);
-        let mut all = vec!["run", "--memory", "16M", "--kernel", kernel.to_str().unwrap()];
-        all.extend(words);
-        Self::of(folder, &all)
+        Self::of(folder.run_command(code, words))
     }
 
-    /// `bivisor` with these words.
-    fn of(folder: &Folder, words: &[&str]) -> Self {
+    /// The console of the machine `vm` in the background.
+    fn console(folder: &Folder) -> Self {
+        Self::of(folder.bivisor(&["console", "vm"]))
+    }
+
+    fn of(mut command: Command) -> Self {
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         grantpt(&master).unwrap();
         unlockpt(&master).unwrap();
@@ -44,7 +45,7 @@ impl Terminal {
         let slave = rustix::fs::open(&name, flags, Mode::empty()).unwrap();
         let before = tcgetattr(&slave).unwrap();
         let end = || Stdio::from(slave.try_clone().unwrap());
-        let child = folder.bivisor(words).stdin(end()).stdout(end()).stderr(end()).spawn().unwrap();
+        let child = command.stdin(end()).stdout(end()).stderr(end()).spawn().unwrap();
         let keys = File::from(master);
         let mut reader = keys.try_clone().unwrap();
         let (tell, screen) = channel();
@@ -192,12 +193,12 @@ fn a_console_in_the_background_is_left_and_the_machine_goes_on() {
     folder.file("vm.toml", "kernel = \"kernel\"\nmemory = \"16M\"\n");
     assert!(folder.bivisor(&["up", "vm.toml"]).output().unwrap().status.success());
     for keys in ["ls\x03", "again"] {
-        let mut terminal = Terminal::of(&folder, &["console", "vm"]);
+        let mut terminal = Terminal::console(&folder);
         terminal.expect("this is the console of vm; Ctrl-A x leaves it");
         assert!(terminal.is_raw());
         terminal.press(keys);
         terminal.expect(keys);
-        let mut second = Terminal::of(&folder, &["console", "vm"]);
+        let mut second = Terminal::console(&folder);
         second.expect("another client has this console");
         assert_eq!(second.end(), Some(0));
         terminal.press("\x01h");
@@ -206,7 +207,7 @@ fn a_console_in_the_background_is_left_and_the_machine_goes_on() {
         terminal.expect("bivisor: vm goes on");
         assert_eq!(terminal.end(), Some(0));
     }
-    let mut terminal = Terminal::of(&folder, &["console", "vm"]);
+    let mut terminal = Terminal::console(&folder);
     terminal.expect("Ctrl-A x leaves it");
     assert!(folder.bivisor(&["down", "--timeout", "0"]).output().unwrap().status.success());
     terminal.expect("bivisor: the console of vm has ended");

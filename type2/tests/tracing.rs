@@ -33,9 +33,7 @@ fn the_interpreter_traces_every_instruction_and_the_translator_every_block() {
 #[test]
 fn a_signal_loses_nothing() {
     let folder = Folder::new();
-    let kernel = folder.kernel(COUNT);
-    let words = ["run", "--memory", "16M", "--trace", "trace", "--kernel", kernel.to_str().unwrap()];
-    let child = folder.bivisor(&words).stderr(Stdio::piped()).spawn().unwrap();
+    let child = folder.run_command(COUNT, &["--trace", "trace"]).stderr(Stdio::piped()).spawn().unwrap();
     let start = std::time::Instant::now();
     while std::fs::metadata(folder.path().join("trace")).map_or(0, |file| file.len()) < 1 << 20 {
         assert!(start.elapsed().as_secs() < 60);

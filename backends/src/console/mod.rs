@@ -20,7 +20,7 @@ use bivisor_machine::host::ByteStream;
 pub use escape::{Command, Escape, HELP};
 pub use input::{Input, InputSink};
 pub use output::Output;
-pub use unix::{SocketFile, listen_at};
+pub use unix::{SocketFile, accept, listen_at};
 
 use output::FarEnd;
 

@@ -57,6 +57,17 @@ pub fn listen_at(path: &Path) -> Result<(UnixListener, SocketFile), ConsoleError
     bind_private(path).map_err(failed)
 }
 
+/// Waits for the next client.
+pub fn accept(listener: &UnixListener) -> UnixStream {
+    loop {
+        match listener.accept() {
+            Ok((client, _)) => return client,
+            // Out of descriptors or the like: it may pass.
+            Err(_) => thread::sleep(Duration::from_millis(100)),
+        }
+    }
+}
+
 fn bind_private(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     // On Linux the permissions of the socket file are those of the socket when it is bound (unix(7)), so there is
@@ -127,11 +138,7 @@ impl FarEnd for SocketEnd {
 /// Accepts clients for ever: the first gets the line, others are told that it is taken.
 fn serve(listener: &UnixListener, line: &Arc<Line>, input: &Input) {
     loop {
-        match listener.accept() {
-            Ok((client, _)) => serve_client(listener, line, input, client),
-            // Out of descriptors or the like: it may pass.
-            Err(_) => thread::sleep(Duration::from_millis(100)),
-        }
+        serve_client(listener, line, input, accept(listener));
     }
 }
 

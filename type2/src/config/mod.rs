@@ -413,15 +413,12 @@ impl Settings {
             let machines = names.join(", ");
             return Err(ConfigError::SeveralMachines { path: path.to_owned(), machines });
         }
-        Self::of_file(source.parse()?, &source, path.parent().unwrap_or(Path::new("")))
+        Self::of_file(source.parse()?, &source)
     }
 
-    /// The settings of a file, whose paths are relative to a folder.
-    fn of_file(
-        file: FileConfig,
-        source: &Source<'_>,
-        folder: &Path,
-    ) -> Result<(Self, Option<String>), ConfigError> {
+    /// The settings of a file, whose paths are relative to its folder.
+    fn of_file(file: FileConfig, source: &Source<'_>) -> Result<(Self, Option<String>), ConfigError> {
+        let folder = source.path.parent().unwrap_or(Path::new(""));
         let settings = Self {
             kernel: file.kernel.map(|path| folder.join(path)),
             initrd: file.initrd.map(|path| folder.join(path)),
@@ -562,14 +559,21 @@ fn disk_of(table: &toml::Table, folder: &Path) -> Result<DiskSpec, String> {
     let mut disk = DiskSpec::new(folder.join(path));
     for (key, value) in table.iter().filter(|(key, _)| *key != "path") {
         let text = match value {
-            toml::Value::String(text) => text.clone(),
             toml::Value::Boolean(true) => "on".into(),
             toml::Value::Boolean(false) => "off".into(),
-            other => other.to_string(),
+            other => in_words(other),
         };
         disk.set(key, Some(&text))?;
     }
     Ok(disk)
+}
+
+/// A value as it is said on a command line.
+fn in_words(value: &toml::Value) -> String {
+    match value {
+        toml::Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
 }
 
 fn parse_engine(text: &str) -> Result<EngineChoice, String> {

@@ -7,7 +7,7 @@ use clap::Parser;
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::{ConfigError, FileConfig, Settings, Source, VmConfig, one_line};
+use super::{ConfigError, FileConfig, Settings, Source, VmConfig, in_words, one_line};
 use crate::image::DiskRecipe;
 
 /// The longest name of a machine: paths of sockets have a limit.
@@ -32,13 +32,13 @@ struct FileSet {
 
 /// The names of the machines in a text that describes several.
 pub(super) fn names(text: &str) -> Option<Vec<String>> {
-    let table: toml::Table = toml::from_str(text).ok()?;
-    let machines = table.get("vm")?.as_table()?;
-    Some(machines.keys().cloned().collect())
+    let machines = machines(text)?;
+    Some(machines.as_table()?.keys().cloned().collect())
 }
 
-fn is_set(text: &str) -> bool {
-    toml::from_str::<toml::Table>(text).is_ok_and(|table| table.contains_key("vm"))
+/// What a text that describes several machines says of them.
+fn machines(text: &str) -> Option<toml::Value> {
+    toml::from_str::<toml::Table>(text).ok()?.remove("vm")
 }
 
 /// Reads a file with one machine, which is named after the file, or several.
@@ -48,24 +48,21 @@ fn is_set(text: &str) -> bool {
 pub fn read_set(path: &Path) -> Result<Vec<Described>, ConfigError> {
     let text = Source::read(path)?;
     let source = Source { path, text: &text };
-    let folder = path.parent().unwrap_or(Path::new(""));
-    if !is_set(&text) {
+    let Some(tables) = machines(&text) else {
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let name = check_name(&name).map_err(|message| source.error(0, message))?;
-        let (settings, image) = Settings::of_file(source.parse()?, &source, folder)?;
-        let config = VmConfig::of_settings(settings, image)?;
+        let config = VmConfig::from_text(&text, path)?;
         return Ok(vec![Described { name, config, text }]);
-    }
+    };
     let set: FileSet = source.parse()?;
-    let tables: toml::Table = source.parse()?;
     let mut machines = Vec::new();
     for (name, file) in set.vm {
         let at = name.span().start;
         let name = check_name(name.get_ref()).map_err(|message| source.error(at, message))?;
-        let (settings, image) = Settings::of_file(file, &source, folder)?;
+        let (settings, image) = Settings::of_file(file, &source)?;
         let config = VmConfig::of_settings(settings, image)
             .map_err(|error| source.error(at, format!("vm.{name}: {error}")))?;
-        let own = tables.get("vm").and_then(|machines| machines.get(&name)?.as_table());
+        let own = tables.get(&name).and_then(toml::Value::as_table);
         let text = own.map(ToString::to_string).unwrap_or_default();
         machines.push(Described { name, config, text });
     }
@@ -76,13 +73,13 @@ pub fn read_set(path: &Path) -> Result<Vec<Described>, ConfigError> {
 }
 
 impl VmConfig {
-    /// A machine from its part of a file, whose paths are relative to a folder.
+    /// A machine from its part of the file at `path`, to whose folder paths are relative.
     ///
     /// # Errors
     /// Something in the text means nothing; the error names `path`.
-    pub fn from_text(text: &str, path: &Path, folder: &Path) -> Result<Self, ConfigError> {
+    pub fn from_text(text: &str, path: &Path) -> Result<Self, ConfigError> {
         let source = Source { path, text };
-        let (settings, image) = Settings::of_file(source.parse()?, &source, folder)?;
+        let (settings, image) = Settings::of_file(source.parse()?, &source)?;
         Self::of_settings(settings, image)
     }
 }
@@ -113,18 +110,14 @@ struct RecipeWords {
 pub(super) fn recipe(table: &toml::Table, folder: &Path) -> Result<DiskRecipe, String> {
     let mut words = Vec::new();
     for (key, value) in table {
-        let text = |value: &toml::Value| match value {
-            toml::Value::String(text) => text.clone(),
-            other => other.to_string(),
-        };
         match value {
             toml::Value::Boolean(true) => words.push(format!("--{key}")),
             toml::Value::Boolean(false) => {}
             toml::Value::Array(items) => {
-                let items: Vec<String> = items.iter().map(text).collect();
+                let items: Vec<String> = items.iter().map(in_words).collect();
                 words.push(format!("--{key}={}", items.join(",")));
             }
-            other => words.push(format!("--{key}={}", text(other))),
+            other => words.push(format!("--{key}={}", in_words(other))),
         }
     }
     let parsed = RecipeWords::try_parse_from(words).map_err(|error| {
@@ -169,7 +162,7 @@ mod tests {
         // The part of a machine says the same alone.
         for machine in &machines {
             let folder = recipe.files.as_ref().unwrap().parent().unwrap();
-            let alone = VmConfig::from_text(&machine.text, Path::new("x"), folder).unwrap();
+            let alone = VmConfig::from_text(&machine.text, &folder.join("x")).unwrap();
             assert_eq!(alone, machine.config);
         }
     }

@@ -104,7 +104,7 @@ impl<W: Write> Archive<W> {
             let name = entry.file_name().into_string();
             let name = name.map_err(|name| io::Error::other(format!("{} is not UTF-8", name.display())))?;
             let (path, kind) = (format!("{to}{name}"), entry.file_type()?);
-            let mode = fs::symlink_metadata(entry.path())?.mode() & 0o755;
+            let mode = entry.metadata()?.mode() & 0o755;
             if kind.is_dir() {
                 self.folder(&path, mode)?;
                 self.folder_of_user(&entry.path(), &format!("{path}/"))?;
@@ -175,6 +175,7 @@ mod tests {
         assert!(!full.keys().any(|path| path.ends_with("autologin.conf")));
         assert!(full.contains_key("etc/cloud/cloud.cfg.d/90-bivisor.cfg"));
     }
+
     #[test]
     fn files_of_the_user_become_roots() {
         let folder = tempfile::tempdir().unwrap();

@@ -67,9 +67,8 @@ fn load(program: &BpfProgram) -> io::Result<()> {
     };
     // Kernels before 5.16 would otherwise take speculative loads from the thread, which costs a translator much; what a
     // guest can read by them of its own process is its own.
-    let flags = libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW;
+    let (mode, flags) = (libc::SECCOMP_SET_MODE_FILTER, libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW);
     // SAFETY: the program is an array of that many `struct sock_filter`, which the kernel reads and doesn't keep.
-    let result =
-        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program) };
+    let result = unsafe { libc::syscall(libc::SYS_seccomp, mode, flags, &raw const program) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

@@ -63,14 +63,14 @@ struct Needs {
 }
 
 impl Needs {
-    fn of(config: &VmConfig) -> Self {
+    fn of(config: &VmConfig, socket_folders: &[PathBuf]) -> Self {
         let any = |wanted: fn(&NetworkSpec) -> bool| config.nets.iter().any(|net| wanted(&net.network));
         Self {
             user_network: any(|network| matches!(network, NetworkSpec::User(_))),
             tap: any(|network| matches!(network, NetworkSpec::Tap(_))),
             switch: any(|network| matches!(network, NetworkSpec::Switch(_))),
             vsock: config.vsock.is_some(),
-            socket_files: !socket_folders(config).is_empty(),
+            socket_files: !socket_folders.is_empty(),
             paths_confined: false,
         }
     }
@@ -123,9 +123,10 @@ impl Jail {
         settle_heaps(processors);
         rustix::thread::set_no_new_privs(true).map_err(|error| JailError::new("no new privileges", error))?;
         refusal::install().map_err(|error| JailError::new("a handler for SIGSYS", error))?;
-        let mut needs = Needs::of(config);
+        let folders = socket_folders(config);
+        let mut needs = Needs::of(config, &folders);
         let landlock = |error| JailError::new("Landlock", error);
-        let paths = Paths::new(&needs, &socket_folders(config)).map_err(landlock)?;
+        let paths = Paths::new(&needs, &folders).map_err(landlock)?;
         let support = paths::support().map_err(landlock)?;
         needs.paths_confined = matches!(support, Support::Full | Support::Partial);
         let jail =
@@ -168,10 +169,17 @@ impl Jail {
 pub fn try_out() -> Result<Support, JailError> {
     rustix::thread::set_no_new_privs(true).map_err(|error| JailError::new("no new privileges", error))?;
     let support = paths::support().map_err(|error| JailError::new("Landlock", error))?;
-    let tried = std::thread::spawn(|| Filters::default().install(Role::Log, &Needs::default())).join();
-    let tried = tried.unwrap_or_else(|_| Err(io::Error::other("the thread that tries it has failed")));
+    let tried = try_in_thread(|| Filters::default().install(Role::Log, &Needs::default()));
     tried.map_err(|error| JailError::new("seccomp", error))?;
     Ok(support)
+}
+
+/// Confines a thread that ends then: what confines one is never taken away again.
+fn try_in_thread<T: Send + 'static>(
+    confine: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    let tried = std::thread::spawn(confine).join();
+    tried.unwrap_or_else(|_| Err(io::Error::other("the thread that tries it has failed")))
 }
 
 /// As many heaps for threads as the C library would settle for by itself: it would ask /sys for the number of processors

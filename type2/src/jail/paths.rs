@@ -2,7 +2,6 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::thread;
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, LandlockStatus, PathBeneath, PathFd,
@@ -10,7 +9,7 @@ use landlock::{
     Scope,
 };
 
-use super::Needs;
+use super::{Needs, try_in_thread};
 
 /// The host's name servers.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
@@ -53,8 +52,7 @@ fn confine(rules: RulesetCreated) -> io::Result<RestrictionStatus> {
 /// What the kernel has of Landlock: tried by a thread that ends then. The process must have given up new privileges.
 pub fn support() -> io::Result<Support> {
     let rules = rules(&Needs::default(), &[]).map_err(io::Error::other)?;
-    let tried = thread::spawn(move || confine(rules)).join();
-    let status = tried.map_err(|_| io::Error::other("the thread that tries it has failed"))??;
+    let status = try_in_thread(move || confine(rules))?;
     Ok(match (status.ruleset, status.landlock) {
         (RulesetStatus::FullyEnforced, _) => Support::Full,
         (RulesetStatus::NotEnforced, LandlockStatus::NotEnabled) => Support::NotEnabled,

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::machine::{How, Machine};
 use super::places::Places;
 use super::process::News;
-use super::protocol::{Reply, Request, State, Which};
+use super::protocol::{self, Reply, Request, State, Which};
 use super::record::{Goal, Spec};
 use crate::status;
 
@@ -201,16 +201,19 @@ impl Core {
     /// Orders something of machines, all or none.
     fn order(&mut self, names: Vec<String>, goal: Goal, how: How) -> Result<Vec<String>, String> {
         if let Some(unknown) = names.iter().find(|name| !self.machines.contains_key(*name)) {
-            let known: Vec<&str> = self.machines.keys().map(String::as_str).collect();
-            let known = if known.is_empty() { "none is up".into() } else { known.join(", ") };
-            return Err(format!("there is no machine {unknown}; those there are: {known}"));
+            return Err(protocol::unknown(unknown, self.machines.keys().map(String::as_str)));
         }
-        for name in &names {
+        self.each(&names, |machine| machine.order(goal, how));
+        Ok(names)
+    }
+
+    /// Does something with those of these machines that are there.
+    fn each(&mut self, names: &[String], act: impl Fn(&mut Machine)) {
+        for name in names {
             if let Some(machine) = self.machines.get_mut(name) {
-                machine.order(goal, how);
+                act(machine);
             }
         }
-        Ok(names)
     }
 
     /// Forgets who is gone, and answers whose wait is over.
@@ -239,17 +242,11 @@ impl Core {
             Until::Up => match self.started(&waiter.names)? {
                 Ok(()) => {
                     let done = done();
-                    for name in &waiter.names {
-                        self.machines.get_mut(name).into_iter().for_each(Machine::commit);
-                    }
+                    self.each(&waiter.names, Machine::commit);
                     Some(done)
                 }
                 Err(reply) => {
-                    for name in &waiter.names {
-                        if let Some(machine) = self.machines.get_mut(name) {
-                            machine.order(Goal::Remove, How::Kill);
-                        }
-                    }
+                    self.each(&waiter.names, |machine| machine.order(Goal::Remove, How::Kill));
                     self.machines.retain(|_, machine| !machine.is_gone());
                     waiter.until = Until::Undone(reply);
                     self.answer(waiter)

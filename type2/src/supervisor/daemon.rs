@@ -1,7 +1,5 @@
 //! The supervisor's process.
 
-use std::fs::OpenOptions;
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,10 +7,8 @@ use std::sync::mpsc::{Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bivisor_backends::console::listen_at;
+use bivisor_backends::console::{accept, listen_at};
 use bivisor_backends::runtime;
-use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
 use rustix::process::{setsid, umask};
 
 use super::core::{Core, Message};
@@ -37,24 +33,9 @@ pub fn run() -> Result<u8, Failure> {
     let places = Places::find()?;
     let failed =
         |error: std::io::Error| Failure::new(status::HOST, format!("{}: {error}", places.lock().display()));
-    let lock = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(places.lock())
-        .map_err(failed)?;
-    let begin = Instant::now();
-    loop {
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => break,
-            Err(Errno::WOULDBLOCK) if begin.elapsed() < SUCCESSION => {
-                thread::sleep(Duration::from_millis(10));
-            }
-            Err(Errno::WOULDBLOCK) => return Ok(status::SUCCESS),
-            Err(error) => return Err(failed(error.into())),
-        }
-    }
+    let Some(_lock) = runtime::lock(&places.lock(), SUCCESSION).map_err(failed)? else {
+        return Ok(status::SUCCESS);
+    };
     let (messages, hear) = channel();
     let core = Core::new(&places, messages.clone());
     let (listener, file) = listen_at(&places.socket()).map_err(Failure::host)?;
@@ -75,12 +56,8 @@ pub fn run() -> Result<u8, Failure> {
 }
 
 fn listen(listener: &UnixListener, messages: &Sender<Message>, busy: &Arc<AtomicUsize>) {
-    for stream in listener.incoming() {
-        let Ok(stream) = stream else {
-            // Out of descriptors or the like: it may pass.
-            thread::sleep(Duration::from_millis(100));
-            continue;
-        };
+    loop {
+        let stream = accept(listener);
         let (messages, ours) = (messages.clone(), busy.clone());
         busy.fetch_add(1, Ordering::SeqCst);
         let spawned = thread::Builder::new().name("answer".into()).spawn(move || {

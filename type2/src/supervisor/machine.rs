@@ -59,8 +59,10 @@ enum Step {
     Press(Instant, Instant),
     /// Kill it.
     Kill(Instant),
-    /// It can only be gone soon.
-    Wait,
+    /// It was killed because it had not ended in time.
+    Overdue,
+    /// It was killed because somebody wants that.
+    Killed,
 }
 
 /// A machine.
@@ -72,8 +74,6 @@ pub struct Machine {
     phase: Phase,
     /// The user has asked for this start and has not heard yet that it worked.
     asked: bool,
-    /// The user has it killed.
-    killed: bool,
     /// It is to be forgotten.
     gone: bool,
     messages: Sender<Message>,
@@ -101,7 +101,6 @@ impl Machine {
             progress,
             phase: Phase::Ended,
             asked: false,
-            killed: false,
             gone: false,
             messages: messages.clone(),
         }
@@ -223,7 +222,7 @@ impl Machine {
             Phase::Waiting(_) => self.start(),
             Phase::Starting(process, _) => {
                 process.signal(Signal::KILL);
-                self.phase = Phase::Stopping(process.clone(), Step::Wait);
+                self.phase = Phase::Stopping(process.clone(), Step::Overdue);
             }
             Phase::Stopping(process, step) => {
                 let step = self.next_step(process, *step, now);
@@ -243,10 +242,11 @@ impl Machine {
                 process.signal(Signal::TERM);
                 Step::Kill(now + END_LIMIT)
             }
-            Step::Kill(_) | Step::Wait => {
+            Step::Kill(_) => {
                 process.signal(Signal::KILL);
-                Step::Wait
+                Step::Overdue
             }
+            Step::Overdue | Step::Killed => step,
         }
     }
 
@@ -262,21 +262,20 @@ impl Machine {
             Phase::Lost(until) | Phase::Waiting(until) | Phase::Starting(_, until) => Some(*until),
             Phase::Stopping(_, Step::Press(next, end)) => Some(*next.min(end)),
             Phase::Stopping(_, Step::Kill(at)) => Some(*at),
-            Phase::Stopping(_, Step::Wait) | Phase::Running(_) | Phase::Ended => None,
+            Phase::Stopping(_, Step::Overdue | Step::Killed) | Phase::Running(_) | Phase::Ended => None,
         }
     }
 
     /// Begins to end its process.
     fn end(&mut self, how: How) {
         let now = Instant::now();
-        self.killed = matches!(how, How::Kill);
         self.phase = match (std::mem::replace(&mut self.phase, Phase::Ended), how) {
             (
                 Phase::Starting(process, _) | Phase::Running(process) | Phase::Stopping(process, _),
                 How::Kill,
             ) => {
                 process.signal(Signal::KILL);
-                Phase::Stopping(process, Step::Wait)
+                Phase::Stopping(process, Step::Killed)
             }
             (Phase::Starting(process, _), _) => {
                 process.signal(Signal::TERM);
@@ -292,7 +291,7 @@ impl Machine {
 
     fn ended(&mut self, mut ending: Ending) {
         // It was asked by the power button, and then told.
-        if matches!(self.phase, Phase::Stopping(_, Step::Kill(_) | Step::Wait)) && !self.killed {
+        if matches!(self.phase, Phase::Stopping(_, Step::Kill(_) | Step::Overdue)) {
             ending.sentence = "it did not end in time when asked, so it was ended".into();
         }
         let ran = self.progress.since.map_or(0, |since| ending.at.saturating_sub(since));

@@ -7,10 +7,9 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::mpsc::Sender;
 use std::sync::{Mutex, PoisonError};
-use std::thread;
 use std::time::Duration;
 
-use bivisor_backends::console::{Command, ConsoleEvent, ConsoleSpec, SocketFile, listen_at};
+use bivisor_backends::console::{Command, ConsoleEvent, ConsoleSpec, SocketFile, accept, listen_at};
 use bivisor_backends::stderr_log;
 use bivisor_backends::terminal::message;
 use bivisor_backends::thread::{Role, spawn};
@@ -18,7 +17,6 @@ use bivisor_backends::thread::{Role, spawn};
 use super::places::MachinePlaces;
 use super::process::{POWER_BUTTON, READY, start_time};
 use super::record::{self, Ending, ProcessRecord, Spec};
-use crate::config::VmConfig;
 use crate::error::Failure;
 use crate::run::{self, Managed};
 use crate::status;
@@ -65,17 +63,14 @@ pub fn run(folder: &Path) -> Result<u8, Failure> {
 }
 
 fn begin(places: &MachinePlaces) -> Result<run::Ending, Failure> {
-    let spec: Spec = record::read(&places.spec()).ok_or_else(|| {
-        Failure::new(status::CONFIGURATION, format!("{} can't be read", places.spec().display()))
-    })?;
+    let spec = Spec::of(places)?;
     // What other programs show of it, and what a disk that is in use names.
     let name: Vec<u8> = format!("biv:{}", spec.name).into_bytes().into_iter().take(15).collect();
     if let Ok(name) = std::ffi::CString::new(name) {
         let _ = rustix::thread::set_name(&name);
     }
     message(&format!("bivisor: {} starts\n", spec.name));
-    let mut config =
-        VmConfig::from_text(&spec.text, &spec.file, spec.folder()).map_err(Failure::configuration)?;
+    let mut config = spec.config()?;
     if config.console == ConsoleSpec::Stdio {
         config.console = ConsoleSpec::Unix(places.console());
     }
@@ -97,12 +92,8 @@ fn begin(places: &MachinePlaces) -> Result<run::Ending, Failure> {
 fn serve((listener, file): (UnixListener, SocketFile), events: Sender<Event>) -> io::Result<()> {
     let serve = move || {
         let _file = file;
-        for stream in listener.incoming() {
-            let Ok(stream) = stream else {
-                // Out of descriptors or the like: it may pass.
-                thread::sleep(Duration::from_millis(100));
-                continue;
-            };
+        loop {
+            let stream = accept(&listener);
             let mut order = String::new();
             let _ = stream.set_read_timeout(Some(Duration::from_secs(1)));
             let read = BufReader::new(stream.take(64)).read_line(&mut order);

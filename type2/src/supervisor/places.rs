@@ -16,6 +16,7 @@ use crate::{image, status};
 #[derive(Clone, Debug)]
 pub struct Places {
     runtime: PathBuf,
+    machines: PathBuf,
     logs: PathBuf,
 }
 
@@ -28,12 +29,13 @@ impl Places {
         let failed =
             |error: io::Error| Failure::new(status::HOST, format!("no folder for running machines: {error}"));
         let runtime = runtime::folder().map_err(failed)?;
-        runtime::private(&runtime.join("vms")).map_err(failed)?;
+        let machines = runtime.join("vms");
+        runtime::private(&machines).map_err(failed)?;
         let data = image::data_folder().map_err(Failure::configuration)?;
         fs::create_dir_all(&data).map_err(failed)?;
         let logs = data.join("logs");
         runtime::private(&logs).map_err(failed)?;
-        Ok(Self { runtime, logs })
+        Ok(Self { runtime, machines, logs })
     }
 
     /// Held by the supervisor that runs.
@@ -58,7 +60,7 @@ impl Places {
 
     /// A machine's places.
     pub fn machine(&self, name: &str) -> MachinePlaces {
-        MachinePlaces { folder: self.runtime.join("vms").join(name) }
+        MachinePlaces { folder: self.machines.join(name) }
     }
 
     /// The names of the machines that have a folder.
@@ -66,7 +68,7 @@ impl Places {
     /// # Errors
     /// The folder can't be read.
     pub fn machines(&self) -> io::Result<Vec<String>> {
-        let entries = fs::read_dir(self.runtime.join("vms"))?;
+        let entries = fs::read_dir(&self.machines)?;
         let mut names: Vec<String> =
             entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
         names.sort();

@@ -1,6 +1,6 @@
 //! The processes of machines as the supervisor sees them: started, found again, told to end.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
@@ -12,8 +12,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use bivisor_backends::runtime;
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
@@ -68,7 +68,7 @@ impl Process {
         log: &Path,
         news: impl Fn(News) + Send + 'static,
     ) -> io::Result<Self> {
-        let Some(lock) = lock(places)? else {
+        let Some(lock) = runtime::lock(&places.lock(), Duration::ZERO)? else {
             return Err(io::Error::other("a process of this machine is still there"));
         };
         for stale in [places.process(), places.ending()] {
@@ -110,7 +110,7 @@ impl Process {
     /// # Errors
     /// The host does not let us.
     pub fn find(places: &MachinePlaces, news: impl Fn(News) + Send + 'static) -> io::Result<Found> {
-        if lock(places)?.is_some() {
+        if runtime::lock(&places.lock(), Duration::ZERO)?.is_some() {
             return Ok(Found::Nobody);
         }
         let record: Option<ProcessRecord> = record::read(&places.process());
@@ -156,22 +156,6 @@ pub fn press_power_button(places: &MachinePlaces) {
         stream.set_write_timeout(Some(Duration::from_secs(1)))?;
         stream.write_all(POWER_BUTTON.as_bytes())
     });
-}
-
-/// The lock of a machine's process, unless a process has it.
-pub fn lock(places: &MachinePlaces) -> io::Result<Option<File>> {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(places.lock())?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(Some(file)),
-        Err(Errno::WOULDBLOCK) => Ok(None),
-        Err(error) => Err(error.into()),
-    }
 }
 
 /// When a process was started, in clock ticks since the host's start (proc_pid_stat(5), field 22).

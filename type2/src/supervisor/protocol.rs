@@ -1,8 +1,6 @@
 //! What the commands and the supervisor say to each other: a line of JSON each way, by a socket of the user's.
 
-use std::fs::OpenOptions;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -13,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::places::Places;
 use super::process;
-use super::record::{Ending, Spec};
+use super::record::{self, Ending, Spec};
 use crate::config::RestartPolicy;
 use crate::error::Failure;
 use crate::status;
@@ -89,6 +87,13 @@ impl Reply {
     pub fn refused(sentence: impl Into<String>) -> Self {
         Self::Refused { status: status::CONFIGURATION, sentence: sentence.into() }
     }
+}
+
+/// What is said of a name that no machine has.
+pub fn unknown<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> String {
+    let known: Vec<&str> = known.collect();
+    let known = if known.is_empty() { "none is up".into() } else { known.join(", ") };
+    format!("there is no machine {name}; those there are: {known}")
 }
 
 /// A machine as `bivisor ps` shows it.
@@ -185,12 +190,7 @@ fn out_of_reach(places: &Places, why: &str) -> Failure {
 }
 
 fn start(places: &Places) -> io::Result<()> {
-    let log = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(places.supervisor_log())?;
+    let log = record::private_file(&places.supervisor_log())?;
     let mut command = process::this_program();
     command.arg("supervisor").current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
     command.spawn().map(drop)

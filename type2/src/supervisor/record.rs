@@ -9,8 +9,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::places::MachinePlaces;
 use super::policy::Restarts;
-use crate::config::RestartPolicy;
+use crate::config::{RestartPolicy, VmConfig};
+use crate::error::Failure;
+use crate::status;
 
 /// A machine as `bivisor up` found it in its file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,6 +31,24 @@ pub struct Spec {
 }
 
 impl Spec {
+    /// That of the machine with these places.
+    ///
+    /// # Errors
+    /// It is not there, or not whole.
+    pub fn of(places: &MachinePlaces) -> Result<Self, Failure> {
+        let path = places.spec();
+        read(&path)
+            .ok_or_else(|| Failure::new(status::CONFIGURATION, format!("{} can't be read", path.display())))
+    }
+
+    /// What the machine is made of.
+    ///
+    /// # Errors
+    /// Something in its part of the file means nothing.
+    pub fn config(&self) -> Result<VmConfig, Failure> {
+        VmConfig::from_text(&self.text, &self.file).map_err(Failure::configuration)
+    }
+
     /// The folder that paths are relative to.
     pub fn folder(&self) -> &Path {
         self.file.parent().unwrap_or(Path::new("/"))

@@ -131,7 +131,7 @@ impl VcpuThread {
     fn execute(&self) -> Option<VcpuEvent> {
         let mut vcpu = lock(&self.vcpu);
         let mut idle = false;
-        let mut poll = self.halt_poll();
+        let mut poll = HaltPoll::new(self.surroundings.vcpus, self.surroundings.processors);
         while self.surroundings.gate.is_open() {
             match vcpu.run() {
                 // Halted again in spite of an event: it is masked, and only another one can help.
@@ -178,10 +178,6 @@ impl VcpuThread {
             self.bus.unparked();
         }
         poll.halted(clock.now() - start);
-    }
-
-    fn halt_poll(&self) -> HaltPoll {
-        HaltPoll::new(self.surroundings.vcpus, self.surroundings.processors)
     }
 
     fn crash(&self, vcpu: &mut dyn Vcpu) -> VcpuEvent {

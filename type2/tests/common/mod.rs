@@ -108,12 +108,17 @@ impl Folder {
         command
     }
 
-    /// Runs a kernel of this code with more words to its end.
-    pub fn run(&self, code: &[u8], words: &[&str]) -> Output {
+    /// `bivisor run` with a kernel of this code and more words.
+    pub fn run_command(&self, code: &[u8], words: &[&str]) -> Command {
         let kernel = self.kernel(code);
         let mut all = vec!["run", "--kernel", kernel.to_str().unwrap(), "--memory", "16M"];
         all.extend(words);
-        self.bivisor(&all).output().unwrap()
+        self.bivisor(&all)
+    }
+
+    /// Runs such a machine to its end.
+    pub fn run(&self, code: &[u8], words: &[&str]) -> Output {
+        self.run_command(code, words).output().unwrap()
     }
 }
 

@@ -1,15 +1,13 @@
 //! How the members of a switch find each other: a folder with a socket for each, and a lock for who joins.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with, sockopt,
@@ -36,8 +34,9 @@ pub struct Meeting {
 /// Joins those who meet in a folder.
 pub fn join(folder: &Path) -> io::Result<Meeting> {
     runtime::private(folder)?;
-    let lock = File::create(folder.join("lock"))?;
-    acquire(&lock)?;
+    let lock = runtime::lock(&folder.join("lock"), PATIENCE)?.ok_or_else(|| {
+        io::Error::new(io::ErrorKind::TimedOut, "another process has been joining it for seconds")
+    })?;
     let file = own_name(folder);
     let listener = seqpacket()?;
     bind(&listener, &SocketAddrUnix::new(&file)?)?;
@@ -46,22 +45,6 @@ pub fn join(folder: &Path) -> io::Result<Meeting> {
     // The lock ends with its file.
     drop(lock);
     Ok(Meeting { listener, file, members })
-}
-
-fn acquire(lock: &File) -> io::Result<()> {
-    let end = Instant::now() + PATIENCE;
-    loop {
-        match flock(lock, FlockOperation::NonBlockingLockExclusive) {
-            Err(Errno::WOULDBLOCK) if Instant::now() < end => thread::sleep(Duration::from_millis(5)),
-            Err(Errno::WOULDBLOCK) => {
-                return Err(io::Error::new(
-                    io::ErrorKind::TimedOut,
-                    "another process has been joining it for seconds",
-                ));
-            }
-            result => return Ok(result?),
-        }
-    }
 }
 
 /// No living process has the same, and one that died doesn't matter: its socket goes.

@@ -167,9 +167,7 @@ fn machines(places: &Places) -> Result<Vec<MachineStatus>, Failure> {
 /// The machine of this name.
 fn machine(places: &Places, name: &str) -> Result<MachineStatus, Failure> {
     let machines = machines(places)?;
-    let names: Vec<&str> = machines.iter().map(|machine| machine.name.as_str()).collect();
-    let known = if names.is_empty() { "none is up".into() } else { names.join(", ") };
-    let unknown = format!("there is no machine {name}; those there are: {known}");
+    let unknown = protocol::unknown(name, machines.iter().map(|machine| machine.name.as_str()));
     machines
         .into_iter()
         .find(|machine| machine.name == name)

@@ -8,7 +8,7 @@ use std::process::Command;
 use bivisor_backends::net::{NetSpec, NetworkSpec, Transport};
 
 use super::super::places::Places;
-use super::super::record::{self, Spec};
+use super::super::record::Spec;
 use super::running;
 use crate::config::{Boot, VmConfig};
 use crate::error::Failure;
@@ -19,19 +19,17 @@ use crate::status;
 const PORT: u16 = 22;
 
 pub(super) fn run(user: &str, name: &str, command: &[String]) -> Result<u8, Failure> {
-    let refused = |sentence: String| Failure::new(status::CONFIGURATION, sentence);
     let places = Places::find()?;
     running(&places, name)?;
     let machine = places.machine(name);
-    let spec: Spec = record::read(&machine.spec())
-        .ok_or_else(|| refused(format!("{} can't be read", machine.spec().display())))?;
-    let config =
-        VmConfig::from_text(&spec.text, &spec.file, spec.folder()).map_err(Failure::configuration)?;
+    let spec = Spec::of(&machine)?;
+    let config = spec.config()?;
     let address = forwarded(&config.nets).ok_or_else(|| {
-        refused(format!(
+        let sentence = format!(
             "no port of this host leads to port {PORT} of {name}: give it net = [\"user,hostfwd=tcp:127.0.0.1:2222-:22\"] in {}, then `bivisor down {name}` and `bivisor up`",
             spec.file.display()
-        ))
+        );
+        Failure::new(status::CONFIGURATION, sentence)
     })?;
     check_image(&config, name)?;
 

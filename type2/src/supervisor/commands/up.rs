@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use super::super::places::Places;
 use super::super::protocol::Request;
 use super::super::record::Spec;
 use super::done;
@@ -27,7 +26,6 @@ pub(super) fn run(file: &Path, verbose: bool) -> Result<u8, Failure> {
         restart: machine.config.restart,
         verbose,
     });
-    Places::find()?;
     done("up", &Request::Up(specs.collect()))
 }
 
@@ -35,7 +33,7 @@ pub(super) fn run(file: &Path, verbose: bool) -> Result<u8, Failure> {
 fn check(machine: &Described) -> Result<(), Failure> {
     let config = &machine.config;
     config.check_memory(memory::host_memory()).map_err(Failure::configuration)?;
-    engines::choose(config.engine).map_err(Failure::configuration)?;
+    engines::choose(config).map_err(Failure::configuration)?;
     if config.virtio_console == Some(bivisor_backends::console::ConsoleSpec::Stdio) {
         let text =
             "a machine in the background has no terminal: say virtio-console = \"pty\" or \"unix=PATH\"";
