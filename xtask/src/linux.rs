@@ -1,6 +1,6 @@
 //! Stock Linux as a test: the default guest boots to a shell, does what a user would try first, and powers off.
 use crate::{
-    steps::{Tally, progress},
+    steps::Tally,
     test::{cargo, root},
 };
 use anyhow::{Context, Result, bail, ensure};
@@ -49,15 +49,9 @@ pub fn program(tally: &mut Tally) -> Result<PathBuf> {
 /// Boots Linux on each software engine.
 pub fn boots(tally: &mut Tally, program: &PathBuf) {
     for engine in ["dbt", "interp"] {
-        let name = format!("Linux on {engine}");
-        progress(&name);
-        let start = Instant::now();
-        let result = boot(program, engine);
-        match &result {
-            Ok(shell) => println!("    {name}: ok in {:.1?}, shell after {shell:.1?}", start.elapsed()),
-            Err(error) => println!("    {name}: FAILED: {error:#}"),
-        }
-        tally.count(&name, result.is_ok());
+        tally.check(&format!("Linux on {engine}"), || {
+            Ok(format!(", shell after {:.1?}", boot(program, engine)?))
+        });
     }
 }
 

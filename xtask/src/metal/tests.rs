@@ -2,7 +2,7 @@
 //! Debians at once.
 use super::{GOOD_END, build, config, machine};
 use crate::linux::Screen;
-use crate::{steps::Tally, steps::progress, test::cargo};
+use crate::{steps::Tally, test::cargo};
 use anyhow::{Context, Result, ensure};
 use bivisor_guests::{ALL, Guest, LOST, Outcome};
 use bivisor_metal::bundle::{Bundle, MachineConfig, OnCrash};
@@ -53,22 +53,11 @@ pub fn all(tally: &mut Tally) -> Result<()> {
         }
     };
     for guest in ALL {
-        check(tally, &format!("guest {} on svm", guest.name), || runs(&image, guest));
+        tally.check(&format!("guest {} on svm", guest.name), || runs(&image, guest));
     }
-    check(tally, "a guest that crashes on svm", || crash_is_its_own(&image));
-    check(tally, "two Debians on svm", || two_debians(&image));
+    tally.check("a guest that crashes on svm", || crash_is_its_own(&image));
+    tally.check("two Debians on svm", || two_debians(&image));
     Ok(())
-}
-
-fn check(tally: &mut Tally, name: &str, what: impl FnOnce() -> Result<String>) {
-    progress(name);
-    let start = Instant::now();
-    let result = what();
-    match &result {
-        Ok(words) => println!("    {name}: ok in {:.1?}{words}", start.elapsed()),
-        Err(error) => println!("    {name}: FAILED: {error:#}"),
-    }
-    tally.count(name, result.is_ok());
 }
 
 /// The hypervisor with machines, in QEMU.

@@ -1,11 +1,7 @@
 //! `cargo xtask power-cut`: kills the machine's process while its guest writes, and looks for what was safe.
 mod check;
 
-use crate::{
-    linux,
-    steps::{Tally, progress},
-    test::root,
-};
+use crate::{linux, steps::Tally, test::root};
 use anyhow::{Context, Result, bail, ensure};
 use bivisor_backends::disk::Format;
 use check::Safe;
@@ -83,20 +79,11 @@ pub fn briefly(tally: &mut Tally, program: &Path) {
 
 fn cut(tally: &mut Tally, program: &Path, runs: u32, format: Option<ImageFormat>, seed: u64) {
     for format in ImageFormat::ALL.into_iter().filter(|one| format.is_none_or(|wanted| wanted == *one)) {
-        let name = format!("{runs} power cuts, {}", format.name());
-        progress(&name);
-        let start = Instant::now();
-        let result = series(program, runs, format, seed);
-        match &result {
-            Ok(safe) => println!(
-                "    {name}: ok in {:.0?}: {} records and {} files were safe and are there",
-                start.elapsed(),
-                safe.log,
-                safe.file / 8
-            ),
-            Err(error) => println!("    {name}: FAILED (--seed {seed}): {error:#}"),
-        }
-        tally.count(&name, result.is_ok());
+        tally.check(&format!("{runs} power cuts, {}", format.name()), || {
+            let Safe { log, file } =
+                series(program, runs, format, seed).with_context(|| format!("--seed {seed}"))?;
+            Ok(format!(", {log} records and {} files were safe and are there", file / 8))
+        });
     }
 }
 
