@@ -1,11 +1,10 @@
 //! Stock Linux as a test: the default guest boots to a shell, does what a user would try first, and powers off.
 use crate::{
     steps::Tally,
-    test::{cargo, root},
+    test::{cargo, target},
 };
 use anyhow::{Context, Result, bail, ensure};
 use std::{
-    env,
     io::{ErrorKind, Read, Write},
     path::PathBuf,
     process::{Child, Command, Stdio},
@@ -42,8 +41,7 @@ pub const DIALOGUE: &[(&str, &[&str])] = &[
 /// If cargo cannot be started.
 pub fn program(tally: &mut Tally) -> Result<PathBuf> {
     tally.step("optimised build", cargo(".").args(["build", "--release", "--package", "bivisor"]))?;
-    let program = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
-    Ok(program.join("release/bivisor"))
+    Ok(target().join("release/bivisor"))
 }
 
 /// Boots Linux on each software engine.
