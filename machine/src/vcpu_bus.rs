@@ -58,12 +58,14 @@ impl VcpuBus for ProcessorBus {
     fn take_event(&self, interrupts: bool, nmis: bool) -> Option<Event> {
         let event = self.apic.take_event(interrupts, nmis);
         match event {
-            Some(Event::Interrupt(_)) => self.exits.count(Kind::Interrupt),
+            Some(Event::Interrupt(_)) => {
+                self.exits.count(Kind::Interrupt);
+                if let Some(pv) = &self.pv {
+                    pv.account();
+                }
+            }
             Some(Event::Nmi) => self.exits.count(Kind::Nmi),
             _ => {}
-        }
-        if let (Some(Event::Interrupt(_)), Some(pv)) = (event, &self.pv) {
-            pv.account();
         }
         event
     }

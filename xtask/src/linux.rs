@@ -1,16 +1,14 @@
 //! Stock Linux as a test: the default guest boots to a shell, does what a user would try first, and powers off.
 use crate::{
-    steps::{Tally, progress},
-    test::{cargo, root},
+    console::Session,
+    steps::Tally,
+    test::{cargo, target},
 };
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use std::{
-    env,
-    io::{ErrorKind, Read, Write},
+    io::ErrorKind,
     path::PathBuf,
-    process::{Child, Command, Stdio},
-    sync::mpsc::{Receiver, RecvTimeoutError, channel},
-    thread,
+    process::{Command, ExitStatus},
     time::{Duration, Instant},
 };
 
@@ -42,22 +40,15 @@ pub const DIALOGUE: &[(&str, &[&str])] = &[
 /// If cargo cannot be started.
 pub fn program(tally: &mut Tally) -> Result<PathBuf> {
     tally.step("optimised build", cargo(".").args(["build", "--release", "--package", "bivisor"]))?;
-    let program = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
-    Ok(program.join("release/bivisor"))
+    Ok(target().join("release/bivisor"))
 }
 
 /// Boots Linux on each software engine.
 pub fn boots(tally: &mut Tally, program: &PathBuf) {
     for engine in ["dbt", "interp"] {
-        let name = format!("Linux on {engine}");
-        progress(&name);
-        let start = Instant::now();
-        let result = boot(program, engine);
-        match &result {
-            Ok(shell) => println!("    {name}: ok in {:.1?}, shell after {shell:.1?}", start.elapsed()),
-            Err(error) => println!("    {name}: FAILED: {error:#}"),
-        }
-        tally.count(&name, result.is_ok());
+        tally.check(&format!("Linux on {engine}"), || {
+            Ok(format!(", shell after {:.1?}", boot(program, engine)?))
+        });
     }
 }
 
@@ -67,19 +58,10 @@ fn boot(program: &PathBuf, engine: &str) -> Result<Duration> {
     disk.as_file().set_len(DISK_SIZE)?;
     let option = format!("{},serial=serial-1", disk.path().display());
     let start = Instant::now();
-    let mut child = Command::new(program)
-        .args(["run", "--no-reboot", "--engine", engine, "--disk", &option])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .with_context(|| format!("{} could not be started", program.display()))?;
-    let result = talk(&mut child, start);
-    if result.is_err() {
-        // It may have ended by itself.
-        let _ = child.kill();
-    }
-    let status = child.wait()?;
-    let shell = result?;
+    let mut command = Command::new(program);
+    command.args(["run", "--no-reboot", "--engine", engine, "--disk", &option]);
+    let mut session = Session::start(&mut command, start + TIME_LIMIT)?;
+    let (shell, status) = talk(&mut session, start)?;
     ensure!(status.success(), "the guest powered off, but bivisor ended with {status}");
     // Where the host has the program: the file system must be whole without repair.
     match Command::new("/sbin/e2fsck").args(["-fn"]).arg(disk.path()).output() {
@@ -90,86 +72,19 @@ fn boot(program: &PathBuf, engine: &str) -> Result<Duration> {
     Ok(shell)
 }
 
-fn talk(child: &mut Child, start: Instant) -> Result<Duration> {
-    let mut keyboard = child.stdin.take().context("no standard input")?;
-    let mut screen = Screen::new(child.stdout.take().context("no standard output")?, start + TIME_LIMIT);
-    screen.until(PROMPT)?;
+/// Returns the time to the shell, and how the program ended.
+fn talk(session: &mut Session, start: Instant) -> Result<(Duration, ExitStatus)> {
+    session.screen.until(PROMPT)?;
     let shell = start.elapsed();
     for (line, expected) in DIALOGUE {
-        writeln!(keyboard, "{line}")?;
-        let answer = screen.until(PROMPT)?;
+        session.type_line(line)?;
+        let answer = session.screen.until(PROMPT)?;
         for part in *expected {
             ensure!(answer.contains(part), "`{line}` answers without {part:?}: {answer:?}");
         }
     }
-    writeln!(keyboard, "poweroff")?;
-    let rest = screen.rest()?;
+    session.type_line("poweroff")?;
+    let (rest, status) = session.rest()?;
     ensure!(rest.contains("Power down"), "no power-off: {rest:?}");
-    Ok(shell)
-}
-
-/// What the guest writes.
-pub struct Screen {
-    bytes: Receiver<Vec<u8>>,
-    text: String,
-    deadline: Instant,
-}
-
-impl Screen {
-    /// Reads it in a thread of its own.
-    pub fn new(mut output: impl Read + Send + 'static, deadline: Instant) -> Self {
-        let (send, bytes) = channel();
-        thread::spawn(move || {
-            let mut buffer = [0; 4096];
-            while let Ok(count @ 1..) = output.read(&mut buffer) {
-                if send.send(buffer[..count].to_vec()).is_err() {
-                    break;
-                }
-            }
-        });
-        Self { bytes, text: String::new(), deadline }
-    }
-
-    /// Waits no longer than this for what is still to come.
-    pub fn set_deadline(&mut self, deadline: Instant) {
-        self.deadline = deadline;
-    }
-
-    /// More text, or `false` at the end.
-    fn more(&mut self) -> Result<bool> {
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        match self.bytes.recv_timeout(left) {
-            Ok(bytes) => {
-                self.text.push_str(&String::from_utf8_lossy(&bytes));
-                Ok(true)
-            }
-            Err(RecvTimeoutError::Disconnected) => Ok(false),
-            Err(RecvTimeoutError::Timeout) => {
-                bail!("nothing more in time: {:?}", tail(&self.text))
-            }
-        }
-    }
-
-    /// The text up to `end`.
-    pub fn until(&mut self, end: &str) -> Result<String> {
-        loop {
-            if let Some(at) = self.text.find(end) {
-                let rest = self.text.split_off(at + end.len());
-                return Ok(std::mem::replace(&mut self.text, rest));
-            }
-            ensure!(self.more()?, "the machine ended before {end:?}: {:?}", tail(&self.text));
-        }
-    }
-
-    /// The text up to the end of all.
-    pub fn rest(&mut self) -> Result<String> {
-        while self.more()? {}
-        Ok(std::mem::take(&mut self.text))
-    }
-}
-
-/// The last lines of a text.
-fn tail(text: &str) -> &str {
-    let start = text.rmatch_indices('\n').nth(12).map_or(0, |(at, _)| at);
-    &text[start..]
+    Ok((shell, status))
 }

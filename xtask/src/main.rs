@@ -1,5 +1,6 @@
 //! The project's own tasks: `cargo xtask help` lists them.
 mod bench;
+mod console;
 mod fuzz;
 mod linux;
 mod metal;

@@ -33,6 +33,18 @@ impl Tally {
         }
     }
 
+    /// Does one check: passed if it comes to a good end, of which it may say more in words that follow the time.
+    pub fn check(&mut self, name: &str, what: impl FnOnce() -> Result<String>) {
+        progress(name);
+        let start = Instant::now();
+        let result = what();
+        match &result {
+            Ok(words) => println!("    {name}: ok in {:.1?}{words}", start.elapsed()),
+            Err(error) => println!("    {name}: FAILED: {error:#}"),
+        }
+        self.count(name, result.is_ok());
+    }
+
     /// Runs a command as one check: passed if its status is 0.
     ///
     /// # Errors
@@ -108,6 +120,14 @@ mod tests {
         tally.step("false", &mut Command::new("false")).expect("false runs");
         assert_eq!(tally, Tally { passed: 1, failed: 1, failed_steps: vec!["false".into()] });
         assert!(tally.step("none", &mut Command::new("/nowhere/no-such-program")).is_err());
+    }
+
+    #[test]
+    fn a_check_that_ends_in_an_error_is_counted_and_named() {
+        let mut tally = Tally::default();
+        tally.check("good", || Ok(", as it should".into()));
+        tally.check("bad", || anyhow::bail!("wrong"));
+        assert_eq!(tally, Tally { passed: 1, failed: 1, failed_steps: vec!["bad".into()] });
     }
 
     #[test]

@@ -11,7 +11,7 @@ use super::message::{Delivery, Message};
 use super::{Registers, RestoreError, Saved};
 use crate::device::Poll;
 use crate::host::{Clock, Nanos, Waker};
-use crate::pv::eoi::{Ended, EoiFlag};
+use crate::pv::eoi::EoiFlag;
 use crate::sync::Mutex;
 use crate::timer::{Timer, TimerHub};
 
@@ -236,10 +236,8 @@ impl LocalApic {
     pub fn settle_eoi(&self) -> Effect {
         let mut guarded = self.registers.lock();
         self.eoi_is_set.store(false, Ordering::Relaxed);
-        let effect = match guarded.eoi.as_mut().and_then(EoiFlag::take) {
-            Some(Ended::ByGuest) => guarded.lapic.end_of_interrupt(),
-            Some(Ended::NotYet) | None => Effect::None,
-        };
+        let ended = guarded.eoi.as_mut().is_some_and(EoiFlag::take);
+        let effect = if ended { guarded.lapic.end_of_interrupt() } else { Effect::None };
         self.publish(&guarded);
         effect
     }

@@ -10,15 +10,6 @@ use crate::dma::Dma;
 /// The bit.
 const NO_EOI: u8 = 1 << 0;
 
-/// What became of an interrupt for which the bit was set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ended {
-    /// The guest has ended it.
-    ByGuest,
-    /// It has not, and will write the EOI register.
-    NotYet,
-}
-
 /// A processor's bit.
 pub struct EoiFlag {
     dma: Dma,
@@ -44,16 +35,17 @@ impl EoiFlag {
         self.set = true;
     }
 
-    /// What became of the interrupt; from now on its end needs an EOI. `None` if the bit was not set.
-    pub fn take(&mut self) -> Option<Ended> {
+    /// Whether the bit was set and the guest has ended the interrupt by it. If it has not yet, that needs an EOI from now
+    /// on.
+    pub fn take(&mut self) -> bool {
         if !core::mem::take(&mut self.set) {
-            return None;
+            return false;
         }
         let byte = self.dma.load8(self.offset);
         if byte & NO_EOI == 0 {
-            return Some(Ended::ByGuest);
+            return true;
         }
         self.dma.store8(self.offset, byte & !NO_EOI);
-        Some(Ended::NotYet)
+        false
     }
 }

@@ -96,8 +96,8 @@ struct Registers {
     /// Offset in RAM of the structure with the time.
     time: Option<u64>,
     steal: Option<StealTime>,
-    /// When steal time was brought up to date.
-    updated: Nanos,
+    /// When steal time was brought up to date, if it ever was.
+    updated: Option<Nanos>,
 }
 
 /// One processor's side of the interface. All but saving, restoring and stopping is for its own thread.
@@ -176,7 +176,7 @@ impl Processor {
         let place = self.shared.place(value & !(steal::SIZE - 1), steal::SIZE, steal::SIZE);
         let place = place.filter(|_| value & ENABLED != 0);
         registers.steal = place.map(|place| StealTime::new(self.shared.dma.clone(), place));
-        registers.updated = 0;
+        registers.updated = None;
     }
 
     fn write_eoi(&self, value: u64) -> bool {
@@ -210,17 +210,13 @@ impl Processor {
     /// guest's tick.
     pub fn account(&self) {
         let mut registers = self.registers.lock();
-        if registers.steal.is_none() {
-            return;
-        }
+        let Registers { steal: Some(steal), updated, .. } = &mut *registers else { return };
         let now = self.shared.clock.now();
-        if registers.updated != 0 && now.saturating_sub(registers.updated) < STEAL_PERIOD {
+        if updated.is_some_and(|updated| now.saturating_sub(updated) < STEAL_PERIOD) {
             return;
         }
-        registers.updated = now.max(1);
-        if let Some(steal) = &mut registers.steal {
-            steal.update(self.shared.clock.stolen());
-        }
+        *updated = Some(now);
+        steal.update(self.shared.clock.stolen());
     }
 
     /// The processor's thread is about to sleep.

@@ -22,7 +22,6 @@ const PREEMPTED: u8 = 1 << 0;
 const FLUSH_TLB: u8 = 1 << 1;
 
 /// A processor's structure.
-#[derive(Clone)]
 pub struct StealTime {
     dma: Dma,
     offset: u64,

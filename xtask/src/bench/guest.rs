@@ -84,9 +84,14 @@ pub fn packages(image: &Path) -> Result<Vec<String>> {
 
 /// Bivisor's folder under the user's cache folder.
 pub fn cache_folder() -> Result<PathBuf> {
+    own_folder("XDG_CACHE_HOME", ".cache").context("no cache folder: set HOME or XDG_CACHE_HOME")
+}
+
+/// Bivisor's folder under a folder of the user's: the one that a variable names, or one in the home folder.
+pub fn own_folder(variable: &str, in_home: &str) -> Option<PathBuf> {
     let absolute = |name: &str| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let cache = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")));
-    Ok(cache.context("no cache folder: set HOME or XDG_CACHE_HOME")?.join("bivisor"))
+    let folder = absolute(variable).or_else(|| Some(absolute("HOME")?.join(in_home)))?;
+    Some(folder.join("bivisor"))
 }
 
 /// Compiles the program.

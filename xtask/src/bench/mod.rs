@@ -12,13 +12,12 @@ mod table;
 
 use crate::{
     steps::progress,
-    test::{cargo, root},
+    test::{cargo, root, target},
 };
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{
-    env,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -100,17 +99,12 @@ impl Arguments {
     }
 }
 
-/// Cargo's folder for what it builds.
-fn target_folder() -> PathBuf {
-    env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
-}
-
 /// Measures, or reads what was measured, and writes table and plot. Whether every row of every run came to an end.
 ///
 /// # Errors
 /// If something needed is missing, or a file cannot be read or written.
 pub fn bench(arguments: &Arguments) -> Result<bool> {
-    let out = arguments.out.clone().unwrap_or_else(|| target_folder().join("bench"));
+    let out = arguments.out.clone().unwrap_or_else(|| target().join("bench"));
     std::fs::create_dir_all(&out).with_context(|| format!("making folder {}", out.display()))?;
     let out = out.canonicalize()?;
     let raw =
@@ -139,7 +133,7 @@ struct Pass {
 
 /// Measures everything. Returns the file with the raw results.
 fn measure(arguments: &Arguments, out: &Path) -> Result<PathBuf> {
-    let folder = target_folder().join("bench");
+    let folder = target().join("bench");
     std::fs::create_dir_all(&folder)?;
     let program = bivisor(arguments)?;
     if let Some(suite) = &arguments.fetch_qemu {
@@ -186,7 +180,7 @@ fn bivisor(arguments: &Arguments) -> Result<PathBuf> {
     progress("optimised build");
     let status = cargo(".").args(["build", "--release", "--package", "bivisor"]).status()?;
     ensure!(status.success(), "bivisor could not be built");
-    Ok(target_folder().join("release/bivisor"))
+    Ok(target().join("release/bivisor"))
 }
 
 /// The rows asked for, by the number of CPUs that they are measured with.

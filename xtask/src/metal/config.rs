@@ -1,9 +1,10 @@
 //! Virtual machines of the bare machine, from the same TOML as those of Linux: a table `[vm.NAME]` for each, with the words of
 //! `bivisor run` as far as the bare machine has what they name.
+use crate::bench::guest::own_folder;
 use anyhow::{Context, Result, bail, ensure};
 use bivisor_metal::bundle::{Bundle, MAX_MACHINES, MachineConfig, OnCrash};
 use serde::Deserialize;
-use std::{borrow::Cow, collections::BTreeMap, env, fs, path::Path, path::PathBuf};
+use std::{borrow::Cow, collections::BTreeMap, fs, path::Path, path::PathBuf};
 
 /// RAM of a machine whose table says nothing.
 const DEFAULT_MEMORY: &str = "512M";
@@ -134,14 +135,10 @@ fn memory(text: &str) -> Result<u64> {
 
 /// The folder of an image that `bivisor image build` made, and its command line.
 fn find_image(name: &str) -> Result<(PathBuf, String)> {
-    let folder = |variable: &str, default: &str| {
-        let base = env::var_os(variable).map(PathBuf::from).filter(|path| path.is_absolute());
-        base.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(default)))
-    };
-    let places = [folder("XDG_CACHE_HOME", ".cache"), folder("XDG_DATA_HOME", ".local/share")];
+    let places = [own_folder("XDG_CACHE_HOME", ".cache"), own_folder("XDG_DATA_HOME", ".local/share")];
     let mut with_disk = false;
     for place in places.into_iter().flatten() {
-        let folder = place.join("bivisor/images").join(name);
+        let folder = place.join("images").join(name);
         let Ok(text) = fs::read_to_string(folder.join("image.toml")) else { continue };
         let description: Description = toml::from_str(&text).context("image.toml")?;
         if description.disk.is_none() {

@@ -3,11 +3,11 @@ mod config;
 pub mod tests;
 
 use crate::steps::Tally;
-use crate::test::{cargo, root};
+use crate::test::{cargo, target};
 use anyhow::{Context, Result, ensure};
 use clap::Subcommand;
 use std::{
-    env, fs,
+    fs,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -94,8 +94,7 @@ pub fn build() -> Result<PathBuf> {
         ["build", "--quiet", "--profile", "metal", "--package", "bivisor-metal", "--features", "image"];
     let status = cargo(".").args(arguments).status().context("cargo could not be started")?;
     ensure!(status.success(), "the image for the bare machine did not build");
-    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
-    Ok(target.join("metal/bivisor-metal"))
+    Ok(target().join("metal/bivisor-metal"))
 }
 
 /// QEMU as the real machine, with `memory` MiB, booting by PVH.

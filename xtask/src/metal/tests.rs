@@ -1,19 +1,18 @@
 //! The hypervisor for the bare machine in QEMU's emulation of AMD-V: the guests with their one expected output, and two stock
 //! Debians at once.
 use super::{GOOD_END, build, config, machine};
-use crate::linux::Screen;
-use crate::{steps::Tally, steps::progress, test::cargo};
+use crate::{console::Session, linux::PROMPT, steps::Tally, test::cargo};
 use anyhow::{Context, Result, ensure};
 use bivisor_guests::{ALL, Guest, LOST, Outcome};
 use bivisor_metal::bundle::{Bundle, MachineConfig, OnCrash};
 use std::{
     borrow::Cow,
     fs,
-    io::Write,
     path::Path,
-    process::{Child, Command, ExitStatus, Stdio},
+    process::Command,
     time::{Duration, Instant},
 };
+use tempfile::NamedTempFile;
 
 const QEMU: &str = "qemu-system-x86_64";
 /// A guest's time. The slowest leaves its processor some million times, which QEMU makes expensive.
@@ -26,7 +25,6 @@ const MEMORY: u64 = 768;
 const MAX_CRASHES: u32 = 5;
 /// What begins the hypervisor's own lines.
 const OWN_LINES: &str = "bivisor: ";
-const PROMPT: &str = "root@debian:/root# ";
 /// Before a command to the hypervisor: Ctrl-].
 const ESCAPE: &str = "\x1d";
 
@@ -53,61 +51,20 @@ pub fn all(tally: &mut Tally) -> Result<()> {
         }
     };
     for guest in ALL {
-        check(tally, &format!("guest {} on svm", guest.name), || runs(&image, guest));
+        tally.check(&format!("guest {} on svm", guest.name), || runs(&image, guest));
     }
-    check(tally, "a guest that crashes on svm", || crash_is_its_own(&image));
-    check(tally, "two Debians on svm", || two_debians(&image));
+    tally.check("a guest that crashes on svm", || crash_is_its_own(&image));
+    tally.check("two Debians on svm", || two_debians(&image));
     Ok(())
 }
 
-fn check(tally: &mut Tally, name: &str, what: impl FnOnce() -> Result<String>) {
-    progress(name);
-    let start = Instant::now();
-    let result = what();
-    match &result {
-        Ok(words) => println!("    {name}: ok in {:.1?}{words}", start.elapsed()),
-        Err(error) => println!("    {name}: FAILED: {error:#}"),
-    }
-    tally.count(name, result.is_ok());
-}
-
-/// The hypervisor with machines, in QEMU.
-struct Metal {
-    qemu: Child,
-    screen: Screen,
-    _module: tempfile::NamedTempFile,
-}
-
-impl Metal {
-    fn start(image: &Path, bundle: &Bundle<'_>, limit: Duration) -> Result<Self> {
-        let module = tempfile::NamedTempFile::new()?;
-        fs::write(module.path(), bundle.encode())?;
-        let mut command = machine(Path::new(QEMU), image, module.path(), MEMORY);
-        command.args(["-serial", "stdio"]).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut qemu = command.spawn().context("QEMU could not be started")?;
-        let screen = Screen::new(qemu.stdout.take().context("no standard output")?, Instant::now() + limit);
-        Ok(Self { qemu, screen, _module: module })
-    }
-
-    fn type_in(&mut self, text: &str) -> Result<()> {
-        let keyboard = self.qemu.stdin.as_mut().context("no standard input")?;
-        keyboard.write_all(text.as_bytes())?;
-        Ok(keyboard.flush()?)
-    }
-
-    /// What is written until the end.
-    fn rest(&mut self) -> Result<(String, ExitStatus)> {
-        let text = self.screen.rest()?;
-        Ok((text, self.qemu.wait()?))
-    }
-}
-
-impl Drop for Metal {
-    fn drop(&mut self) {
-        // It has ended by itself where all went well.
-        let _ = self.qemu.kill();
-        let _ = self.qemu.wait();
-    }
+/// The hypervisor with machines, in QEMU, and the file that they are packed in.
+fn boot(image: &Path, bundle: &Bundle<'_>, limit: Duration) -> Result<(NamedTempFile, Session)> {
+    let module = NamedTempFile::new()?;
+    fs::write(module.path(), bundle.encode())?;
+    let mut command = machine(Path::new(QEMU), image, module.path(), MEMORY);
+    let session = Session::start(command.args(["-serial", "stdio"]), Instant::now() + limit)?;
+    Ok((module, session))
 }
 
 fn config_of(guest: &Guest, name: &str) -> MachineConfig<'static> {
@@ -151,11 +108,11 @@ const EXCUSED: &[(&str, &str)] = &[
 fn runs(image: &Path, guest: &Guest) -> Result<String> {
     let start = Instant::now();
     let bundle = Bundle { machines: vec![config_of(guest, guest.name)] };
-    let mut metal = Metal::start(image, &bundle, GUEST_LIMIT)?;
+    let (_module, mut metal) = boot(image, &bundle, GUEST_LIMIT)?;
     let mut output = String::new();
     if !guest.input.is_empty() {
         output = metal.screen.until("> ")?;
-        metal.type_in(guest.input)?;
+        metal.type_text(guest.input)?;
     }
     let (rest, status) = metal.rest()?;
     output.push_str(&rest);
@@ -180,16 +137,16 @@ fn runs(image: &Path, guest: &Guest) -> Result<String> {
 fn crash_is_its_own(image: &Path) -> Result<String> {
     let stays = config_of(&bivisor_guests::HELLO, "stays");
     let crashes = MachineConfig { on_crash: OnCrash::Restart, ..config_of(&LOST, "crashes") };
-    let mut metal = Metal::start(image, &Bundle { machines: vec![stays, crashes] }, GUEST_LIMIT)?;
+    let (_module, mut metal) = boot(image, &Bundle { machines: vec![stays, crashes] }, GUEST_LIMIT)?;
     metal.screen.until("[stays] > ")?;
-    metal.type_in(&format!("{ESCAPE}2"))?;
+    metal.type_text(&format!("{ESCAPE}2"))?;
     for round in 1..=MAX_CRASHES {
         metal.screen.until("[crashes] lost: waits for a key").with_context(|| format!("round {round}"))?;
-        metal.type_in("1")?;
+        metal.type_text("1")?;
         metal.screen.until("triple fault").with_context(|| format!("crash {round}"))?;
     }
     metal.screen.until("[stays] > ")?;
-    metal.type_in("poweroff\r")?;
+    metal.type_text("poweroff\r")?;
     let (rest, status) = metal.rest()?;
     ensure!(rest.contains("stays: powered off") && status.code() == Some(GOOD_END), "{status}: {rest}");
     Ok(String::new())
@@ -200,20 +157,20 @@ fn two_debians(image: &Path) -> Result<String> {
     let description = "[vm.one]\nimage = \"debian\"\nmemory = \"256M\"\n[vm.two]\nimage = \"debian\"\nmemory = \"256M\"\ncpus = 2\n";
     let start = Instant::now();
     let bundle = config::parse(description, Path::new(""))?;
-    let mut metal = Metal::start(image, &bundle, LINUX_LIMIT)?;
+    let (_module, mut metal) = boot(image, &bundle, LINUX_LIMIT)?;
     metal.screen.until(&format!("[one] {PROMPT}"))?;
     let shell = start.elapsed();
-    metal.type_in("uname -r; cat /proc/cpuinfo | grep -c hypervisor\r")?;
+    metal.type_text("uname -r; cat /proc/cpuinfo | grep -c hypervisor\r")?;
     metal.screen.until("-cloud-amd64")?;
-    metal.type_in(&format!("{ESCAPE}2"))?;
+    metal.type_text(&format!("{ESCAPE}2"))?;
     metal.screen.until(&format!("[two] {PROMPT}"))?;
-    metal.type_in("echo CPUs: $(nproc); cat /proc/interrupts\r")?;
+    metal.type_text("echo CPUs: $(nproc); cat /proc/interrupts\r")?;
     metal.screen.until("[two] CPUs: 2")?;
     metal.screen.until("Local timer interrupts")?;
-    metal.type_in("poweroff\r")?;
+    metal.type_text("poweroff\r")?;
     metal.screen.until("two: powered off")?;
     metal.screen.until(&format!("[one] {PROMPT}"))?;
-    metal.type_in("poweroff\r")?;
+    metal.type_text("poweroff\r")?;
     let (rest, status) = metal.rest()?;
     ensure!(rest.contains("one: powered off") && status.code() == Some(GOOD_END), "{status}: {rest}");
     Ok(format!(", first shell after {shell:.1?}"))

@@ -46,30 +46,18 @@ pub fn all(tally: &mut Tally, program: &Path) -> Result<()> {
     println!("    bivisor doctor: {}", chosen.lines().next().unwrap_or_default());
     tally.count("nested KVM: doctor", usable);
     for guest in ALL {
-        check(tally, &format!("{} on kvm", guest.name), || run(&mut outer, guest))?;
+        tally.check(&format!("{} on kvm", guest.name), || run(&mut outer, guest));
     }
     for cpus in [1, 2] {
-        check(tally, &format!("Linux with {cpus} CPUs on kvm"), || boot(&mut outer, cpus))?;
+        tally.check(&format!("Linux with {cpus} CPUs on kvm"), || boot(&mut outer, cpus));
     }
     outer.end()?;
     println!("    nested KVM: {:.0?} in all", start.elapsed());
     Ok(())
 }
 
-/// Counts one check.
-fn check(tally: &mut Tally, name: &str, what: impl FnOnce() -> Result<()>) -> Result<()> {
-    let start = Instant::now();
-    let result = what();
-    match &result {
-        Ok(()) => println!("    {name}: ok in {:.1?}", start.elapsed()),
-        Err(error) => println!("    {name}: FAILED: {error:#}"),
-    }
-    tally.count(name, result.is_ok());
-    Ok(())
-}
-
 /// Runs a test guest and compares what it prints.
-fn run(outer: &mut Outer, guest: &Guest) -> Result<()> {
+fn run(outer: &mut Outer, guest: &Guest) -> Result<String> {
     let Guest { name, input, .. } = guest;
     let start = Instant::now();
     outer.type_line(&format!(
@@ -90,11 +78,11 @@ fn run(outer: &mut Outer, guest: &Guest) -> Result<()> {
     if !GOOD_ENDS.contains(&code) || !verdict.differences.is_empty() {
         bail!("status {code}\n{}\n{}", verdict.differences.join("\n"), outcome.messages);
     }
-    Ok(())
+    Ok(String::new())
 }
 
 /// Boots Linux with a disk and a network, types what a user would try first, and powers it off.
-fn boot(outer: &mut Outer, cpus: u32) -> Result<()> {
+fn boot(outer: &mut Outer, cpus: u32) -> Result<String> {
     outer.ask("truncate -s 64M /tmp/disk", GUEST_LIMIT)?;
     outer.type_line(&format!(
         "bivisor run --engine kvm --no-jail --cpus {cpus} --memory 256M --no-reboot --disk /tmp/disk,serial=serial-1 --net user \
@@ -116,7 +104,7 @@ fn boot(outer: &mut Outer, cpus: u32) -> Result<()> {
     let (rest, code) = outer.until_status(left())?;
     let messages = outer.ask("cat /tmp/messages; rm /tmp/disk", GUEST_LIMIT)?;
     ensure!(code == 0 && rest.contains("Power down"), "status {code}: {rest:?}\n{messages}");
-    Ok(())
+    Ok(String::new())
 }
 
 /// The test guests, as files of the outer Linux.

@@ -2,14 +2,13 @@
 use super::{guests, inner};
 use crate::{
     bench::guest::{extract, packages, write_archive},
-    linux::Screen,
+    console::Session,
 };
 use anyhow::{Context, Result, bail, ensure};
 use std::{
     fs,
-    io::Write,
     path::{Path, PathBuf},
-    process::{Child, ChildStdin, Command, Stdio},
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -23,31 +22,23 @@ const BOOT_LIMIT: Duration = Duration::from_secs(90);
 const MODULES: [&str; 3] = ["virt/lib/irqbypass.ko", "arch/x86/kvm/kvm.ko", "arch/x86/kvm/kvm-amd.ko"];
 
 /// A running one.
-pub struct Outer {
-    qemu: Child,
-    keyboard: ChildStdin,
-    screen: Screen,
-}
+pub struct Outer(Session);
 
 impl Outer {
     /// Starts it. `program`: bivisor; `image`: the folder with Debian's kernel and initramfs; `folder`: for what is made.
     pub fn start(program: &Path, image: &Path, folder: &Path) -> Result<Self> {
         let initrd = folder.join("outer.img");
         fs::write(&initrd, pack(program, image, folder)?)?;
-        let mut qemu = Command::new("qemu-system-x86_64")
-            .args(["-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "1536", "-nographic", "-no-reboot"])
+        let mut qemu = Command::new("qemu-system-x86_64");
+        qemu.args(["-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "1536", "-nographic", "-no-reboot"])
             .args(["-append", "console=ttyS0 panic=-1 quiet"])
             .arg("-kernel")
             .arg(image.join("vmlinuz"))
             .arg("-initrd")
-            .arg(&initrd)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("qemu-system-x86_64 could not be started; on Debian: apt-get install qemu-system-x86")?;
-        let keyboard = qemu.stdin.take().context("no standard input")?;
-        let output = qemu.stdout.take().context("no standard output")?;
-        let mut outer = Self { qemu, keyboard, screen: Screen::new(output, Instant::now() + BOOT_LIMIT) };
+            .arg(&initrd);
+        let session = Session::start(&mut qemu, Instant::now() + BOOT_LIMIT)
+            .context("the outer Linux needs QEMU (Debian: apt-get install qemu-system-x86)")?;
+        let mut outer = Self(session);
         let booted = outer.until(READY, BOOT_LIMIT)?;
         ensure!(!booted.contains("no module"), "KVM can't be loaded: {booted}");
         outer.ask("true", BOOT_LIMIT)?;
@@ -56,19 +47,18 @@ impl Outer {
 
     /// Types text.
     pub fn type_text(&mut self, text: &str) -> Result<()> {
-        self.keyboard.write_all(text.as_bytes()).and_then(|()| self.keyboard.flush())?;
-        Ok(())
+        self.0.type_text(text)
     }
 
     /// Types a line.
     pub fn type_line(&mut self, line: &str) -> Result<()> {
-        self.type_text(&format!("{line}\n"))
+        self.0.type_line(line)
     }
 
     /// What is written up to `end`, that included, without carriage returns.
     pub fn until(&mut self, end: &str, limit: Duration) -> Result<String> {
-        self.screen.set_deadline(Instant::now() + limit);
-        Ok(self.screen.until(end)?.replace('\r', ""))
+        self.0.screen.set_deadline(Instant::now() + limit);
+        Ok(self.0.screen.until(end)?.replace('\r', ""))
     }
 
     /// What is written until the line typed last has been done, and its status.
@@ -91,18 +81,10 @@ impl Outer {
     /// Powers it off.
     pub fn end(mut self) -> Result<()> {
         self.type_line("poweroff -f")?;
-        self.screen.set_deadline(Instant::now() + BOOT_LIMIT);
-        self.screen.rest()?;
-        ensure!(self.qemu.wait()?.success(), "QEMU failed");
+        self.0.screen.set_deadline(Instant::now() + BOOT_LIMIT);
+        let (_, status) = self.0.rest()?;
+        ensure!(status.success(), "QEMU failed");
         Ok(())
-    }
-}
-
-impl Drop for Outer {
-    fn drop(&mut self) {
-        // It has ended already, if all went well.
-        let _ = self.qemu.kill();
-        let _ = self.qemu.wait();
     }
 }
 

@@ -88,10 +88,18 @@ fn copy_out(disk: &Path, format: Format, to: &Path) -> Result<()> {
     Ok(())
 }
 
+/// A program of e2fsprogs; an ordinary user's path doesn't lead to it.
+pub fn tool(program: &str) -> Command {
+    let mut command = Command::new(program);
+    command.env("PATH", "/sbin:/usr/sbin:/bin:/usr/bin");
+    command
+}
+
 fn run(program: &str, words: &[&str], disk: &Path, good: &[i32]) -> Result<()> {
-    let output =
-        Command::new(program).args(words).arg(disk).env("PATH", "/sbin:/usr/sbin:/bin:/usr/bin").output();
-    let output = output
+    let output = tool(program)
+        .args(words)
+        .arg(disk)
+        .output()
         .with_context(|| format!("{program} could not be started (Debian: apt-get install e2fsprogs)"))?;
     let said = [&output.stdout[..], &output.stderr].concat();
     let status = output.status.code().unwrap_or(-1);

@@ -2,8 +2,9 @@
 mod check;
 
 use crate::{
-    linux,
-    steps::{Tally, progress},
+    console::listen,
+    linux::{self, PROMPT},
+    steps::Tally,
     test::root,
 };
 use anyhow::{Context, Result, bail, ensure};
@@ -12,18 +13,15 @@ use check::Safe;
 use clap::{Args, ValueEnum};
 use std::{
     fs,
-    io::{Read, Write},
+    io::Write,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::mpsc::{Receiver, RecvTimeoutError, channel},
-    thread,
+    sync::mpsc::{Receiver, RecvTimeoutError},
     time::{Duration, Instant},
 };
 
 /// Bytes of the guest's disk.
 const DISK_SIZE: u64 = 96 << 20;
-/// The guest's shell asks with it.
-const PROMPT: &str = "root@debian:/root# ";
 /// A guest that has said nothing for so long has failed.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// How long the guest writes at most.
@@ -83,20 +81,11 @@ pub fn briefly(tally: &mut Tally, program: &Path) {
 
 fn cut(tally: &mut Tally, program: &Path, runs: u32, format: Option<ImageFormat>, seed: u64) {
     for format in ImageFormat::ALL.into_iter().filter(|one| format.is_none_or(|wanted| wanted == *one)) {
-        let name = format!("{runs} power cuts, {}", format.name());
-        progress(&name);
-        let start = Instant::now();
-        let result = series(program, runs, format, seed);
-        match &result {
-            Ok(safe) => println!(
-                "    {name}: ok in {:.0?}: {} records and {} files were safe and are there",
-                start.elapsed(),
-                safe.log,
-                safe.file / 8
-            ),
-            Err(error) => println!("    {name}: FAILED (--seed {seed}): {error:#}"),
-        }
-        tally.count(&name, result.is_ok());
+        tally.check(&format!("{runs} power cuts, {}", format.name()), || {
+            let Safe { log, file } =
+                series(program, runs, format, seed).with_context(|| format!("--seed {seed}"))?;
+            Ok(format!(", {log} records and {} files were safe and are there", file / 8))
+        });
     }
 }
 
@@ -141,9 +130,7 @@ fn make_disk(folder: &Path, format: ImageFormat) -> Result<PathBuf> {
     ensure!(compiled.success(), "guests/linux/power_cut.c could not be compiled");
     let raw = folder.join("disk.raw");
     fs::File::create(&raw)?.set_len(DISK_SIZE)?;
-    let mut make = Command::new("mke2fs");
-    make.args(["-q", "-t", "ext4", "-d"]).args([&tree, &raw]).env("PATH", "/sbin:/usr/sbin:/bin:/usr/bin");
-    let made = make.status();
+    let made = check::tool("mke2fs").args(["-q", "-t", "ext4", "-d"]).args([&tree, &raw]).status();
     ensure!(
         made.context("mke2fs could not be started; on Debian: apt-get install e2fsprogs")?.success(),
         "mke2fs failed"
@@ -180,19 +167,6 @@ fn one(program: &Path, disk: &str, moment: Duration, early: bool) -> Result<Stri
     // What had left the process before it died.
     text.extend(bytes.iter().flatten());
     Ok(String::from_utf8_lossy(&text).into_owned())
-}
-
-fn listen(mut output: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
-    let (send, bytes) = channel();
-    thread::spawn(move || {
-        let mut buffer = [0; 4096];
-        while let Ok(count @ 1..) = output.read(&mut buffer) {
-            if send.send(buffer[..count].to_vec()).is_err() {
-                break;
-            }
-        }
-    });
-    bytes
 }
 
 fn drive(

@@ -3,14 +3,14 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use bivisor_guests::{ALL, Guest};
 
 use super::Comparison;
 use super::line::Reader;
-use crate::steps::{Tally, progress};
+use crate::steps::Tally;
 
 /// The guests that are about time, or about storms of interrupts: what they do depends on how many came.
 const ABOUT_TIME: [&str; 2] = ["escape", "timers"];
@@ -22,15 +22,9 @@ const TIME_LIMIT: Duration = Duration::from_secs(60);
 /// Compares the traces of each guest.
 pub fn agree(tally: &mut Tally, program: &Path) {
     for guest in ALL.iter().filter(|guest| !ABOUT_TIME.contains(&guest.name)) {
-        let name = format!("traces of {}", guest.name);
-        progress(&name);
-        let start = Instant::now();
-        let result = check(guest, program);
-        match &result {
-            Ok(lines) => println!("    {name}: ok, {lines} lines, in {:.1?}", start.elapsed()),
-            Err(error) => println!("    {name}: FAILED: {error:#}"),
-        }
-        tally.count(&name, result.is_ok());
+        tally.check(&format!("traces of {}", guest.name), || {
+            Ok(format!(", {} lines", check(guest, program)?))
+        });
     }
 }
 

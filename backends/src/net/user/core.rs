@@ -27,7 +27,7 @@ const OUTBOX_BYTES: usize = 1 << 20;
 pub const LARGEST: usize = 65535 - 40 - 20;
 
 /// The largest UDP datagram, with its header.
-pub const LARGEST_DATAGRAM: usize = 65535;
+const LARGEST_DATAGRAM: usize = 65535;
 
 /// Buffers kept for the next reads.
 const POOL: usize = 32;
@@ -218,7 +218,7 @@ impl Core {
         into.append(&mut self.outbox);
     }
 
-    /// A buffer for the largest read, with room for headers; what it holds does not matter.
+    /// A buffer of the largest datagram, behind [`HEADROOM`] bytes for headers; what it holds does not matter.
     pub fn buffer(&mut self) -> Vec<u8> {
         self.pool.pop().unwrap_or_else(|| vec![0; HEADROOM + LARGEST_DATAGRAM])
     }

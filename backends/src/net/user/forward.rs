@@ -10,7 +10,7 @@ use rustix::net::{RecvFlags, SocketFlags, recvfrom};
 
 use super::super::NetError;
 use super::config::{Forward, Transport, UserConfig};
-use super::core::{Core, LARGEST_DATAGRAM, Target};
+use super::core::{Core, Target};
 use super::frame::HEADROOM;
 use super::neighbour;
 use super::tcp::{self, Tcp};
@@ -118,8 +118,7 @@ impl Listener {
 
     fn receive(&self, core: &mut Core, udp: &mut Udp) -> rustix::io::Result<()> {
         let mut buffer = core.buffer();
-        let result =
-            recvfrom(&self.socket, &mut buffer[HEADROOM..HEADROOM + LARGEST_DATAGRAM], RecvFlags::DONTWAIT);
+        let result = recvfrom(&self.socket, &mut buffer[HEADROOM..], RecvFlags::DONTWAIT);
         if let Ok((count, _, Some(peer))) = &result
             && let Ok(peer) = SocketAddr::try_from(peer.clone())
         {

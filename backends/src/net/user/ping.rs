@@ -11,7 +11,7 @@ use rustix::net::{
 };
 use smoltcp::wire::IpProtocol;
 
-use super::core::{Core, LARGEST_DATAGRAM, Route, Target};
+use super::core::{Core, Route, Target};
 use super::frame::HEADROOM;
 use super::icmp::{self, Quote};
 use super::table::{Id, Table};
@@ -107,8 +107,7 @@ impl Ping {
         let Some(flow) = self.flows.get_mut(id) else { return };
         let mut buffer = core.buffer();
         for _ in 0..BURST {
-            let room = &mut buffer[HEADROOM..HEADROOM + LARGEST_DATAGRAM];
-            match recv(&flow.socket, room, RecvFlags::DONTWAIT) {
+            match recv(&flow.socket, &mut buffer[HEADROOM..], RecvFlags::DONTWAIT) {
                 Ok((count, _)) => answer(core, flow, &buffer[HEADROOM..HEADROOM + count]),
                 Err(Errno::AGAIN) => break,
                 // What an earlier request met with.

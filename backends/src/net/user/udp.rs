@@ -10,7 +10,7 @@ use rustix::net::{
 };
 use smoltcp::wire::{DHCP_SERVER_PORT, UdpPacket};
 
-use super::core::{Core, LARGEST_DATAGRAM, Route, Target};
+use super::core::{Core, Route, Target};
 use super::frame::{self, HEADROOM};
 use super::icmp::{self, Quote, Unreachable};
 use super::table::{Id, Table};
@@ -282,8 +282,7 @@ fn read(core: &mut Core, flow: &mut Flow) -> bool {
             return true;
         }
         let mut buffer = core.buffer();
-        let result =
-            recv(socket.as_fd(), &mut buffer[HEADROOM..HEADROOM + LARGEST_DATAGRAM], RecvFlags::DONTWAIT);
+        let result = recv(socket.as_fd(), &mut buffer[HEADROOM..], RecvFlags::DONTWAIT);
         match result {
             Ok((count, _)) => {
                 flow.last_used = core.now;

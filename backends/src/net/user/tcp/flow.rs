@@ -335,9 +335,7 @@ impl Flow {
         if segment.seq > self.received {
             // At once, and for each: that is how the guest sees what was lost (RFC 5681, section 4.2).
             let fields = self.fields();
-            let frame =
-                core.link.tcp(self.key.peer, self.key.guest, &fields, (frame::buffer(0), 0), core.accepted);
-            core.offer(frame);
+            core.offer(self.empty(core, &fields));
             return Ok(());
         }
         self.ack_due = true;
@@ -448,12 +446,15 @@ impl Flow {
         Ok(())
     }
 
+    /// A segment without data.
+    fn empty(&self, core: &Core, fields: &TcpFields) -> frame::Frame {
+        core.link.tcp(self.key.peer, self.key.guest, fields, (frame::buffer(0), 0), core.accepted)
+    }
+
     /// Sends a segment without data.
     fn send_empty(&mut self, core: &mut Core, fin: bool) {
         let fields = TcpFields { fin, ..self.fields() };
-        let frame =
-            core.link.tcp(self.key.peer, self.key.guest, &fields, (frame::buffer(0), 0), core.accepted);
-        core.push(frame);
+        core.push(self.empty(core, &fields));
     }
 
     /// Reads once from the host and sends it on. True: there may be more.
@@ -537,9 +538,7 @@ impl Flow {
             Some(first) => core.offer(first.frame.clone()),
             None if self.host_closed => {
                 let fields = TcpFields { fin: true, seq: self.unacked.into(), ..self.fields() };
-                let buffer = (frame::buffer(0), 0);
-                let frame = core.link.tcp(self.key.peer, self.key.guest, &fields, buffer, core.accepted);
-                core.offer(frame);
+                core.offer(self.empty(core, &fields));
             }
             None => {}
         }
@@ -586,9 +585,7 @@ impl Flow {
     /// Asks for the window: a byte that the guest has makes it say so (RFC 9293, section 3.8.6.1).
     fn probe(&mut self, core: &mut Core) {
         let fields = TcpFields { seq: (self.next - 1).into(), ..self.fields() };
-        let frame =
-            core.link.tcp(self.key.peer, self.key.guest, &fields, (frame::buffer(0), 0), core.accepted);
-        core.offer(frame);
+        core.offer(self.empty(core, &fields));
     }
 
     /// Tells the guest that the connection broke, or never came about.
@@ -596,9 +593,7 @@ impl Flow {
         // A guest that has not answered our SYN has no connection to break.
         if self.stage != Stage::SynSent {
             let fields = TcpFields { rst: true, ..self.fields() };
-            let frame =
-                core.link.tcp(self.key.peer, self.key.guest, &fields, (frame::buffer(0), 0), core.accepted);
-            core.offer(frame);
+            core.offer(self.empty(core, &fields));
         }
     }
 
