@@ -123,8 +123,8 @@ fn kvm() -> Finding {
     match bivisor_kvm::probe() {
         Ok(time) => {
             let text = format!(
-                "usable where it is asked for, with --engine kvm --no-jail, for test guests: stock Linux does not get to a shell on \
-                 it yet; a small guest took {time:.1?}"
+                "usable where it is asked for, with --engine kvm --no-jail, but not complete: not all tests of it pass yet; a \
+                 small guest took {time:.1?}"
             );
             Finding::new(Verdict::Good, "engine kvm", text)
         }

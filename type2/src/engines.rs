@@ -20,7 +20,7 @@ pub enum EngineUnavailable {
 }
 
 /// Decides which engine is to be taken: `auto` becomes one of the software engines. KVM is only taken where it is asked
-/// for, since stock Linux does not get to a shell on it yet, and after a look at what it does.
+/// for, since stock Linux only gets to a shell on it where the host is not busy, and after a look at what it does.
 pub fn choose(config: &VmConfig) -> Result<EngineChoice, EngineUnavailable> {
     match config.engine {
         EngineChoice::Auto if host_can_translate() => Ok(EngineChoice::Dbt),
