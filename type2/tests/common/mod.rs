@@ -33,6 +33,13 @@ pub const RESET: &[u8] = &[
     0xe6, 0x64, // out 64h, al
     0xeb, 0xfe, // jmp $
 ];
+/// Prints "A" and stays, for ever.
+pub const STAY: &[u8] = &[
+    0x66, 0xba, 0xf8, 0x03, // mov dx, 3f8h
+    0xb0, 0x41, // mov al, 'A'
+    0xee, // out dx, al
+    0xeb, 0xfe, // jmp $
+];
 /// Writes 10h to isa-debug-exit.
 pub const TEST_EXIT: &[u8] = &[
     0xb8, 0x10, 0x00, 0x00, 0x00, // mov eax, 10h
