@@ -11,7 +11,9 @@ pub struct CodeMemory {
     executable: NonNull<u8>,
     size: usize,
     used: usize,
-    /// Where code is appended apart from the rest: the second half.
+    /// Where the part begins in which code is appended apart from the rest.
+    boundary: usize,
+    /// Where code is appended there.
     apart: usize,
 }
 
@@ -53,9 +55,9 @@ fn executable_view(writable: NonNull<u8>, size: usize) -> Result<NonNull<u8>> {
 }
 
 impl CodeMemory {
-    /// `size` bytes of memory for code. It has no name, as a memfd would have: perf looks for names of code that it
+    /// `size` bytes of memory for code; from `boundary` on, code stands apart from the rest. It has no name, as a memfd would have: perf looks for names of code that it
     /// takes for made at run time in mappings without one only.
-    pub fn new(size: usize) -> Result<Self> {
+    pub fn new(size: usize, boundary: usize) -> Result<Self> {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
         // SAFETY: a new mapping at an address that the kernel chooses; nothing existing is touched.
@@ -63,18 +65,19 @@ impl CodeMemory {
         let executable = executable_view(writable, size)
             // SAFETY: the first view, which nobody else has seen yet.
             .inspect_err(|_| unsafe { unmap(writable, size) })?;
-        Ok(Self { writable, executable, size, used: 0, apart: size / 2 })
+        let boundary = boundary.min(size);
+        Ok(Self { writable, executable, size, used: 0, boundary, apart: boundary })
     }
 
     /// Appends code and returns where it can be executed, or `None` when the memory is full.
     pub fn append(&mut self, code: &[u8]) -> Option<NonNull<u8>> {
         let start = self.next_offset();
-        self.used = self.write(start, code, self.size / 2)?;
+        self.used = self.write(start, code, self.boundary)?;
         // SAFETY: `start` lies in the executable view.
         Some(unsafe { self.executable.add(start) })
     }
 
-    /// Appends code in the second half of the memory. Whether there was room.
+    /// Appends code apart from the rest. Whether there was room.
     pub fn append_apart(&mut self, code: &[u8]) -> bool {
         let Some(end) = self.write(self.apart, code, self.size) else { return false };
         self.apart = end;
@@ -112,16 +115,16 @@ impl CodeMemory {
         (offset < self.used).then_some(offset)
     }
 
-    /// Bytes left for code, in the half that has less of them.
+    /// Bytes left for code, in the part that has less of them.
     pub fn free(&self) -> usize {
-        let first = (self.size / 2).saturating_sub(self.next_offset());
+        let first = self.boundary.saturating_sub(self.next_offset());
         first.min(self.size.saturating_sub(self.apart))
     }
 
     /// Replaces four bytes of code at an offset, in one store where that is aligned. Offsets outside of the code
     /// are ignored.
     pub fn patch(&mut self, offset: usize, bytes: [u8; 4]) {
-        let written = |end| end <= self.used || offset >= self.size / 2 && end <= self.apart;
+        let written = |end| end <= self.used || offset >= self.boundary && end <= self.apart;
         if offset.checked_add(4).is_none_or(|end| !written(end)) {
             return;
         }
@@ -133,7 +136,7 @@ impl CodeMemory {
     /// not be executed any more.
     pub fn truncate(&mut self, offset: usize) {
         self.used = self.used.min(offset);
-        self.apart = self.size / 2;
+        self.apart = self.boundary;
     }
 
     /// Forgets all code. What `append` returned before must not be executed any more.

@@ -244,7 +244,7 @@ impl HostUnit {
     /// The host gives no memory for the stubs.
     pub fn new() -> std::io::Result<Self> {
         Ok(Self {
-            code: CodeMemory::new(STUB_MEMORY)?,
+            code: CodeMemory::new(STUB_MEMORY, STUB_MEMORY)?,
             stubs: HashMap::new(),
             context: Box::new(Context {
                 memory: [0; 64],

@@ -31,6 +31,8 @@ pub const OVERHANG: usize = 15;
 pub struct SharedCode {
     /// Leaves translated code; the site's number is on the stack.
     pub exit: usize,
+    /// The same; the number of the block's first site is on the stack, and above it what is to be added.
+    pub exit_by_block: usize,
     /// Called: loads the guest's SSE and AVX registers from the context.
     pub load_vectors: usize,
     /// Called: looks for another page for the stack window, by privilege class.
@@ -79,10 +81,9 @@ pub struct Request<'a> {
     pub loop_head: bool,
 }
 
-/// Offsets in a block's code of its entries.
+/// Offsets in a block's code of its entries. Jumps by the jump cache enter at its first byte: [`ADDRESS`] holds the linear
+/// address, the guest's flags are aside.
 pub struct Entries {
-    /// For jumps by the jump cache: [`ADDRESS`] holds the linear address, the guest's flags are aside.
-    pub lookup: usize,
     /// For jumps from other pages by a link: [`ADDRESS`] holds the linear address.
     pub link: usize,
     /// For jumps backwards in the page: events are looked for.
@@ -155,6 +156,8 @@ pub(super) struct Builder<'a> {
     stubs: Vec<Stub>,
     /// Stubs that first try the shared code for another stack window.
     stack_stub: Option<(Fixup, u32)>,
+    /// Position of the last code that leaves by [`SharedCode::exit_by_block`].
+    exit_by_block: Option<usize>,
     pub tails: Vec<Tail>,
     pub fault_points: Vec<FaultPoint>,
     /// The guest's flags are in `block_flags`, the host's are anything.
@@ -231,6 +234,7 @@ pub fn translate(request: &Request<'_>) -> Option<Translation> {
         sites: Vec::with_capacity(block.len() * 2),
         stubs: Vec::with_capacity(block.len() * 2),
         stack_stub: None,
+        exit_by_block: None,
         tails: Vec::new(),
         fault_points: Vec::with_capacity(block.len()),
         flags_aside: false,
@@ -326,7 +330,7 @@ impl Builder<'_> {
         if let Some(range) = self.stack {
             self.check_stack(range, live);
         }
-        Entries { lookup: 0, link: link_entry, backwards: loop_entry, forwards: entry }
+        Entries { link: link_entry, backwards: loop_entry, forwards: entry }
     }
 
     /// An entry for jumps backwards, of a block where none were expected.
@@ -591,6 +595,22 @@ impl Builder<'_> {
         self.bind_shared(fixup, self.request.shared.exit);
     }
 
+    /// The same in few bytes, behind the block: there are several such places in each.
+    fn leave_briefly(&mut self, number: u32) {
+        let Ok(own) = i8::try_from(number - self.request.first_site) else {
+            self.leave_code(number);
+            return;
+        };
+        self.e.push_short(own);
+        if self.exit_by_block.is_some_and(|exit| self.e.jump_back(exit)) {
+            return;
+        }
+        self.exit_by_block = Some(self.e.position());
+        self.e.push_imm(self.request.first_site);
+        let fixup = self.e.jump();
+        self.bind_shared(fixup, self.request.shared.exit_by_block);
+    }
+
     /// Makes a jump or call lead to the shared code.
     pub fn bind_shared(&mut self, fixup: Fixup, target: usize) {
         self.e.bind_outside(fixup, self.request.start, target);
@@ -625,13 +645,13 @@ impl Builder<'_> {
             if let SiteKind::Jump { stub: place, .. } = self.kind_of(number) {
                 *place = stub_at;
             }
-            self.leave_code(number);
+            self.leave_briefly(number);
         }
         for number in 0..self.sites.len() {
             let stub_at = self.here();
             if let SiteKind::Link { stub: place, .. } = &mut self.sites[number].kind {
                 *place = stub_at;
-                self.leave_code(self.request.first_site + number as u32);
+                self.leave_briefly(self.request.first_site + number as u32);
             }
         }
     }
@@ -645,8 +665,8 @@ impl Builder<'_> {
         let found = self.e.jump_if(condition::E);
         self.e.bind_to(found, retry.back);
         if let SiteKind::Window { .. } = self.kind_of(site) {
-            let crosses = self.e.jump_if(condition::B);
-            self.jump_to_variant(site, crosses);
+            let within = self.e.jump_if_near(condition::AE);
+            self.jump_to_variant(site, within);
         }
     }
 
@@ -655,21 +675,20 @@ impl Builder<'_> {
         self.e.lea(Width::W64, TEMPORARY, at(ADDRESS, i32::from(size) - 1));
         self.e.xor(Width::W64, TEMPORARY, ADDRESS);
         self.e.shr(Width::W64, TEMPORARY, 12);
-        let crosses = self.e.jump_if(condition::NE);
-        self.jump_to_variant(site, crosses);
+        let within = self.e.jump_if_near(condition::E);
+        self.jump_to_variant(site, within);
     }
 
-    /// Where accesses were found to lie in two pages: a jump to the code that checks each, once there is some.
-    fn jump_to_variant(&mut self, number: u32, crosses: Fixup) {
-        let leave = self.e.jump();
-        self.e.bind(crosses);
+    /// Where accesses were found to lie in two pages: a jump to the code that checks each, once there is some. `within`:
+    /// where they weren't.
+    fn jump_to_variant(&mut self, number: u32, within: Fixup) {
         // The check was made after the flags were put aside; blocks are entered with the guest's.
         self.flags_aside = self.sites[(number - self.request.first_site) as usize].flags_aside;
         self.bring_flags_back();
         let jump = self.e.jump();
         let place = (self.request.start + self.e.place(Emitter::displacement_position(jump))) as u32;
         self.e.bind(jump);
-        self.e.bind(leave);
+        self.e.bind(within);
         let here = self.here();
         if let SiteKind::Window { patch, stub, .. } | SiteKind::Stack { patch, stub, .. } =
             self.kind_of(number)
@@ -705,8 +724,8 @@ impl Builder<'_> {
         self.bind_shared(call, self.request.shared.stack_window[usize::from(self.class())]);
         let found = self.e.jump_if(condition::E);
         self.e.bind_to(found, retry as usize - self.request.start);
-        let crosses = self.e.jump_if(condition::B);
-        self.jump_to_variant(site, crosses);
-        self.leave_code(site);
+        let within = self.e.jump_if_near(condition::AE);
+        self.jump_to_variant(site, within);
+        self.leave_briefly(site);
     }
 }

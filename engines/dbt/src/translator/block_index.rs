@@ -3,7 +3,9 @@
 
 /// Slots; a power of two, and more than there may be blocks.
 const SLOTS: usize = 1 << SLOTS_SHIFT;
-const SLOTS_SHIFT: u32 = 19;
+const SLOTS_SHIFT: u32 = 18;
+/// Bytes of a page of code that have a slot of their own.
+const GRANULE_SHIFT: u32 = 3;
 /// An empty slot. No block has the number that it would stand for.
 const EMPTY: Slot = Slot { hash: 0, block: u32::MAX };
 
@@ -18,8 +20,11 @@ pub struct BlockIndex {
     slots: Vec<Slot>,
 }
 
+/// Blocks of a page have their homes close together, since they are looked for one after the other.
 fn hash(identity: u64) -> u32 {
-    (identity.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32
+    let (page, in_page) = (identity & !0xfff, identity & 0xfff);
+    let page = (page.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32;
+    page.wrapping_add((in_page as u32) << (u32::BITS - SLOTS_SHIFT - GRANULE_SHIFT))
 }
 
 fn home(hash: u32) -> usize {

@@ -7,22 +7,24 @@ use super::block_index::BlockIndex;
 use super::context::{Context, JUMP_PAGES, JumpEntry, LINKS, jump_index};
 use super::key::Key;
 use super::shared_code::{self, Parts};
-use super::site::{FaultPoint, Site, SiteKind};
+use super::site::{Base, FaultPoint, Packed, Site, SiteKind};
 use crate::code_memory::CodeMemory;
 
 /// Bytes of host code at most; when they are used up, everything is dropped.
-const CODE_SIZE: usize = 128 << 20;
+const CODE_SIZE: usize = 48 << 20;
+/// Bytes of that for what is often executed: as much as goes with the rest.
+const HOT_SIZE: usize = CODE_SIZE / 32 * 23;
 /// Blocks at most.
 const MAX_BLOCKS: usize = BlockIndex::CAPACITY;
-/// Entries of the lists of jumps at most: jumps whose targets change with the address space are listed again and again.
-const MAX_INCOMING: usize = MAX_BLOCKS * 8;
+/// Entries of the lists of jumps at most.
+const MAX_JUMPS: usize = MAX_BLOCKS * 4;
 /// No block, or nothing that follows in a list.
 const NONE: u32 = u32::MAX;
 /// More than one place.
 const MANY: u32 = u32::MAX - 1;
 /// Blocks that there is room for from the start. Memory that is never used costs nothing; tables that grow would leave
 /// holes behind, and take their time.
-const ROOM_BLOCKS: usize = MAX_BLOCKS / 2;
+const ROOM_BLOCKS: usize = MAX_BLOCKS;
 /// The same of sites.
 const ROOM_SITES: usize = ROOM_BLOCKS * 8;
 
@@ -36,10 +38,18 @@ pub struct Block {
     pub loop_entry: u32,
     /// Where direct jumps forwards enter.
     pub entry: u32,
-    /// Where lookups enter.
+    /// Where its code begins: lookups enter there.
     pub lookup_entry: u32,
-    /// Where links enter.
-    link_entry: u32,
+    /// Where its code that is rarely executed begins.
+    cold: u32,
+    /// Where links enter, from [`Block::lookup_entry`].
+    link_entry: u16,
+    /// Number of its fault points.
+    fault_points: u16,
+    /// The first of them.
+    first_fault_point: u32,
+    /// Number of its first link.
+    first_link: u32,
     /// Vector registers are used.
     pub vectors: bool,
     /// x87 registers are used.
@@ -48,11 +58,10 @@ pub struct Block {
     second: u32,
     /// Lines of its page that it depends on.
     lines: u64,
-    start: u32,
-    /// First and number of its fault points.
-    fault_points: (u32, u32),
-    /// First of the list of jumps that are linked to this block, in [`Cache::incoming`].
-    incoming: u32,
+    /// First of the list of jumps within the page that lead to this block, in [`Cache::jumps`].
+    jumps: u32,
+    /// First of the list of links that were last set to this block, in [`Cache::links`].
+    links: u32,
     /// Where the jump cache may have it: [`NONE`], a place, or [`MANY`].
     remembered: u32,
 }
@@ -62,12 +71,33 @@ impl Block {
     pub fn second(&self) -> Option<u64> {
         (self.second != NONE).then_some(u64::from(self.second) << 12)
     }
+
+    fn base(&self) -> Base {
+        let guest = (self.offset & 0xfff) as u16;
+        Base { guest, start: self.lookup_entry, cold: self.cold, first_link: self.first_link }
+    }
 }
 
-/// A jump that is linked to a block, in the list of that block's.
-struct Incoming {
+const _: () = assert!(size_of::<Block>() == 64);
+
+/// A jump that leads to a block, in the list of that block's or of those that are free.
+struct Jump {
     site: u32,
     next: u32,
+}
+
+/// A jump between pages.
+struct Link {
+    /// The code that leaves.
+    stub: u32,
+    /// The block that it was last set to, whose list it is in.
+    target: u32,
+    previous: u32,
+    next: u32,
+}
+
+impl Link {
+    const UNSET: Self = Self { stub: NONE, target: NONE, previous: NONE, next: NONE };
 }
 
 /// A page that blocks were translated from.
@@ -83,14 +113,14 @@ pub struct Cache {
     /// End of the shared code.
     first_block_at: usize,
     blocks: Vec<Block>,
-    sites: Vec<Site>,
+    sites: Vec<Packed>,
     fault_points: Vec<FaultPoint>,
     index: BlockIndex,
-    incoming: Vec<Incoming>,
+    jumps: Vec<Jump>,
+    /// First of the list of those that are free.
+    free_jumps: u32,
+    links: Vec<Link>,
     pages: FxHashMap<u64, Page>,
-    links: u32,
-    /// The block that each link was last set to: its list has the link.
-    link_targets: Vec<u32>,
     /// Offset in RAM of the instruction that each slot is for.
     slots: Vec<u64>,
 }
@@ -105,7 +135,7 @@ impl Cache {
     /// # Errors
     /// The host gives no memory for code.
     pub fn new() -> std::io::Result<Self> {
-        let mut code = CodeMemory::new(CODE_SIZE)?;
+        let mut code = CodeMemory::new(CODE_SIZE, HOT_SIZE)?;
         let (shared, parts) = shared_code::emit();
         code.append(&shared).ok_or_else(|| std::io::Error::other("no room for the shared code"))?;
         let first_block_at = code.next_offset();
@@ -117,10 +147,10 @@ impl Cache {
             sites: Vec::with_capacity(ROOM_SITES),
             fault_points: Vec::with_capacity(ROOM_BLOCKS * 4),
             index: BlockIndex::new(),
-            incoming: Vec::with_capacity(MAX_INCOMING),
+            jumps: Vec::with_capacity(MAX_JUMPS),
+            free_jumps: NONE,
+            links: Vec::with_capacity(LINKS),
             pages: FxHashMap::default(),
-            links: 0,
-            link_targets: Vec::with_capacity(LINKS),
             slots: Vec::new(),
         })
     }
@@ -163,7 +193,7 @@ impl Cache {
     }
     /// Number of the next link.
     pub fn next_link(&self) -> u32 {
-        self.links
+        self.links.len() as u32
     }
     /// Offsets in RAM of the instructions that slots are for.
     pub fn slots(&self) -> &[u64] {
@@ -171,7 +201,8 @@ impl Cache {
     }
     /// A site by its number.
     pub fn site(&self, number: u32) -> Option<Site> {
-        self.sites.get(number as usize).copied()
+        let site = self.sites.get(number as usize)?;
+        Some(site.unpack(self.blocks.get(site.block() as usize)?.base()))
     }
     /// A block by its number.
     pub fn block(&self, number: u32) -> Option<&Block> {
@@ -182,8 +213,8 @@ impl Cache {
         // The largest block by far is smaller.
         self.code.free() < 64 << 10
             || self.blocks.len() >= MAX_BLOCKS
-            || self.links as usize + 64 > LINKS
-            || self.incoming.len() >= MAX_INCOMING
+            || self.links.len() + 64 > LINKS
+            || self.jumps.len() >= MAX_JUMPS
     }
     /// The block at this place.
     pub fn find(&self, offset: u64, key: Key) -> Option<u32> {
@@ -202,38 +233,49 @@ impl Cache {
         translation: Translation,
         context: &mut Context,
     ) -> Option<u32> {
-        let start = self.code.next_offset() as u32;
-        let (hot, cold) = translation.code.split_at(translation.hot);
-        self.code.append(hot)?;
-        if !self.code.append_apart(cold) {
-            return None;
-        }
-        let number = self.blocks.len() as u32;
-        self.blocks.push(Block {
+        let (start, cold_start) = (self.code.next_offset() as u32, self.code.next_apart() as u32);
+        let entries = &translation.entries;
+        let block = Block {
             offset,
             key,
-            loop_entry: start + translation.entries.backwards as u32,
-            entry: start + translation.entries.forwards as u32,
-            lookup_entry: start + translation.entries.lookup as u32,
-            link_entry: start + translation.entries.link as u32,
+            loop_entry: start + entries.backwards as u32,
+            entry: start + entries.forwards as u32,
+            lookup_entry: start,
+            cold: cold_start,
+            link_entry: entries.link as u16,
+            fault_points: u16::try_from(translation.fault_points.len()).ok()?,
+            first_fault_point: self.fault_points.len() as u32,
+            first_link: self.links.len() as u32,
             vectors: translation.vectors,
             x87: translation.x87,
             second: second.map_or(NONE, |page| (page >> 12) as u32),
             lines: translation.lines,
-            start,
-            fault_points: (self.fault_points.len() as u32, translation.fault_points.len() as u32),
-            incoming: NONE,
+            jumps: NONE,
+            links: NONE,
             remembered: NONE,
-        });
+        };
+        let first_site = self.sites.len();
+        let base = block.base();
+        self.sites.extend(translation.sites.iter().map_while(|site| Packed::new(site, base)));
+        let (hot, cold) = translation.code.split_at(translation.hot);
+        let packed = self.sites.len() - first_site == translation.sites.len();
+        if !packed || self.code.append(hot).is_none() || !self.code.append_apart(cold) {
+            self.sites.truncate(first_site);
+            return None;
+        }
+        let number = self.blocks.len() as u32;
+        self.blocks.push(block);
+        let links = self.links.len() + translation.links as usize;
+        self.links.resize_with(links, || Link::UNSET);
         for site in &translation.sites {
-            if let SiteKind::Link { link, stub, .. } = site.kind {
+            if let SiteKind::Link { link, stub, .. } = site.kind
+                && let Some(entry) = self.links.get_mut(link as usize)
+            {
                 context.links[link as usize % LINKS] = self.code.address(stub as usize);
+                entry.stub = stub;
             }
         }
-        self.links += translation.links;
-        self.link_targets.resize(self.links as usize, NONE);
         self.slots.extend(translation.slots.iter().map(|&place| (offset & !0xfff) + u64::from(place)));
-        self.sites.extend(translation.sites);
         self.fault_points.extend(translation.fault_points);
         if let Some(other) = self.find(offset, key) {
             self.index.remove(index_key(offset, key), other);
@@ -247,47 +289,74 @@ impl Cache {
 
     /// Makes the jump at a site go to a block.
     pub fn link(&mut self, site: u32, target: u32, context: &mut Context) {
-        let Some(kind) = self.sites.get(site as usize).map(|site| site.kind) else { return };
+        let Some(kind) = self.site(site).map(|site| site.kind) else { return };
         let Some(block) = self.blocks.get_mut(target as usize) else { return };
-        let listed = match kind {
-            SiteKind::Link { link, .. } => {
-                let last = self.link_targets.get_mut(link as usize);
-                last.is_some_and(|last| std::mem::replace(last, target) == target)
+        let (place, entry) = match kind {
+            SiteKind::Jump { patch, backwards: true, .. } => (patch, block.loop_entry),
+            SiteKind::Jump { patch, .. } | SiteKind::Stack { patch, .. } | SiteKind::Window { patch, .. } => {
+                (patch, block.entry)
             }
-            _ => false,
+            SiteKind::Link { link, .. } => {
+                let entry = block.lookup_entry + u32::from(block.link_entry);
+                context.links[link as usize % LINKS] = self.code.address(entry as usize);
+                self.list_link(link, target);
+                return;
+            }
+            _ => return,
         };
-        if !listed {
-            self.incoming.push(Incoming { site, next: block.incoming });
-            block.incoming = self.incoming.len() as u32 - 1;
+        let entry_of_list = Jump { site, next: block.jumps };
+        match self.jumps.get_mut(self.free_jumps as usize) {
+            Some(free) => {
+                block.jumps = std::mem::replace(&mut self.free_jumps, free.next);
+                *free = entry_of_list;
+            }
+            None => {
+                block.jumps = self.jumps.len() as u32;
+                self.jumps.push(entry_of_list);
+            }
         }
-        match kind {
-            SiteKind::Jump { patch, backwards, .. } => {
-                let entry = if backwards { block.loop_entry } else { block.entry };
-                self.patch(patch, entry);
-            }
-            SiteKind::Stack { patch, .. } | SiteKind::Window { patch, .. } => {
-                let entry = block.entry;
-                self.patch(patch, entry);
-            }
-            SiteKind::Link { link, .. } => {
-                context.links[link as usize % LINKS] = self.code.address(block.link_entry as usize);
-            }
-            _ => {}
+        self.patch(place, entry);
+    }
+
+    /// Puts a link into the list of a block's, and takes it out of the one where it is.
+    fn list_link(&mut self, number: u32, target: u32) {
+        let Some(&Link { target: last, previous, next, .. }) = self.links.get(number as usize) else { return };
+        if last == target {
+            return;
+        }
+        if let Some(link) = self.links.get_mut(next as usize) {
+            link.previous = previous;
+        }
+        if let Some(link) = self.links.get_mut(previous as usize) {
+            link.next = next;
+        } else if let Some(block) = self.blocks.get_mut(last as usize) {
+            block.links = next;
+        }
+        let Some(block) = self.blocks.get_mut(target as usize) else { return };
+        let next = std::mem::replace(&mut block.links, number);
+        if let Some(link) = self.links.get_mut(next as usize) {
+            link.previous = number;
+        }
+        let link = &mut self.links[number as usize];
+        (link.target, link.previous, link.next) = (target, NONE, next);
+    }
+
+    /// Makes a link leave again.
+    pub fn unlink(&self, link: u32, context: &mut Context) {
+        if let Some(Link { stub, .. }) = self.links.get(link as usize) {
+            context.links[link as usize % LINKS] = self.code.address(*stub as usize);
         }
     }
 
     /// Makes the jump at a site leave again.
-    pub fn unlink(&mut self, site: u32, context: &mut Context) {
-        match self.sites.get(site as usize).map(|site| site.kind) {
-            Some(
-                SiteKind::Jump { patch, stub, .. }
-                | SiteKind::Stack { patch, stub, .. }
-                | SiteKind::Window { patch, stub, .. },
-            ) => self.patch(patch, stub),
-            Some(SiteKind::Link { link, stub, .. }) => {
-                context.links[link as usize % LINKS] = self.code.address(stub as usize);
-            }
-            _ => {}
+    fn unlink_jump(&mut self, site: u32) {
+        if let Some(
+            SiteKind::Jump { patch, stub, .. }
+            | SiteKind::Stack { patch, stub, .. }
+            | SiteKind::Window { patch, stub, .. },
+        ) = self.site(site).map(|site| site.kind)
+        {
+            self.patch(patch, stub);
         }
     }
 
@@ -347,16 +416,19 @@ impl Cache {
             MANY => (0..JUMP_PAGES).for_each(|page| forget(jump_index(in_page | page << 12))),
             place => forget(place as usize),
         }
-        let mut next = std::mem::replace(&mut block.incoming, NONE);
-        while let Some(&Incoming { site, next: behind }) = self.incoming.get(next as usize) {
-            self.unlink(site, context);
-            if let Some(&SiteKind::Link { link, .. }) = self.sites.get(site as usize).map(|site| &site.kind)
-                && let Some(target) = self.link_targets.get_mut(link as usize)
-                && *target == number
-            {
-                *target = NONE;
-            }
-            next = behind;
+        let mut jump = std::mem::replace(&mut block.jumps, NONE);
+        let mut link = std::mem::replace(&mut block.links, NONE);
+        while let Some(Jump { site, next }) = self.jumps.get_mut(jump as usize) {
+            let site = *site;
+            let free = std::mem::replace(&mut self.free_jumps, jump);
+            jump = std::mem::replace(next, free);
+            self.unlink_jump(site);
+        }
+        while let Some(entry) = self.links.get_mut(link as usize) {
+            let Link { stub, next, .. } = *entry;
+            *entry = Link { stub, ..Link::UNSET };
+            context.links[link as usize % LINKS] = self.code.address(stub as usize);
+            link = next;
         }
         self.index.remove(key, number);
     }
@@ -373,21 +445,21 @@ impl Cache {
         self.sites.clear();
         self.fault_points.clear();
         self.index.clear();
-        self.incoming.clear();
+        self.jumps.clear();
+        self.free_jumps = NONE;
+        self.links.clear();
         self.pages.clear();
-        self.links = 0;
-        self.link_targets.clear();
         self.slots.clear();
     }
 
     /// The block and the guest's instruction that the host was executing at an address.
     pub fn fault_point(&self, address: u64) -> Option<(u32, FaultPoint)> {
         let offset = self.code.offset_of(address)? as u32;
-        let number = self.blocks.partition_point(|block| block.start <= offset).checked_sub(1)?;
+        let number = self.blocks.partition_point(|block| block.lookup_entry <= offset).checked_sub(1)?;
         let block = &self.blocks[number];
-        let (first, count) = (block.fault_points.0 as usize, block.fault_points.1 as usize);
-        let points = self.fault_points.get(first..first + count)?;
-        let point = points.iter().find(|point| block.start + point.host == offset)?;
+        let first = block.first_fault_point as usize;
+        let points = self.fault_points.get(first..first + usize::from(block.fault_points))?;
+        let point = points.iter().find(|point| block.lookup_entry + u32::from(point.host) == offset)?;
         Some((number as u32, *point))
     }
 }

@@ -65,6 +65,7 @@ pub enum Width {
 #[allow(missing_docs)]
 pub mod condition {
     pub const B: u8 = 2;
+    pub const AE: u8 = 3;
     pub const E: u8 = 4;
     pub const NE: u8 = 5;
     pub const A: u8 = 7;
@@ -382,6 +383,10 @@ impl Emitter {
         self.code.push(0x68);
         self.code.extend(value.to_le_bytes());
     }
+    /// `push value`, extended to 64 bits.
+    pub fn push_short(&mut self, value: i8) {
+        self.code.extend([0x6a, value as u8]);
+    }
     /// `stc` or `clc`.
     pub fn set_carry(&mut self, set: bool) {
         self.code.push(if set { 0xf9 } else { 0xf8 });
@@ -523,6 +528,18 @@ impl Emitter {
     pub fn jump_if(&mut self, condition: u8) -> Fixup {
         self.code.extend([0x0f, 0x80 | condition, 0, 0, 0, 0]);
         Fixup { at: self.code.len() - 4, short: false }
+    }
+    /// `jcc rel8` to a target set later, at most 127 bytes ahead.
+    pub fn jump_if_near(&mut self, condition: u8) -> Fixup {
+        self.code.extend([0x70 | condition, 0]);
+        Fixup { at: self.code.len() - 1, short: true }
+    }
+    /// `jmp rel8` to a position before this one, on the same side of the split, if that is no farther than 8 bits tell.
+    /// Whether it was.
+    pub fn jump_back(&mut self, target: usize) -> bool {
+        let Ok(relative) = i8::try_from(target as i64 - self.position() as i64 - 2) else { return false };
+        self.code.extend([0xeb, relative as u8]);
+        true
     }
     /// `jrcxz rel8` (or with `short32`, `jecxz`) to a target set later, at most 127 bytes ahead.
     pub fn jump_if_rcx_zero(&mut self, short32: bool) -> Fixup {

@@ -279,11 +279,11 @@ impl DbtVcpu {
         let address = self.fault_address();
         match self.cache.fault_point(address) {
             Some((block, point)) => {
-                self.use_flags(point.flags_aside);
-                self.cpu.state.rip = base.wrapping_add(point.guest.into());
+                self.use_flags(point.flags_aside());
+                self.cpu.state.rip = base.wrapping_add(point.guest().into());
                 let site = Site {
                     block,
-                    guest: point.guest,
+                    guest: point.guest(),
                     flags_aside: false,
                     vector: true,
                     kind: SiteKind::InterpretLast,

@@ -249,10 +249,10 @@ impl Builder<'_> {
             }
             self.bring_flags_back_by(scratch);
         }
-        let host = self.e.position() as u32;
+        let point = FaultPoint::new(self.e.position(), self.guest, self.flags_aside).ok_or(NotRenamed)?;
         // First: if it can't be encoded, another instruction will stand there.
         self.encode(&renamed)?;
-        self.fault_points.push(FaultPoint { host, guest: self.guest as u16, flags_aside: self.flags_aside });
+        self.fault_points.push(point);
         for (host, number) in changed {
             self.e.store(Width::W64, context::spilled(number), host);
         }

@@ -8,7 +8,7 @@ use super::block::SharedCode;
 use super::context::{
     self, CONTEXT, Context, HOMES, SPILLED, TEMPORARY, VECTORS_IN_CONTEXT, VECTORS_LOADED, ymm,
 };
-use super::emit::{Emitter, Reg, Width, at, condition, reg};
+use super::emit::{Emitter, Mem, Reg, Width, at, condition, indexed, reg};
 use super::routines::{self, repeat_string};
 
 /// Registers that a function must preserve (System V ABI for x86-64).
@@ -48,11 +48,13 @@ pub fn emit() -> (Vec<u8>, Parts) {
     let exit = e.position();
     e.pop_mem(context::site());
     let fault_exit = e.position();
-    emit_exit(&mut e);
+    let stored = emit_exit(&mut e);
+    let exit_by_block = e.position();
+    emit_exit_by_block(&mut e, stored);
     let enter = emit_enter(&mut e, |_| ());
     let enter_with_vectors = emit_enter(&mut e, |e| load_vectors_body(e, 0));
     let enter_with_x87 = emit_enter(&mut e, load_x87_body);
-    let mut blocks = SharedCode { exit, load_vectors, ..SharedCode::default() };
+    let mut blocks = SharedCode { exit, exit_by_block, load_vectors, ..SharedCode::default() };
     for class in 0..3u8 {
         blocks.stack_window[usize::from(class)] = routines::stack_window(&mut e, class);
         for write in [false, true] {
@@ -103,9 +105,11 @@ fn load_x87_body(e: &mut Emitter) {
     e.store_imm8(context::x87_in_memory(), 0);
 }
 
-fn emit_exit(e: &mut Emitter) {
+/// Leaves translated code. Returns the position where ADDRESS and TEMPORARY are stored.
+fn emit_exit(e: &mut Emitter) -> usize {
     e.store(Width::W64, context::address(), context::ADDRESS);
     e.store(Width::W64, context::temporary(), TEMPORARY);
+    let stored = e.position();
     e.store(Width::W64, context::saved(), reg::RAX);
     e.flags_to_ax();
     e.store16(context::flags(), reg::RAX);
@@ -124,6 +128,21 @@ fn emit_exit(e: &mut Emitter) {
         e.pop(*register);
     }
     e.ret();
+    stored
+}
+
+/// Leaves by the site whose number is the sum of two that are on the stack. `stored`: see [`emit_exit`].
+fn emit_exit_by_block(e: &mut Emitter, stored: usize) {
+    let pushed = |mem: Mem| mem.plus(16);
+    e.store(Width::W64, pushed(context::address()), context::ADDRESS);
+    e.store(Width::W64, pushed(context::temporary()), TEMPORARY);
+    e.pop(context::ADDRESS);
+    e.pop(TEMPORARY);
+    // By LEA: the flags are the guest's.
+    e.lea(Width::W32, context::ADDRESS, indexed(context::ADDRESS, TEMPORARY, 0, 0));
+    e.store(Width::W64, context::site(), context::ADDRESS);
+    let rest = e.jump();
+    e.bind_to(rest, stored);
 }
 
 /// Stores what is loaded of vector and x87 registers, and makes the host's own settings be in force.

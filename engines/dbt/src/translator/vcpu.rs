@@ -94,9 +94,9 @@ pub struct DbtVcpu {
     biases_for: (u16, u16, u64),
     /// How often all biases were forgotten.
     forgotten: u64,
-    /// Sites whose links to other pages hold in the current address space.
+    /// Links to other pages that hold in the current address space.
     linked: Vec<u32>,
-    /// Sites whose links hold in every address space.
+    /// Links that hold in every address space.
     linked_globally: Vec<u32>,
     /// Linear pages that jumps may lead to without a look at the page tables, in the address space they were found in.
     code_filter: Box<[u64; FILTER_WORDS]>,
@@ -387,12 +387,12 @@ impl DbtVcpu {
     /// Links between pages end: those that hold in the current address space, or all.
     fn unlink(&mut self, globally: bool) {
         let context = self.windows.context();
-        for site in self.linked.drain(..) {
-            self.cache.unlink(site, context);
+        for link in self.linked.drain(..) {
+            self.cache.unlink(link, context);
         }
         if globally {
-            for site in self.linked_globally.drain(..) {
-                self.cache.unlink(site, context);
+            for link in self.linked_globally.drain(..) {
+                self.cache.unlink(link, context);
             }
         }
     }
@@ -861,14 +861,14 @@ impl DbtVcpu {
             return;
         }
         self.cache.link(number, block, self.windows.context());
-        if matches!(site.kind, SiteKind::Link { .. }) {
+        if let SiteKind::Link { link, .. } = site.kind {
             let rip = self.cpu.state.rip;
             let crosses = self.cache.block(block).is_some_and(|block| block.second().is_some());
             self.note_code(rip, crosses);
             if self.cpu.is_global(rip) && (!crosses || self.cpu.is_global(following_page(rip))) {
-                self.linked_globally.push(number);
+                self.linked_globally.push(link);
             } else {
-                self.linked.push(number);
+                self.linked.push(link);
             }
         }
     }
