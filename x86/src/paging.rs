@@ -133,6 +133,10 @@ impl Walk {
         true
     }
 
+    fn accessed(&self) -> bool {
+        self.steps.iter().take(self.depth).all(|step| step.value & ACCESSED != 0)
+    }
+
     fn dirty(&self) -> bool {
         self.depth.checked_sub(1).and_then(|leaf| self.steps.get(leaf)).is_some_and(|s| s.value & DIRTY != 0)
     }
@@ -349,6 +353,19 @@ impl Cpu {
             return Some(linear & 0xffff_ffff);
         }
         self.walk(env, linear).ok().map(|walk| walk.gpa | linear & 0xfff)
+    }
+
+    /// Offset in RAM of the byte at a linear address, if it lies in a global page that supervisor code is executed from, by
+    /// the current page tables; without any side effect, so not where an accessed flag had to be set. For an engine that asks
+    /// after a flush whether what it knows of code still holds.
+    pub fn global_code<E: Env>(&self, env: &E, linear: u64) -> Option<u64> {
+        if !self.state.cr0_has(Cr0::PG) || !self.state.cr4_has(Cr4::PGE) {
+            return None;
+        }
+        let walk = self.walk(env, linear).ok()?;
+        let executable = self.permissions(&walk) & permission(Access::Execute, Privilege::Supervisor) != 0;
+        let page = env.ram_page(walk.gpa)?;
+        (walk.global && executable && walk.accessed()).then_some(page | linear & 0xfff)
     }
 
     /// The permission bits of a page for all classes of access (SDM Vol. 3A, section 4.6.1).

@@ -3,7 +3,7 @@
 
 /// Slots; a power of two, and more than there may be blocks.
 const SLOTS: usize = 1 << SLOTS_SHIFT;
-const SLOTS_SHIFT: u32 = 18;
+const SLOTS_SHIFT: u32 = 19;
 /// Bytes of a page of code that have a slot of their own.
 const GRANULE_SHIFT: u32 = 3;
 /// An empty slot. No block has the number that it would stand for.

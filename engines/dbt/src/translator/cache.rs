@@ -10,8 +10,9 @@ use super::shared_code::{self, Parts};
 use super::site::{Base, FaultPoint, Packed, Site, SiteKind};
 use crate::code_memory::CodeMemory;
 
-/// Bytes of host code at most; when they are used up, everything is dropped.
-const CODE_SIZE: usize = 48 << 20;
+/// Bytes of host code at most; when they are used up, everything is dropped. A compiler of C alone needs some 80 MiB: with half
+/// of that it is translated again and again.
+const CODE_SIZE: usize = 96 << 20;
 /// Bytes of that for what is often executed: as much as goes with the rest.
 const HOT_SIZE: usize = CODE_SIZE / 32 * 23;
 /// Blocks at most.
@@ -24,7 +25,7 @@ const NONE: u32 = u32::MAX;
 const MANY: u32 = u32::MAX - 1;
 /// Blocks that there is room for from the start. Memory that is never used costs nothing; tables that grow would leave
 /// holes behind, and take their time.
-const ROOM_BLOCKS: usize = MAX_BLOCKS;
+const ROOM_BLOCKS: usize = MAX_BLOCKS / 2;
 /// The same of sites.
 const ROOM_SITES: usize = ROOM_BLOCKS * 8;
 
@@ -320,7 +321,9 @@ impl Cache {
 
     /// Puts a link into the list of a block's, and takes it out of the one where it is.
     fn list_link(&mut self, number: u32, target: u32) {
-        let Some(&Link { target: last, previous, next, .. }) = self.links.get(number as usize) else { return };
+        let Some(&Link { target: last, previous, next, .. }) = self.links.get(number as usize) else {
+            return;
+        };
         if last == target {
             return;
         }

@@ -66,6 +66,8 @@ const HOT_BEHIND: u64 = 512;
 const ROAMING_MISSES: u64 = 20_000;
 /// So often a window may lie where the inline TLB can't be used, until its accesses are checked one by one.
 const FAILURES: u32 = 200;
+/// No place in RAM: a page was found in several.
+const ELSEWHERE: u64 = u64::MAX;
 /// Words of the filter of pages with code: linear page numbers are reduced to its bits.
 const FILTER_WORDS: usize = 1024;
 
@@ -102,6 +104,9 @@ pub struct DbtVcpu {
     code_filter: Box<[u64; FILTER_WORDS]>,
     /// The same of global pages.
     global_code_filter: Box<[u64; FILTER_WORDS]>,
+    /// While supervisor code lies in global pages: the linear pages of it that jumps may lead to, and where in RAM they were
+    /// then, or [`ELSEWHERE`].
+    kernel_pages: FxHashMap<u64, u64>,
     volatile: FxHashMap<u64, Volatility>,
     fault_address: Box<u64>,
     /// How often the inline TLB was emptied or switched.
@@ -228,6 +233,7 @@ impl DbtVcpu {
             linked_globally: Vec::new(),
             code_filter: Box::new([0; FILTER_WORDS]),
             global_code_filter: Box::new([0; FILTER_WORDS]),
+            kernel_pages: FxHashMap::default(),
             volatile: FxHashMap::default(),
             fault_address: Box::new(0),
             flushes: 0,
@@ -307,7 +313,11 @@ impl DbtVcpu {
             self.flushes += 1;
             self.statistics.tlb_flushes += 1;
             self.spaces.flush_all(self.cpu.address_space(), self.cpu.pcid());
-            self.forget_jumps();
+            if self.kernel_stays() {
+                self.forget_local_jumps();
+            } else {
+                self.forget_jumps();
+            }
         } else {
             if let Some(linear) = changes.page {
                 self.statistics.page_flushes += 1;
@@ -353,7 +363,7 @@ impl DbtVcpu {
     /// may be global, in none.
     fn forget_jumps_to(&mut self, linear: u64) {
         let (word, bit) = Self::filter_place(linear);
-        if self.global_code_filter[word] & bit != 0 {
+        if self.global_code_filter[word] & bit != 0 && !self.is_kernel_page(linear) {
             self.forget_jumps();
         } else if self.code_filter[word] & bit != 0 {
             let current = self.cpu.address_space();
@@ -363,14 +373,36 @@ impl DbtVcpu {
         }
     }
 
-    /// Notes that jumps to this instruction pointer may be taken without a look at the page tables. `crosses`: the
-    /// instruction there reaches into the next page.
-    fn note_code(&mut self, rip: u64, crosses: bool) {
-        for linear in [rip].into_iter().chain(crosses.then(|| following_page(rip))) {
+    /// Whether a page of supervisor code that jumps lead to is still where it was.
+    fn is_kernel_page(&self, linear: u64) -> bool {
+        let page = self.kernel_pages.get_key_value(&(linear & PAGE_MASK));
+        page.is_some_and(|(&page, &place)| self.cpu.global_code(&self.env, page) == Some(place))
+    }
+
+    /// Whether all supervisor code that jumps lead to is still where it was: guests flush everything for other reasons, and
+    /// to find all jumps again takes longer.
+    fn kernel_stays(&self) -> bool {
+        let stays = |(&page, &place): (&u64, &u64)| self.cpu.global_code(&self.env, page) == Some(place);
+        self.global_kernel && self.kernel_pages.iter().all(stays)
+    }
+
+    /// Notes that jumps to this instruction pointer, where the block begins, may be taken without a look at the page tables.
+    fn note_code(&mut self, rip: u64, block: u32) {
+        let Some(block) = self.cache.block(block) else { return };
+        let second = block.second().map(|place| (following_page(rip), place));
+        let user = block.key.class() == USER;
+        for (linear, place) in [(rip, block.offset)].into_iter().chain(second) {
             let (word, bit) = Self::filter_place(linear);
             let global = self.cpu.is_global(linear);
             let filter = if global { &mut self.global_code_filter } else { &mut self.code_filter };
             filter[word] |= bit;
+            if self.global_kernel && !user {
+                let place = place & PAGE_MASK;
+                let known = self.kernel_pages.entry(linear & PAGE_MASK).or_insert(place);
+                if *known != place {
+                    *known = ELSEWHERE;
+                }
+            }
         }
     }
 
@@ -382,6 +414,15 @@ impl DbtVcpu {
         self.unlink(true);
         self.code_filter.fill(0);
         self.global_code_filter.fill(0);
+        self.kernel_pages.clear();
+    }
+
+    /// The same, but to supervisor code.
+    fn forget_local_jumps(&mut self) {
+        self.biases.retain(|&(space, _), _| space == GLOBAL_SPACE);
+        self.forgotten += 1;
+        self.unlink(false);
+        self.code_filter.fill(0);
     }
 
     /// Links between pages end: those that hold in the current address space, or all.
@@ -792,7 +833,7 @@ impl DbtVcpu {
         let host = self.cache.address(lookup_entry);
         let remember = !self.trace.is_on() && self.may_remember(rip, key);
         self.update_biases(key);
-        self.note_code(rip, crosses);
+        self.note_code(rip, number);
         let context = self.windows.context();
         let bias = context.class_bias[usize::from(key.class())];
         context.page_base = rip & PAGE_MASK;
@@ -864,8 +905,12 @@ impl DbtVcpu {
         if let SiteKind::Link { link, .. } = site.kind {
             let rip = self.cpu.state.rip;
             let crosses = self.cache.block(block).is_some_and(|block| block.second().is_some());
-            self.note_code(rip, crosses);
-            if self.cpu.is_global(rip) && (!crosses || self.cpu.is_global(following_page(rip))) {
+            self.note_code(rip, block);
+            // User code is global in no guest that is known: only what the kernel has is looked after.
+            if key.class() != USER
+                && self.cpu.is_global(rip)
+                && (!crosses || self.cpu.is_global(following_page(rip)))
+            {
                 self.linked_globally.push(link);
             } else {
                 self.linked.push(link);
