@@ -32,3 +32,4 @@ pub mod statistics;
 mod values;
 pub mod vcpu;
 pub mod windows;
+mod written_pages;

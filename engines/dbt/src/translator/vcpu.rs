@@ -31,6 +31,7 @@ use super::site::{Site, SiteKind};
 use super::spaces::{SharedTlbs, Spaces};
 use super::statistics::Statistics;
 use super::windows::Windows;
+use super::written_pages::WrittenPages;
 use crate::code_tracker::{self, CodeWrite};
 use crate::env::VcpuEnv;
 use crate::host_cpu;
@@ -42,10 +43,6 @@ use crate::trace::Trace;
 pub(super) const PAGE_MASK: u64 = !0xfff;
 /// Instructions that are interpreted at a time where nothing can be translated.
 const INTERPRETED: u64 = 64;
-/// A page whose code was written this often is interpreted for a while.
-const VOLATILE_WRITES: u32 = 16;
-/// So many times code of such a page is entered before translating it is tried again.
-const VOLATILE_ENTRIES: u32 = 500;
 /// Number of the address space of all global pages; the processor's own numbers are smaller.
 const GLOBAL_SPACE: u16 = u16::MAX;
 /// So often supervisor code is found to be global, or not, until all of it is taken to be.
@@ -68,13 +65,6 @@ const ROAMING_MISSES: u64 = 20_000;
 const FAILURES: u32 = 200;
 /// Words of the filter of pages with code: linear page numbers are reduced to its bits.
 const FILTER_WORDS: usize = 1024;
-
-/// How often the code of a page was written.
-#[derive(Clone, Copy, Default)]
-struct Volatility {
-    writes: u32,
-    entries_left: u32,
-}
 
 /// A virtual processor.
 pub struct DbtVcpu {
@@ -102,7 +92,7 @@ pub struct DbtVcpu {
     code_filter: Box<[u64; FILTER_WORDS]>,
     /// The same of global pages.
     global_code_filter: Box<[u64; FILTER_WORDS]>,
-    volatile: FxHashMap<u64, Volatility>,
+    written: WrittenPages,
     fault_address: Box<u64>,
     /// How often the inline TLB was emptied or switched.
     pub(super) flushes: u64,
@@ -228,7 +218,7 @@ impl DbtVcpu {
             linked_globally: Vec::new(),
             code_filter: Box::new([0; FILTER_WORDS]),
             global_code_filter: Box::new([0; FILTER_WORDS]),
-            volatile: FxHashMap::default(),
+            written: WrittenPages::default(),
             fault_address: Box::new(0),
             flushes: 0,
             resets: 0,
@@ -268,6 +258,25 @@ impl DbtVcpu {
         let exit = self.cpu.run(&mut self.env, budget);
         self.follow_changes();
         ended(exit)
+    }
+
+    /// Lets the interpreter execute what there is no block for.
+    fn interpret_untranslated(&mut self, translatable: bool) -> Option<Exit> {
+        let budget = if self.trace.is_on() { 1 } else { INTERPRETED };
+        if !translatable {
+            return self.interpret(budget, true);
+        }
+        let rip = self.cpu.state.rip;
+        let place = self.cpu.probe(&mut self.env, rip, Access::Execute);
+        let is_written =
+            matches!(place, Ok(Place::Ram(offset)) if self.written.is_interpreted(offset & PAGE_MASK));
+        if !is_written || !self.cpu.runs_plainly() {
+            return self.interpret(1, true);
+        }
+        self.sync_vectors();
+        self.cpu.execute_written(&mut self.env, budget);
+        self.follow_changes();
+        None
     }
 
     /// Brings vector registers that the context holds to the state.
@@ -423,10 +432,8 @@ impl DbtVcpu {
                 continue;
             }
             self.statistics.dropped += 1;
-            let volatility = self.volatile.entry(page).or_default();
-            volatility.writes += 1;
-            if volatility.writes >= VOLATILE_WRITES {
-                *volatility = Volatility { writes: VOLATILE_WRITES / 2, entries_left: VOLATILE_ENTRIES };
+            if self.written.dropped(page) {
+                self.env.release_code(page);
             }
         }
     }
@@ -464,10 +471,7 @@ impl DbtVcpu {
 
     pub(super) fn translate(&mut self, offset: u64, key: Key, loop_head: bool) -> Option<u32> {
         let page = offset & PAGE_MASK;
-        if let Some(volatility) = self.volatile.get_mut(&page)
-            && volatility.entries_left > 0
-        {
-            volatility.entries_left -= 1;
+        if self.written.entered(page) {
             return None;
         }
         let slots_used_up = self.cache.slots().len() + SLOTS_OF_A_BLOCK >= SLOTS;
@@ -784,8 +788,7 @@ impl DbtVcpu {
             let statistics = &mut self.statistics;
             *(if translatable { &mut statistics.not_translated } else { &mut statistics.other_modes }) += 1;
             self.windows.context().forget_cpuid();
-            let budget = if translatable || self.trace.is_on() { 1 } else { INTERPRETED };
-            return Ok(self.interpret(budget, true));
+            return Ok(self.interpret_untranslated(translatable));
         };
         let (entry, lookup_entry, crosses) = (block.entry, block.lookup_entry, block.second().is_some());
         let rip = self.cpu.state.rip;
