@@ -6,6 +6,7 @@
 //! interpreter of the x86 crate, one instruction at a time.
 
 pub mod analysis;
+mod biases;
 pub mod block;
 mod block_index;
 pub mod cache;

@@ -17,6 +17,7 @@ use bivisor_x86::state::{CpuState, Mode, TableRegister};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::analysis;
+use super::biases::Biases;
 use super::block::{self, OVERHANG, PAGE, Request, Translation};
 use super::cache::Cache;
 use super::context::{
@@ -78,8 +79,7 @@ pub struct DbtVcpu {
     single_step: bool,
     pub(super) epoch: u64,
     /// Biases of the jump cache for address spaces and modes.
-    biases: FxHashMap<(u16, u16), u64>,
-    last_bias: u64,
+    biases: Biases,
     /// Address space, mode without its class, and number of [`DbtVcpu::forgotten`] that the context's biases are for.
     biases_for: (u16, u16, u64),
     /// How often all biases were forgotten.
@@ -210,8 +210,7 @@ impl DbtVcpu {
             cache: Cache::new().map_err(no_memory)?,
             single_step: false,
             epoch: 0,
-            biases: FxHashMap::default(),
-            last_bias: 0,
+            biases: Biases::default(),
             biases_for: (0, 0, 0),
             forgotten: 1,
             linked: Vec::new(),
@@ -365,8 +364,7 @@ impl DbtVcpu {
         if self.global_code_filter[word] & bit != 0 {
             self.forget_jumps();
         } else if self.code_filter[word] & bit != 0 {
-            let current = self.cpu.address_space();
-            self.biases.retain(|&(space, _), _| space != current);
+            self.biases.forget_space(self.cpu.address_space());
             self.forgotten += 1;
             self.unlink(false);
         }
@@ -386,7 +384,7 @@ impl DbtVcpu {
     /// No jump leads anywhere any more without a look at the page tables.
     fn forget_jumps(&mut self) {
         self.statistics.jumps_forgotten += 1;
-        self.biases.clear();
+        self.biases.forget();
         self.forgotten += 1;
         self.unlink(true);
         self.code_filter.fill(0);
@@ -622,14 +620,14 @@ impl DbtVcpu {
 
     /// The bias of the jump cache in the current address space and a mode.
     fn bias(&mut self, space: u16, key: Key) -> u64 {
-        let space = (space, key.bits());
-        if let Some(&bias) = self.biases.get(&space) {
-            return bias;
+        loop {
+            if let Some(bias) = self.biases.get(space, key.bits(), host_cpu::random) {
+                return bias;
+            }
+            self.forget_jumps();
+            self.context().flush_jumps();
+            self.biases.start_anew();
         }
-        // Bit 63, which is [`EVENT_BIT`], is not reached.
-        self.last_bias += 1;
-        self.biases.insert(space, self.last_bias);
-        self.last_bias
     }
 
     /// Works out the biases of all classes of the current mode, unless the context has them.
@@ -801,7 +799,7 @@ impl DbtVcpu {
         context.page_base = rip & PAGE_MASK;
         context.address = rip;
         if remember {
-            context.jumps[jump_index(rip)] = JumpEntry { rip, bias, host, padding: 0 };
+            context.jumps[jump_index(rip)] = JumpEntry { tag: rip ^ bias, host };
             self.cache.remembered(number, jump_index(rip));
         }
         self.resets = self.spaces.shared().resets();
