@@ -302,6 +302,8 @@ pub struct Context {
     pub window_addends: [u64; MAX_WINDOWS],
     /// Slots of hot code.
     pub slots: [Slot; SLOTS],
+    /// A bit for each slot, set before it is filled. Only the processor's own thread clears any.
+    pub filled_slots: [AtomicU64; SLOTS / 64],
     /// Host addresses that jumps between pages go to.
     pub links: [u64; LINKS],
     /// The jump cache.
@@ -321,7 +323,7 @@ macro_rules! field {
 }
 field!(page_base stack_page stack_addend jump_bias saved state block_flags vectors x87_in_memory event pending);
 field!(fast_system_calls inner_segments base_instructions fs_base gs_base site host_mxcsr flags address temporary host_rsp target call_target overwritten tsc_offset pauses);
-field!(arithmetic_mask pushed_mask bit_mask syscall sysret mxcsr);
+field!(arithmetic_mask pushed_mask bit_mask syscall sysret mxcsr filled_slots);
 
 /// A guest register in [`Context::spilled`].
 pub fn spilled(number: u8) -> Mem {

@@ -107,6 +107,8 @@ pub struct DbtVcpu {
     seen: FxHashMap<u64, u32>,
     /// Lines of 64 bytes of code, by page of RAM, that the guest was found executing.
     hot: FxHashMap<u64, u64>,
+    /// Offsets in RAM of hot code that jumps backwards lead to.
+    loop_heads: FxHashSet<u64>,
     /// All code of user mode is hot.
     always_hot: bool,
     /// Instructions, by offset in RAM, that access too many pages for a slot.
@@ -225,6 +227,7 @@ impl DbtVcpu {
             sampled: 0,
             seen: FxHashMap::default(),
             hot: FxHashMap::default(),
+            loop_heads: FxHashSet::default(),
             always_hot,
             roaming: FxHashSet::default(),
             alone: FxHashSet::default(),
@@ -409,7 +412,7 @@ impl DbtVcpu {
         self.statistics.cleared += 1;
         self.names.cleared();
         // Other code will use the slots.
-        self.spaces.shared().forget_windows();
+        self.spaces.forget_windows();
         self.spaces.shared().use_slots(0);
         self.cache.clear();
         self.linked.clear();
@@ -532,7 +535,7 @@ impl DbtVcpu {
             page_offset: offset & PAGE_MASK,
             roaming: &self.roaming,
             alone: &self.alone,
-            loop_head,
+            loop_head: loop_head || self.loop_heads.contains(&offset),
         }
     }
 
@@ -574,16 +577,18 @@ impl DbtVcpu {
         *lines |= new;
         if new != 0 {
             self.statistics.hot += u64::from(new.count_ones());
+            self.loop_heads.extend(self.cache.loop_heads(page, new));
             self.cache.drop_lines(page, new, self.windows.context());
         }
     }
 
     /// The slots are used up: what is hot now gets them.
     fn start_hot_code_anew(&mut self) {
+        self.loop_heads.clear();
         for (page, lines) in std::mem::take(&mut self.hot) {
             self.cache.drop_lines(page, lines, self.windows.context());
         }
-        self.spaces.shared().forget_windows();
+        self.spaces.forget_windows();
         self.spaces.shared().use_slots(0);
         self.cache.free_slots();
     }
