@@ -9,6 +9,7 @@ use super::key::Key;
 use super::shared_code::{self, Parts};
 use super::site::{Base, FaultPoint, Packed, Site, SiteKind};
 use crate::code_memory::CodeMemory;
+use crate::code_tracker;
 
 /// Bytes of host code at most; when they are used up, everything is dropped. A compiler of C alone needs some 80 MiB: with half
 /// of that it is translated again and again.
@@ -391,6 +392,27 @@ impl Cache {
             self.drop_block(number, context);
         }
         !dropped.is_empty()
+    }
+
+    /// Offsets in RAM of the blocks that begin in these lines of a page and that jumps backwards lead to.
+    pub fn loop_heads(&self, page: u64, lines: u64) -> impl Iterator<Item = u64> {
+        let blocks = self.pages.get(&page).map_or(&[][..], |page| &page.blocks);
+        let blocks = blocks.iter().filter_map(|&number| self.blocks.get(number as usize));
+        let inside = move |block: &&Block| {
+            block.offset & !0xfff == page && code_tracker::lines(block.offset, 1) & lines != 0
+        };
+        blocks.filter(inside).filter(|block| self.is_loop_head(block)).map(|block| block.offset)
+    }
+
+    fn is_loop_head(&self, block: &Block) -> bool {
+        let mut jump = self.jumps.get(block.jumps as usize);
+        while let Some(&Jump { site, next }) = jump {
+            if matches!(self.site(site).map(|site| site.kind), Some(SiteKind::Jump { backwards: true, .. })) {
+                return true;
+            }
+            jump = self.jumps.get(next as usize);
+        }
+        false
     }
 
     /// Notes that the jump cache has a block at this place.

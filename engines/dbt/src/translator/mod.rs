@@ -6,6 +6,7 @@
 //! interpreter of the x86 crate, one instruction at a time.
 
 pub mod analysis;
+mod biases;
 pub mod block;
 mod block_index;
 pub mod cache;
@@ -19,6 +20,7 @@ pub mod fault;
 mod flow;
 mod interrupt_return;
 pub mod key;
+mod known_code;
 mod names;
 mod operand;
 mod pause;
@@ -32,3 +34,4 @@ pub mod statistics;
 mod values;
 pub mod vcpu;
 pub mod windows;
+mod written_pages;

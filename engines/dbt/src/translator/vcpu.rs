@@ -17,6 +17,7 @@ use bivisor_x86::state::{CpuState, Mode, TableRegister};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::analysis;
+use super::biases::Biases;
 use super::block::{self, OVERHANG, PAGE, Request, Translation};
 use super::cache::Cache;
 use super::context::{
@@ -25,12 +26,14 @@ use super::context::{
 use super::exits::Next;
 use super::fault::{self, FAULT_SITE, Running};
 use super::key::{Key, USER};
+use super::known_code::FILTER_WORDS;
 use super::names::Names;
 use super::pause::Spinning;
 use super::site::{Site, SiteKind};
 use super::spaces::{SharedTlbs, Spaces};
 use super::statistics::Statistics;
 use super::windows::Windows;
+use super::written_pages::WrittenPages;
 use crate::code_tracker::{self, CodeWrite};
 use crate::env::VcpuEnv;
 use crate::host_cpu;
@@ -42,12 +45,8 @@ use crate::trace::Trace;
 pub(super) const PAGE_MASK: u64 = !0xfff;
 /// Instructions that are interpreted at a time where nothing can be translated.
 const INTERPRETED: u64 = 64;
-/// A page whose code was written this often is interpreted for a while.
-const VOLATILE_WRITES: u32 = 16;
-/// So many times code of such a page is entered before translating it is tried again.
-const VOLATILE_ENTRIES: u32 = 500;
 /// Number of the address space of all global pages; the processor's own numbers are smaller.
-const GLOBAL_SPACE: u16 = u16::MAX;
+pub(super) const GLOBAL_SPACE: u16 = u16::MAX;
 /// So often supervisor code is found to be global, or not, until all of it is taken to be.
 const OTHERWISE: u32 = 200;
 /// Host time stamps between two looks at what the guest is executing: about a millisecond.
@@ -66,17 +65,6 @@ const HOT_BEHIND: u64 = 512;
 const ROAMING_MISSES: u64 = 20_000;
 /// So often a window may lie where the inline TLB can't be used, until its accesses are checked one by one.
 const FAILURES: u32 = 200;
-/// No place in RAM: a page was found in several.
-const ELSEWHERE: u64 = u64::MAX;
-/// Words of the filter of pages with code: linear page numbers are reduced to its bits.
-const FILTER_WORDS: usize = 1024;
-
-/// How often the code of a page was written.
-#[derive(Clone, Copy, Default)]
-struct Volatility {
-    writes: u32,
-    entries_left: u32,
-}
 
 /// A virtual processor.
 pub struct DbtVcpu {
@@ -90,24 +78,23 @@ pub struct DbtVcpu {
     single_step: bool,
     pub(super) epoch: u64,
     /// Biases of the jump cache for address spaces and modes.
-    biases: FxHashMap<(u16, u16), u64>,
-    last_bias: u64,
+    pub(super) biases: Biases,
     /// Address space, mode without its class, and number of [`DbtVcpu::forgotten`] that the context's biases are for.
     biases_for: (u16, u16, u64),
     /// How often all biases were forgotten.
-    forgotten: u64,
+    pub(super) forgotten: u64,
     /// Links to other pages that hold in the current address space.
     linked: Vec<u32>,
     /// Links that hold in every address space.
     linked_globally: Vec<u32>,
     /// Linear pages that jumps may lead to without a look at the page tables, in the address space they were found in.
-    code_filter: Box<[u64; FILTER_WORDS]>,
+    pub(super) code_filter: Box<[u64; FILTER_WORDS]>,
     /// The same of global pages.
-    global_code_filter: Box<[u64; FILTER_WORDS]>,
+    pub(super) global_code_filter: Box<[u64; FILTER_WORDS]>,
     /// While supervisor code lies in global pages: the linear pages of it that jumps may lead to, and where in RAM they were
-    /// then, or [`ELSEWHERE`].
-    kernel_pages: FxHashMap<u64, u64>,
-    volatile: FxHashMap<u64, Volatility>,
+    /// then, or [`super::known_code::ELSEWHERE`].
+    pub(super) kernel_pages: FxHashMap<u64, u64>,
+    written: WrittenPages,
     fault_address: Box<u64>,
     /// How often the inline TLB was emptied or switched.
     pub(super) flushes: u64,
@@ -122,6 +109,8 @@ pub struct DbtVcpu {
     seen: FxHashMap<u64, u32>,
     /// Lines of 64 bytes of code, by page of RAM, that the guest was found executing.
     hot: FxHashMap<u64, u64>,
+    /// Offsets in RAM of hot code that jumps backwards lead to.
+    loop_heads: FxHashSet<u64>,
     /// All code of user mode is hot.
     always_hot: bool,
     /// Instructions, by offset in RAM, that access too many pages for a slot.
@@ -137,7 +126,7 @@ pub struct DbtVcpu {
     trace: Trace,
     names: Names,
     /// Supervisor code is taken to lie in global pages.
-    global_kernel: bool,
+    pub(super) global_kernel: bool,
     /// How often it didn't, or did where it is taken not to.
     otherwise: u32,
     /// STAR, EFER and CR0 that the context's system calls are for.
@@ -225,8 +214,7 @@ impl DbtVcpu {
             cache: Cache::new().map_err(no_memory)?,
             single_step: false,
             epoch: 0,
-            biases: FxHashMap::default(),
-            last_bias: 0,
+            biases: Biases::default(),
             biases_for: (0, 0, 0),
             forgotten: 1,
             linked: Vec::new(),
@@ -234,7 +222,7 @@ impl DbtVcpu {
             code_filter: Box::new([0; FILTER_WORDS]),
             global_code_filter: Box::new([0; FILTER_WORDS]),
             kernel_pages: FxHashMap::default(),
-            volatile: FxHashMap::default(),
+            written: WrittenPages::default(),
             fault_address: Box::new(0),
             flushes: 0,
             resets: 0,
@@ -242,6 +230,7 @@ impl DbtVcpu {
             sampled: 0,
             seen: FxHashMap::default(),
             hot: FxHashMap::default(),
+            loop_heads: FxHashSet::default(),
             always_hot,
             roaming: FxHashSet::default(),
             alone: FxHashSet::default(),
@@ -274,6 +263,25 @@ impl DbtVcpu {
         let exit = self.cpu.run(&mut self.env, budget);
         self.follow_changes();
         ended(exit)
+    }
+
+    /// Lets the interpreter execute what there is no block for.
+    fn interpret_untranslated(&mut self, translatable: bool) -> Option<Exit> {
+        let budget = if self.trace.is_on() { 1 } else { INTERPRETED };
+        if !translatable {
+            return self.interpret(budget, true);
+        }
+        let rip = self.cpu.state.rip;
+        let place = self.cpu.probe(&mut self.env, rip, Access::Execute);
+        let is_written =
+            matches!(place, Ok(Place::Ram(offset)) if self.written.is_interpreted(offset & PAGE_MASK));
+        if !is_written || !self.cpu.runs_plainly() {
+            return self.interpret(1, true);
+        }
+        self.sync_vectors();
+        self.cpu.execute_written(&mut self.env, budget);
+        self.follow_changes();
+        None
     }
 
     /// Brings vector registers that the context holds to the state.
@@ -349,84 +357,8 @@ impl DbtVcpu {
         self.spaces.protect(self.ram.as_ptr() as u64 + page);
     }
 
-    fn filter_place(linear: u64) -> (usize, u64) {
-        let page = (linear >> 12 ^ linear >> 28) as usize;
-        (page / 64 % FILTER_WORDS, 1 << (page % 64))
-    }
-
-    pub(super) fn may_hold_code(&self, linear: u64) -> bool {
-        let (word, bit) = Self::filter_place(linear);
-        (self.code_filter[word] | self.global_code_filter[word]) & bit != 0
-    }
-
-    /// No jump leads to a page any more without a look at the page tables: not in the current address space, and if the page
-    /// may be global, in none.
-    fn forget_jumps_to(&mut self, linear: u64) {
-        let (word, bit) = Self::filter_place(linear);
-        if self.global_code_filter[word] & bit != 0 && !self.is_kernel_page(linear) {
-            self.forget_jumps();
-        } else if self.code_filter[word] & bit != 0 {
-            let current = self.cpu.address_space();
-            self.biases.retain(|&(space, _), _| space != current);
-            self.forgotten += 1;
-            self.unlink(false);
-        }
-    }
-
-    /// Whether a page of supervisor code that jumps lead to is still where it was.
-    fn is_kernel_page(&self, linear: u64) -> bool {
-        let page = self.kernel_pages.get_key_value(&(linear & PAGE_MASK));
-        page.is_some_and(|(&page, &place)| self.cpu.global_code(&self.env, page) == Some(place))
-    }
-
-    /// Whether all supervisor code that jumps lead to is still where it was: guests flush everything for other reasons, and
-    /// to find all jumps again takes longer.
-    fn kernel_stays(&self) -> bool {
-        let stays = |(&page, &place): (&u64, &u64)| self.cpu.global_code(&self.env, page) == Some(place);
-        self.global_kernel && self.kernel_pages.iter().all(stays)
-    }
-
-    /// Notes that jumps to this instruction pointer, where the block begins, may be taken without a look at the page tables.
-    fn note_code(&mut self, rip: u64, block: u32) {
-        let Some(block) = self.cache.block(block) else { return };
-        let second = block.second().map(|place| (following_page(rip), place));
-        let user = block.key.class() == USER;
-        for (linear, place) in [(rip, block.offset)].into_iter().chain(second) {
-            let (word, bit) = Self::filter_place(linear);
-            let global = self.cpu.is_global(linear);
-            let filter = if global { &mut self.global_code_filter } else { &mut self.code_filter };
-            filter[word] |= bit;
-            if self.global_kernel && !user {
-                let place = place & PAGE_MASK;
-                let known = self.kernel_pages.entry(linear & PAGE_MASK).or_insert(place);
-                if *known != place {
-                    *known = ELSEWHERE;
-                }
-            }
-        }
-    }
-
-    /// No jump leads anywhere any more without a look at the page tables.
-    fn forget_jumps(&mut self) {
-        self.statistics.jumps_forgotten += 1;
-        self.biases.clear();
-        self.forgotten += 1;
-        self.unlink(true);
-        self.code_filter.fill(0);
-        self.global_code_filter.fill(0);
-        self.kernel_pages.clear();
-    }
-
-    /// The same, but to supervisor code.
-    fn forget_local_jumps(&mut self) {
-        self.biases.retain(|&(space, _), _| space == GLOBAL_SPACE);
-        self.forgotten += 1;
-        self.unlink(false);
-        self.code_filter.fill(0);
-    }
-
     /// Links between pages end: those that hold in the current address space, or all.
-    fn unlink(&mut self, globally: bool) {
+    pub(super) fn unlink(&mut self, globally: bool) {
         let context = self.windows.context();
         for link in self.linked.drain(..) {
             self.cache.unlink(link, context);
@@ -443,7 +375,7 @@ impl DbtVcpu {
         self.statistics.cleared += 1;
         self.names.cleared();
         // Other code will use the slots.
-        self.spaces.shared().forget_windows();
+        self.spaces.forget_windows();
         self.spaces.shared().use_slots(0);
         self.cache.clear();
         self.linked.clear();
@@ -464,10 +396,8 @@ impl DbtVcpu {
                 continue;
             }
             self.statistics.dropped += 1;
-            let volatility = self.volatile.entry(page).or_default();
-            volatility.writes += 1;
-            if volatility.writes >= VOLATILE_WRITES {
-                *volatility = Volatility { writes: VOLATILE_WRITES / 2, entries_left: VOLATILE_ENTRIES };
+            if self.written.dropped(page) {
+                self.env.release_code(page);
             }
         }
     }
@@ -505,10 +435,7 @@ impl DbtVcpu {
 
     pub(super) fn translate(&mut self, offset: u64, key: Key, loop_head: bool) -> Option<u32> {
         let page = offset & PAGE_MASK;
-        if let Some(volatility) = self.volatile.get_mut(&page)
-            && volatility.entries_left > 0
-        {
-            volatility.entries_left -= 1;
+        if self.written.entered(page) {
             return None;
         }
         let slots_used_up = self.cache.slots().len() + SLOTS_OF_A_BLOCK >= SLOTS;
@@ -571,7 +498,7 @@ impl DbtVcpu {
             page_offset: offset & PAGE_MASK,
             roaming: &self.roaming,
             alone: &self.alone,
-            loop_head,
+            loop_head: loop_head || self.loop_heads.contains(&offset),
         }
     }
 
@@ -613,16 +540,18 @@ impl DbtVcpu {
         *lines |= new;
         if new != 0 {
             self.statistics.hot += u64::from(new.count_ones());
+            self.loop_heads.extend(self.cache.loop_heads(page, new));
             self.cache.drop_lines(page, new, self.windows.context());
         }
     }
 
     /// The slots are used up: what is hot now gets them.
     fn start_hot_code_anew(&mut self) {
+        self.loop_heads.clear();
         for (page, lines) in std::mem::take(&mut self.hot) {
             self.cache.drop_lines(page, lines, self.windows.context());
         }
-        self.spaces.shared().forget_windows();
+        self.spaces.forget_windows();
         self.spaces.shared().use_slots(0);
         self.cache.free_slots();
     }
@@ -659,14 +588,14 @@ impl DbtVcpu {
 
     /// The bias of the jump cache in the current address space and a mode.
     fn bias(&mut self, space: u16, key: Key) -> u64 {
-        let space = (space, key.bits());
-        if let Some(&bias) = self.biases.get(&space) {
-            return bias;
+        loop {
+            if let Some(bias) = self.biases.get(space, key.bits(), host_cpu::random) {
+                return bias;
+            }
+            self.forget_jumps();
+            self.context().flush_jumps();
+            self.biases.start_anew();
         }
-        // Bit 63, which is [`EVENT_BIT`], is not reached.
-        self.last_bias += 1;
-        self.biases.insert(space, self.last_bias);
-        self.last_bias
     }
 
     /// Works out the biases of all classes of the current mode, unless the context has them.
@@ -825,8 +754,7 @@ impl DbtVcpu {
             let statistics = &mut self.statistics;
             *(if translatable { &mut statistics.not_translated } else { &mut statistics.other_modes }) += 1;
             self.windows.context().forget_cpuid();
-            let budget = if translatable || self.trace.is_on() { 1 } else { INTERPRETED };
-            return Ok(self.interpret(budget, true));
+            return Ok(self.interpret_untranslated(translatable));
         };
         let (entry, lookup_entry, crosses) = (block.entry, block.lookup_entry, block.second().is_some());
         let rip = self.cpu.state.rip;
@@ -839,7 +767,7 @@ impl DbtVcpu {
         context.page_base = rip & PAGE_MASK;
         context.address = rip;
         if remember {
-            context.jumps[jump_index(rip)] = JumpEntry { rip, bias, host, padding: 0 };
+            context.jumps[jump_index(rip)] = JumpEntry { tag: rip ^ bias, host };
             self.cache.remembered(number, jump_index(rip));
         }
         self.resets = self.spaces.shared().resets();
@@ -920,7 +848,7 @@ impl DbtVcpu {
 }
 
 /// Linear address of the page behind that of an instruction pointer.
-const fn following_page(rip: u64) -> u64 {
+pub(super) const fn following_page(rip: u64) -> u64 {
     (rip & PAGE_MASK).wrapping_add(PAGE as u64)
 }
 
