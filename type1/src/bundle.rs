@@ -21,6 +21,15 @@ pub enum OnCrash {
     Restart,
 }
 
+/// A network interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetConfig {
+    /// Name of the switch that it is at.
+    pub switch: String,
+    /// Its Ethernet address.
+    pub mac: [u8; 6],
+}
+
 /// A virtual machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MachineConfig<'a> {
@@ -42,6 +51,8 @@ pub struct MachineConfig<'a> {
     pub kernel: Cow<'a, [u8]>,
     /// The initial RAM disk.
     pub initrd: Option<Cow<'a, [u8]>>,
+    /// Network interfaces.
+    pub nets: Vec<NetConfig>,
 }
 
 /// All virtual machines.
@@ -88,6 +99,11 @@ impl<'a> Bundle<'a> {
             put(&mut file, &machine.kernel);
             // No initrd has no bytes.
             put(&mut file, machine.initrd.as_deref().unwrap_or_default());
+            file.extend((machine.nets.len() as u32).to_le_bytes());
+            for net in &machine.nets {
+                put(&mut file, net.switch.as_bytes());
+                file.extend(net.mac);
+            }
         }
         file
     }
@@ -121,7 +137,17 @@ fn machine<'a>(file: &mut &'a [u8]) -> Result<MachineConfig<'a>, BundleError> {
     let command_line = text(file)?;
     let kernel = Cow::Borrowed(bytes(file)?);
     let initrd = Some(bytes(file)?).filter(|initrd| !initrd.is_empty()).map(Cow::Borrowed);
-    Ok(MachineConfig { name, cpus, memory, testdev, pv, on_crash, command_line, kernel, initrd })
+    let nets = list(file, |file| Ok(NetConfig { switch: text(file)?, mac: take_array(file)? }))?;
+    Ok(MachineConfig { name, cpus, memory, testdev, pv, on_crash, command_line, kernel, initrd, nets })
+}
+
+/// A number and that many values.
+fn list<'a, T>(
+    file: &mut &'a [u8],
+    mut value: impl FnMut(&mut &'a [u8]) -> Result<T, BundleError>,
+) -> Result<Vec<T>, BundleError> {
+    let count = u32::from_le_bytes(take_array(file)?);
+    (0..count).map(|_| value(file)).collect()
 }
 
 /// A length and that many bytes.
@@ -174,6 +200,7 @@ mod tests {
             command_line: "console=ttyS0".into(),
             kernel: Cow::Borrowed(b"kernel"),
             initrd: Some(Cow::Borrowed(b"initrd")),
+            nets: vec![NetConfig { switch: "lan".into(), mac: [2, 0, 0, 0, 0, 1] }],
         };
         let other = MachineConfig {
             name: "b".into(),

@@ -13,12 +13,13 @@ pub mod ending;
 mod host;
 mod list;
 pub mod memory;
+mod net;
 mod processor;
 mod scheduler;
 mod time;
 mod vm;
 
-use alloc::sync::Arc;
+use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 
 use bivisor_machine::host::Clock;
@@ -28,6 +29,7 @@ use bundle::Bundle;
 use console::println;
 use memory::Image;
 use memory::heap::Heap;
+use net::Switches;
 use processor::Processor;
 use scheduler::Scheduler;
 use vm::Host;
@@ -87,7 +89,12 @@ fn start(info: &BootInfo, processor: Processor) -> Result<Scheduler, StartError>
     let bundle = Bundle::parse(memory::module(module))?;
     ending::set_options(&bundle.command_line);
     let svm = processor.enable_svm()?;
-    let host = Arc::new(Host { processor, svm });
+    let host = Arc::new_cyclic(|host: &Weak<Host>| {
+        let (clock, host) = (processor.clock.clone(), host.clone());
+        // The timer ends the guest's run, and the scheduler delivers.
+        let wake = move || host.upgrade().into_iter().for_each(|host| host.processor.arm_by(0));
+        Host { switches: Switches::new(clock, Arc::new(wake)), processor, svm }
+    });
     let alone = bundle.machines.len() == 1;
     let console = Arc::new(console::Console::new(alone));
     let mut machines = Vec::new();

@@ -36,6 +36,7 @@ impl Scheduler {
     pub(crate) fn run(&mut self) {
         while self.machines.iter().any(Option::is_some) {
             self.read_keys();
+            self.host.switches.deliver();
             let now = self.host.processor.clock.now();
             self.running().for_each(|vm| vm.expire(now));
             let next = self.next(now);

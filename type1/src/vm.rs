@@ -14,12 +14,15 @@ use bivisor_machine::engine::{Engine, EngineError, Exit, Vcpu, VcpuBus};
 use bivisor_machine::host::{Clock, MachineEvent, Nanos};
 use bivisor_machine::lifecycle::TransitionError;
 use bivisor_machine::machine::{HostParts, Machine, MachineError, ResetError};
+use bivisor_machine::virtio::device::VirtioDevice;
+use bivisor_machine::virtio::net::Net;
 use bivisor_x86::cpuid::CpuModel;
 
 use crate::bundle::{MachineConfig, OnCrash};
 use crate::console::Line;
 use crate::host::{VmAlarm, VmEvents};
 use crate::memory::{self, IdentityMap, MemoryError};
+use crate::net::Switches;
 use crate::processor::Processor;
 
 /// How often a halted processor whose events are all masked is looked at again.
@@ -33,6 +36,16 @@ const MAX_INPUT: usize = 4096;
 pub(crate) struct Host {
     pub(crate) processor: Processor,
     pub(crate) svm: Arc<SvmProcessor>,
+    pub(crate) switches: Switches,
+}
+
+/// The devices that a machine's configuration names.
+fn devices(config: &MachineConfig<'_>, host: &Host) -> Vec<Arc<dyn VirtioDevice>> {
+    let nets = config
+        .nets
+        .iter()
+        .map(|net| -> Arc<dyn VirtioDevice> { Net::new(host.switches.port(&net.switch), net.mac, None) });
+    nets.collect()
 }
 
 /// A machine can't be made, or not be started.
@@ -112,7 +125,7 @@ impl Vm {
                 alarm: alarm.clone(),
                 events: events.clone(),
                 console: Arc::new(console),
-                devices: Vec::new(),
+                devices: devices(config, host),
             },
         )?;
         let engine = SvmEngine::new(host.svm.clone(), Arc::new(IdentityMap));

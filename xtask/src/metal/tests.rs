@@ -84,6 +84,7 @@ fn config_of(guest: &Guest, name: &str) -> MachineConfig<'static> {
         command_line: String::new(),
         kernel: Cow::Borrowed(guest.image),
         initrd: None,
+        nets: Vec::new(),
     }
 }
 
