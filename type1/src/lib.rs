@@ -9,6 +9,7 @@ extern crate alloc;
 pub mod boot;
 pub mod bundle;
 pub mod console;
+mod disk;
 pub mod ending;
 mod host;
 mod list;

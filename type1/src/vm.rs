@@ -14,12 +14,14 @@ use bivisor_machine::engine::{Engine, EngineError, Exit, Vcpu, VcpuBus};
 use bivisor_machine::host::{Clock, MachineEvent, Nanos};
 use bivisor_machine::lifecycle::TransitionError;
 use bivisor_machine::machine::{HostParts, Machine, MachineError, ResetError};
+use bivisor_machine::virtio::block::Block;
 use bivisor_machine::virtio::device::VirtioDevice;
 use bivisor_machine::virtio::net::Net;
 use bivisor_x86::cpuid::CpuModel;
 
 use crate::bundle::{MachineConfig, OnCrash};
 use crate::console::Line;
+use crate::disk::{Disk, SLAB, Slab};
 use crate::host::{VmAlarm, VmEvents};
 use crate::memory::{self, IdentityMap, MemoryError};
 use crate::net::Switches;
@@ -39,13 +41,22 @@ pub(crate) struct Host {
     pub(crate) switches: Switches,
 }
 
+/// Memory for what a guest writes to its disks.
+fn slab() -> Option<Slab> {
+    memory::allocate(SLAB as u64).map(|slab| Box::new(slab) as Slab).ok()
+}
+
 /// The devices that a machine's configuration names.
-fn devices(config: &MachineConfig<'_>, host: &Host) -> Vec<Arc<dyn VirtioDevice>> {
+fn devices(config: &MachineConfig<'static>, host: &Host) -> Vec<Arc<dyn VirtioDevice>> {
+    let disks = config.disks.iter().map(|disk| -> Arc<dyn VirtioDevice> {
+        let queues = u16::try_from(config.cpus).unwrap_or(u16::MAX);
+        Block::new(Arc::new(Disk::new(disk, slab)), &disk.serial, queues)
+    });
     let nets = config
         .nets
         .iter()
         .map(|net| -> Arc<dyn VirtioDevice> { Net::new(host.switches.port(&net.switch), net.mac, None) });
-    nets.collect()
+    disks.chain(nets).collect()
 }
 
 /// A machine can't be made, or not be started.

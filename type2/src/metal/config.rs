@@ -11,8 +11,10 @@ use crate::guest::{Guest, make_missing_image};
 use bivisor_backends::net::{NetSpec, NetworkSpec};
 
 /// Words that a description may use.
-const KNOWN: &[&str] =
-    &["image", "build", "kernel", "initrd", "append", "memory", "cpus", "pv", "net", "testdev", "restart"];
+const KNOWN: &[&str] = &[
+    "image", "build", "kernel", "initrd", "append", "memory", "cpus", "pv", "net", "disk", "snapshot",
+    "testdev", "restart",
+];
 
 /// Reads a description and everything that it names.
 ///
@@ -45,6 +47,9 @@ fn refused(described: &Described) -> Vec<String> {
         .filter(|key| !KNOWN.contains(&key.as_str()))
         .map(|key| format!("vm.{name}.{key}"))
         .collect();
+    let lasts = |disk: &DiskSpec| !forgets(disk) && !described.config.snapshot;
+    let disks = described.config.disks.iter().enumerate().filter(|(_, disk)| lasts(disk));
+    refused.extend(disks.map(|(index, _)| format!("vm.{name}.disk[{index}] without snapshot = true")));
     let nets = described.config.nets.iter().enumerate();
     refused.extend(
         nets.filter(|(_, net)| switch(net).is_none()).map(|(index, _)| format!("vm.{name}.net[{index}]")),
@@ -53,6 +58,11 @@ fn refused(described: &Described) -> Vec<String> {
         refused.push(format!("vm.{name}.restart = \"always\""));
     }
     refused
+}
+
+/// Whether nothing is expected to last that the guest writes.
+fn forgets(disk: &DiskSpec) -> bool {
+    disk.snapshot || disk.read_only
 }
 
 /// The switch that an interface is at; `None` if it is at something else, or has limits.
@@ -73,15 +83,22 @@ fn machine(index: usize, described: &Described) -> Result<MachineConfig<'static>
     let config = &described.config;
     make_missing_image(config)?;
     let guest = Guest::find(config)?;
-    if !guest.disks.is_empty() {
+    let own = guest
+        .disks
+        .iter()
+        .map(|disk| DiskSpec { snapshot: disk.snapshot || config.snapshot, ..disk.clone() });
+    if own.clone().any(|disk| !forgets(&disk)) {
         return Err(MetalError::Disk { name: described.name.clone() });
     }
+    let disks =
+        own.chain(config.disks.iter().cloned()).map(|disk| disk::read(&disk)).collect::<Result<_, _>>()?;
     let nets = config.nets.iter().enumerate().filter_map(|(interface, net)| {
         let mac = net.mac.unwrap_or_else(|| default_mac(index, interface));
         Some(NetConfig { switch: switch(net)?.into(), mac })
     });
     Ok(MachineConfig {
         nets: nets.collect(),
+        disks,
         name: described.name.clone(),
         cpus: config.cpus,
         memory: config.memory.0,
@@ -134,10 +151,10 @@ mod tests {
     #[test]
     fn what_is_not_there_is_named() {
         let error = parse(
-            "[vm.a]\nkernel = \"k\"\nrng = true\nnet = [\"switch=a\", \"user\"]\n[vm.b]\nkernel = \"k\"\ngdb = \":1\"\nrestart = \"always\"\n",
+            "[vm.a]\nkernel = \"k\"\nrng = true\nnet = [\"switch=a\", \"user\"]\n[[vm.a.disk]]\npath = \"k\"\n[vm.b]\nkernel = \"k\"\ngdb = \":1\"\nrestart = \"always\"\n",
         )
         .unwrap_err();
-        assert!(error.contains("vm.a.rng, vm.a.net[1], vm.b.gdb, vm.b.restart = \"always\""), "{error}");
+        assert!(error.contains("vm.a.rng, vm.a.disk[0] without snapshot = true, vm.a.net[1], vm.b.gdb, vm.b.restart = \"always\""), "{error}");
         assert!(parse("[vm.a]\nkernel = \"nowhere\"\n").unwrap_err().contains("there is no kernel"));
     }
 }
