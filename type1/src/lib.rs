@@ -6,6 +6,7 @@
 
 extern crate alloc;
 
+mod acpi;
 pub mod boot;
 pub mod bundle;
 pub mod console;
@@ -18,13 +19,16 @@ mod net;
 mod processor;
 mod scheduler;
 mod time;
+mod turns;
 mod vm;
 
 use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
+use core::sync::atomic::AtomicU64;
 
 use bivisor_machine::host::Clock;
 
+use acpi::SoftOff;
 use boot::BootInfo;
 use bundle::Bundle;
 use console::println;
@@ -54,6 +58,7 @@ pub unsafe fn run(protocol: u32, information: u64, image: &Image, heap: &Heap) -
         if let Err(error) = memory::take_over(&info, image, heap) {
             ending::give_up(format_args!("{error}"));
         }
+        ending::set_soft_off(info.acpi().and_then(|root| SoftOff::find(&boot::Identity, root)));
         (info, Processor::take_over())
     };
     println!(
@@ -94,7 +99,8 @@ fn start(info: &BootInfo, processor: Processor) -> Result<Scheduler, StartError>
         let (clock, host) = (processor.clock.clone(), host.clone());
         // The timer ends the guest's run, and the scheduler delivers.
         let wake = move || host.upgrade().into_iter().for_each(|host| host.processor.arm_by(0));
-        Host { switches: Switches::new(clock, Arc::new(wake)), processor, svm }
+        let switches = Switches::new(clock, Arc::new(wake));
+        Host { switches, processor, svm, running: AtomicU64::new(0) }
     });
     let alone = bundle.machines.len() == 1;
     let console = Arc::new(console::Console::new(alone));

@@ -5,6 +5,7 @@ use alloc::collections::VecDeque;
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::sync::atomic::AtomicU64;
 
 use bivisor_hvm::SvmEngine;
 use bivisor_hvm::host::cpuid;
@@ -22,7 +23,7 @@ use bivisor_x86::cpuid::CpuModel;
 use crate::bundle::{MachineConfig, OnCrash};
 use crate::console::Line;
 use crate::disk::{Disk, SLAB, Slab};
-use crate::host::{VmAlarm, VmEvents};
+use crate::host::{VcpuWaker, VmAlarm, VmEvents};
 use crate::memory::{self, IdentityMap, MemoryError};
 use crate::net::Switches;
 use crate::processor::Processor;
@@ -39,6 +40,8 @@ pub(crate) struct Host {
     pub(crate) processor: Processor,
     pub(crate) svm: Arc<SvmProcessor>,
     pub(crate) switches: Switches,
+    /// The number of the virtual processor that executes: [`VcpuWaker`]'s.
+    pub(crate) running: AtomicU64,
 }
 
 /// Memory for what a guest writes to its disks.
@@ -82,6 +85,7 @@ pub(crate) enum VmError {
 struct Slot {
     vcpu: Box<dyn Vcpu>,
     bus: Arc<dyn VcpuBus>,
+    waker: Arc<VcpuWaker>,
     /// It waits for an event; one that it has already does not help before this moment.
     halted: Option<Nanos>,
 }
@@ -144,7 +148,9 @@ impl Vm {
             .map(|index| {
                 let setup = machine.vcpu_setup(index).ok_or(VmError::NoSuchProcessor)?;
                 let bus = setup.bus.clone();
-                Ok(Slot { vcpu: engine.create_vcpu(index, setup)?, bus, halted: None })
+                let waker = VcpuWaker::new(host.clone());
+                machine.set_waker(index, waker.clone());
+                Ok(Slot { vcpu: engine.create_vcpu(index, setup)?, bus, waker, halted: None })
             })
             .collect::<Result<_, VmError>>()?;
         let mut vm = Self {
@@ -255,6 +261,7 @@ impl Vm {
     pub(crate) fn run(&mut self, cpu: usize) {
         let Some(slot) = self.slots.get_mut(cpu) else { return };
         let was_halted = slot.halted.take().is_some();
+        slot.waker.runs();
         match slot.vcpu.run() {
             Ok(Exit::Halt) => {
                 let masked = was_halted && slot.bus.has_event();

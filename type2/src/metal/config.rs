@@ -3,12 +3,13 @@
 use std::borrow::Cow;
 use std::path::Path;
 
+use bivisor_backends::disk::DiskSpec;
+use bivisor_backends::net::{NetSpec, NetworkSpec};
 use bivisor_metal::bundle::{Bundle, MAX_MACHINES, MachineConfig, NetConfig, OnCrash};
 
-use super::MetalError;
+use super::{MetalError, disk_content};
 use crate::config::{Described, Paravirtual, RestartPolicy, read_set};
 use crate::guest::{Guest, make_missing_image};
-use bivisor_backends::net::{NetSpec, NetworkSpec};
 
 /// Words that a description may use.
 const KNOWN: &[&str] = &[
@@ -90,8 +91,10 @@ fn machine(index: usize, described: &Described) -> Result<MachineConfig<'static>
     if own.clone().any(|disk| !forgets(&disk)) {
         return Err(MetalError::Disk { name: described.name.clone() });
     }
-    let disks =
-        own.chain(config.disks.iter().cloned()).map(|disk| disk::read(&disk)).collect::<Result<_, _>>()?;
+    let disks = own
+        .chain(config.disks.iter().cloned())
+        .map(|disk| disk_content::read(&disk))
+        .collect::<Result<_, _>>()?;
     let nets = config.nets.iter().enumerate().filter_map(|(interface, net)| {
         let mac = net.mac.unwrap_or_else(|| default_mac(index, interface));
         Some(NetConfig { switch: switch(net)?.into(), mac })
