@@ -115,7 +115,8 @@ pub fn machine(
     if let Some(probe) = probe {
         probe.after_close();
     }
-    let parts = Parts { config, engine, guest, clock, processors, console, backends, trace, perf_map, log, events };
+    let parts =
+        Parts { config, engine, guest, clock, processors, console, backends, trace, perf_map, log, events };
     let ending = supervise(&parts, &happenings, debugger.as_ref(), ready);
 
     if let (Some(debugger), Ok(ending)) = (&debugger, &ending) {

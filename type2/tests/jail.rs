@@ -158,7 +158,8 @@ fn a_reset_makes_a_new_machine_in_the_jail() {
 #[test]
 fn sockets_are_removed_at_the_end_and_core_dumps_are_off() {
     let folder = Folder::new();
-    let words = ["--testdev", "--console", "unix=console", "--virtio-console", "unix=second", "--vsock", "vsock"];
+    let words =
+        ["--testdev", "--console", "unix=console", "--virtio-console", "unix=second", "--vsock", "vsock"];
     let mut child = folder.run_command(ECHO, &words).spawn().unwrap();
     let paths = ["console", "second", "vsock"].map(|name| folder.path().join(name));
     let start = Instant::now();

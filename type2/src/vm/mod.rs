@@ -30,8 +30,8 @@ use crate::host::clock::{LinuxClock, host_cpuid};
 use crate::host::log::Log;
 use crate::host::memory;
 use crate::perf_map::PerfMap;
-use crate::trace::{TraceError, TraceFile};
 use crate::status;
+use crate::trace::{TraceError, TraceFile};
 use gate::Gate;
 use vcpu::{SharedVcpu, Surroundings, ThreadWaker, VcpuEvent, VcpuThread, lock};
 
