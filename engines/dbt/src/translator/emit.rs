@@ -41,6 +41,11 @@ pub const fn at(base: Reg, displacement: i32) -> Mem {
 }
 
 impl Mem {
+    /// The register that the operand's address is, if it is one.
+    pub fn register(self) -> Option<Reg> {
+        (self.index.is_none() && self.displacement == 0).then_some(self.base)
+    }
+
     /// The operand this many bytes further.
     pub const fn plus(self, bytes: i32) -> Self {
         Self { displacement: self.displacement + bytes, ..self }
@@ -389,6 +394,10 @@ impl Emitter {
     /// `xor register, other`.
     pub fn xor(&mut self, wide: Width, register: Reg, other: Reg) {
         self.op_reg(wide, &[0x33], register, other);
+    }
+    /// `bts [mem], number`: of a string of bits that begins at `mem`, and not atomic.
+    pub fn set_bit(&mut self, mem: Mem, number: Reg) {
+        self.op_mem(Width::W64, &[0x0f, 0xab], number, mem);
     }
     /// `inc qword [mem]`.
     pub fn increment(&mut self, mem: Mem) {
