@@ -85,8 +85,9 @@ enum StartError {
 fn start(info: &BootInfo, processor: Processor) -> Result<Scheduler, StartError> {
     let module = info.modules().first().ok_or(StartError::NoModule)?;
     let bundle = Bundle::parse(memory::module(module))?;
-    let svm = processor.enable_svm()?;
-    let host = Arc::new(Host { processor, svm });
+    let hardware = processor.enable_virtualization()?;
+    println!("bivisor: guests run on {}", hardware.name());
+    let host = Arc::new(Host { processor, hardware });
     let alone = bundle.machines.len() == 1;
     let console = Arc::new(console::Console::new(alone));
     let mut machines = Vec::new();

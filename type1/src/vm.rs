@@ -6,11 +6,10 @@ use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use bivisor_hvm::SvmEngine;
+use bivisor_hvm::Hardware;
 use bivisor_hvm::host::cpuid;
-use bivisor_hvm::svm::SvmProcessor;
 use bivisor_machine::boot::{BootError, BootImage};
-use bivisor_machine::engine::{Engine, EngineError, Exit, Vcpu, VcpuBus};
+use bivisor_machine::engine::{EngineError, Exit, Vcpu, VcpuBus};
 use bivisor_machine::host::{Clock, MachineEvent, Nanos};
 use bivisor_machine::lifecycle::TransitionError;
 use bivisor_machine::machine::{HostParts, Machine, MachineError, ResetError};
@@ -32,7 +31,7 @@ const MAX_INPUT: usize = 4096;
 /// What all machines run on.
 pub(crate) struct Host {
     pub(crate) processor: Processor,
-    pub(crate) svm: Arc<SvmProcessor>,
+    pub(crate) hardware: Hardware,
 }
 
 /// A machine can't be made, or not be started.
@@ -115,7 +114,7 @@ impl Vm {
                 devices: Vec::new(),
             },
         )?;
-        let engine = SvmEngine::new(host.svm.clone(), Arc::new(IdentityMap));
+        let engine = host.hardware.engine(Arc::new(IdentityMap));
         let slots = (0..config.cpus)
             .map(|index| {
                 let setup = machine.vcpu_setup(index).ok_or(VmError::NoSuchProcessor)?;

@@ -61,7 +61,7 @@ impl<G: HardwareGuest> HvmVcpu<G> {
 
     /// Takes events as far as the guest can have them now. What it is to be entered with, or why it is not.
     fn prepare(&mut self) -> Result<Entry, Exit> {
-        let mut window = false;
+        let (mut window, mut nmi_window) = (false, false);
         while self.pending.is_none() && self.env.bus.has_event() {
             let state = &self.cpu.state;
             let executing = matches!(state.activity, Activity::Running | Activity::Halted);
@@ -80,7 +80,7 @@ impl<G: HardwareGuest> HvmVcpu<G> {
                 }
                 None => {
                     // What waits with interrupts open is an NMI, for which the end of the last one's handler is awaited.
-                    window = !interrupts;
+                    (window, nmi_window) = (!interrupts, !nmis);
                     break;
                 }
             }
@@ -88,6 +88,7 @@ impl<G: HardwareGuest> HvmVcpu<G> {
         if self.pending.is_some() {
             self.cpu.state.activity = Activity::Running;
             window = self.env.bus.has_event();
+            nmi_window = window;
         }
         match self.cpu.state.activity {
             Activity::Running => {}
@@ -97,7 +98,8 @@ impl<G: HardwareGuest> HvmVcpu<G> {
         let injection = self.pending.take();
         self.counts.injections += u64::from(injection.is_some());
         let flush = core::mem::take(&mut self.flush);
-        Ok(Entry { injection, interrupt_window: window, tsc_offset: self.env.bus.tsc_offset(), flush })
+        let tsc_offset = self.env.bus.tsc_offset();
+        Ok(Entry { injection, interrupt_window: window, nmi_window, tsc_offset, flush })
     }
 
     /// Does what the guest was left for.
@@ -143,7 +145,8 @@ impl<G: HardwareGuest> HvmVcpu<G> {
     /// Lets the interpreter deliver what the processor could not, or execute the next instruction.
     fn in_software(&mut self, delivering: Option<Injection>) {
         let before = translation_registers(&self.cpu.state);
-        if self.cpu.state.cr0_has(Cr0::PG) && self.cpu.uses_pdptes(self.cpu.state.cr4) {
+        let paging = self.cpu.state.cr0_has(Cr0::PG);
+        if !G::KEEPS_PDPTES && paging && self.cpu.uses_pdptes(self.cpu.state.cr4) {
             // The hardware has checked them when it loaded them; a guest that has changed them in memory since gets the
             // new ones a little early.
             if let Ok(pdpte) = self.cpu.read_pdptes(&self.env, self.cpu.state.cr3) {

@@ -20,6 +20,7 @@ struct Script {
 }
 
 impl HardwareGuest for Script {
+    const KEEPS_PDPTES: bool = false;
     fn run(&mut self, _: &mut CpuState, entry: &Entry) -> Result<Left, EngineError> {
         self.entries.lock().push(*entry);
         Ok(self.lefts.pop().unwrap_or(Left { cause: Cause::Host, delivering: None }))
