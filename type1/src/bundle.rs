@@ -8,7 +8,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 const MAGIC: [u8; 8] = *b"BIVISOR\x1a";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Most machines of a bundle.
 pub const MAX_MACHINES: u32 = 64;
 
@@ -32,6 +32,8 @@ pub struct MachineConfig<'a> {
     pub memory: u64,
     /// With QEMU's test devices.
     pub testdev: bool,
+    /// With the paravirtual interface.
+    pub pv: bool,
     /// What happens after a triple fault.
     pub on_crash: OnCrash,
     /// The kernel's command line.
@@ -45,6 +47,8 @@ pub struct MachineConfig<'a> {
 /// All virtual machines.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bundle<'a> {
+    /// Words for the hypervisor.
+    pub command_line: String,
     /// In the order of the file.
     pub machines: Vec<MachineConfig<'a>>,
 }
@@ -53,7 +57,7 @@ pub struct Bundle<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BundleError {
     /// Something else.
-    #[error("it is no bundle of virtual machines: pack one with `cargo xtask metal bundle`")]
+    #[error("it is no bundle of virtual machines: pack them with `bivisor metal bundle`")]
     Magic,
     /// Of another version of this program.
     #[error("it is of version {0}, this program reads version {VERSION}: pack it again")]
@@ -71,12 +75,14 @@ impl<'a> Bundle<'a> {
     pub fn encode(&self) -> Vec<u8> {
         let mut file = MAGIC.to_vec();
         file.extend(VERSION.to_le_bytes());
+        put(&mut file, self.command_line.as_bytes());
         file.extend((self.machines.len() as u32).to_le_bytes());
         for machine in &self.machines {
             put(&mut file, machine.name.as_bytes());
             file.extend(machine.cpus.to_le_bytes());
             file.extend(machine.memory.to_le_bytes());
             file.push(machine.testdev.into());
+            file.push(machine.pv.into());
             file.push((machine.on_crash == OnCrash::Restart).into());
             put(&mut file, machine.command_line.as_bytes());
             put(&mut file, &machine.kernel);
@@ -96,12 +102,13 @@ impl<'a> Bundle<'a> {
         if version != VERSION {
             return Err(BundleError::Version(version));
         }
+        let command_line = text(&mut file)?;
         let count = u32::from_le_bytes(take_array(&mut file)?);
         if count == 0 || count > MAX_MACHINES {
             return Err(BundleError::Damaged("no sensible number of machines"));
         }
         let machines = (0..count).map(|_| machine(&mut file)).collect::<Result<_, _>>()?;
-        Ok(Self { machines })
+        Ok(Self { command_line, machines })
     }
 }
 
@@ -109,12 +116,12 @@ fn machine<'a>(file: &mut &'a [u8]) -> Result<MachineConfig<'a>, BundleError> {
     let name = text(file)?;
     let cpus = u32::from_le_bytes(take_array(file)?);
     let memory = u64::from_le_bytes(take_array(file)?);
-    let testdev = flag(file)?;
+    let (testdev, pv) = (flag(file)?, flag(file)?);
     let on_crash = if flag(file)? { OnCrash::Restart } else { OnCrash::Stop };
     let command_line = text(file)?;
     let kernel = Cow::Borrowed(bytes(file)?);
     let initrd = Some(bytes(file)?).filter(|initrd| !initrd.is_empty()).map(Cow::Borrowed);
-    Ok(MachineConfig { name, cpus, memory, testdev, on_crash, command_line, kernel, initrd })
+    Ok(MachineConfig { name, cpus, memory, testdev, pv, on_crash, command_line, kernel, initrd })
 }
 
 /// A length and that many bytes.
@@ -162,6 +169,7 @@ mod tests {
             cpus: 2,
             memory: 64 << 20,
             testdev: true,
+            pv: true,
             on_crash: OnCrash::Restart,
             command_line: "console=ttyS0".into(),
             kernel: Cow::Borrowed(b"kernel"),
@@ -171,10 +179,11 @@ mod tests {
             name: "b".into(),
             on_crash: OnCrash::Stop,
             testdev: false,
+            pv: false,
             initrd: None,
             ..machine.clone()
         };
-        Bundle { machines: vec![machine, other] }
+        Bundle { command_line: "quiet".into(), machines: vec![machine, other] }
     }
 
     #[test]
@@ -197,11 +206,11 @@ mod tests {
         let mut file = bundle().encode();
         file[8] = 9;
         assert_eq!(Bundle::parse(&file), Err(BundleError::Version(9)));
-        file[8] = 1;
-        file[12..16].fill(0xff);
+        file[8] = VERSION as u8;
+        file[25..29].fill(0xff);
         assert!(matches!(Bundle::parse(&file), Err(BundleError::Damaged(_))));
-        file[12..16].copy_from_slice(&1u32.to_le_bytes());
-        file[16..24].fill(0xff);
+        file[25..29].copy_from_slice(&1u32.to_le_bytes());
+        file[29..37].fill(0xff);
         assert_eq!(Bundle::parse(&file), Err(BundleError::Truncated));
     }
 }

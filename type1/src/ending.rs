@@ -21,10 +21,11 @@ const BAD: u32 = 0x11;
 
 static DEBUG_EXIT: AtomicBool = AtomicBool::new(false);
 
-/// Takes note of what the command line says about the end.
+/// Takes note of what a command line, the loader's or the machines', says about the end.
 pub(crate) fn set_options(command_line: &str) {
-    let wanted = command_line.split_whitespace().any(|word| word == DEBUG_EXIT_OPTION);
-    DEBUG_EXIT.store(wanted, Ordering::Relaxed);
+    if command_line.split_whitespace().any(|word| word == DEBUG_EXIT_OPTION) {
+        DEBUG_EXIT.store(true, Ordering::Relaxed);
+    }
 }
 
 fn end(status: u32) -> ! {

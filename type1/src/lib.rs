@@ -32,18 +32,18 @@ use processor::Processor;
 use scheduler::Scheduler;
 use vm::Host;
 
-/// Runs everything: from the loader's last instruction to the end of the last virtual machine. `start_info` is where the
-/// loader left PVH's start information.
+/// Runs everything: from the loader's last instruction to the end of the last virtual machine. `information` is what the
+/// loader left, by the boot protocol of this number.
 ///
 /// # Safety
 /// Called once, at privilege level 0 in 64-bit mode, on the only running processor, with the first 4 GiB mapped as they are,
 /// interrupts disabled, and `image` telling where this program is. `heap` is the global allocator, still empty.
 #[allow(unsafe_code)]
-pub unsafe fn run(start_info: u64, image: &Image, heap: &Heap) -> ! {
+pub unsafe fn run(protocol: u32, information: u64, image: &Image, heap: &Heap) -> ! {
     console::serial::set_up();
     // SAFETY: the caller's promises, in this order: the machine is ours, the information is the loader's.
     let (info, processor) = unsafe {
-        let info = match boot::pvh::read(&boot::Identity, start_info) {
+        let info = match BootInfo::read(&boot::Identity, protocol, information) {
             Ok(info) => info,
             Err(error) => ending::give_up(format_args!("the loader's information can't be used: {error}")),
         };
@@ -70,7 +70,7 @@ pub unsafe fn run(start_info: u64, image: &Image, heap: &Heap) -> ! {
 #[derive(Debug, thiserror::Error)]
 enum StartError {
     #[error(
-        "the loader gave no module: it has to give the virtual machines, as `cargo xtask metal` packs them"
+        "the loader gave no module: it has to give the virtual machines, as `bivisor metal bundle` packs them"
     )]
     NoModule,
     #[error("the module with the virtual machines can't be used: {0}")]
@@ -85,6 +85,7 @@ enum StartError {
 fn start(info: &BootInfo, processor: Processor) -> Result<Scheduler, StartError> {
     let module = info.modules().first().ok_or(StartError::NoModule)?;
     let bundle = Bundle::parse(memory::module(module))?;
+    ending::set_options(&bundle.command_line);
     let hardware = processor.enable_virtualization()?;
     println!("bivisor: guests run on {}", hardware.name());
     let host = Arc::new(Host { processor, hardware });

@@ -47,6 +47,11 @@ impl<T: Copy, const N: usize> List<T, N> {
         }
     }
 
+    /// The last value.
+    pub(crate) fn last_mut(&mut self) -> Option<&mut T> {
+        self.items.get_mut(..self.count)?.last_mut()
+    }
+
     /// The values.
     pub(crate) fn as_slice(&self) -> &[T] {
         self.items.get(..self.count).unwrap_or_default()

@@ -102,7 +102,7 @@ impl Vm {
                 cpus: config.cpus,
                 testdev: config.testdev,
                 packed_rings: true,
-                pv: false,
+                pv: config.pv,
             },
             memory,
             Arc::new(model),

@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::config::{EngineChoice, GdbSpec, MemorySize, Paravirtual};
 use crate::image::{DiskRecipe, ImportRequest};
 use crate::jail::Probe;
+use crate::metal::MetalCommand;
 use crate::{status, supervisor};
 
 /// Virtual machines with or without virtualization hardware.
@@ -36,6 +37,9 @@ pub enum Command {
     /// Make and list images of guests
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Images for the bare machine, on which bivisor is the lowest program
+    #[command(subcommand)]
+    Metal(MetalCommand),
     /// Tell which engines this host can run, and why or why not
     Doctor,
 }

@@ -11,6 +11,7 @@ mod guest;
 mod host;
 mod image;
 mod jail;
+mod metal;
 mod perf_map;
 mod run;
 mod status;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(args, cli.verbose),
         Command::Background(command) => supervisor::run(command, cli.verbose),
         Command::Image(command) => manage_images(command),
+        Command::Metal(command) => metal::run(command),
         Command::Doctor => {
             let (report, status) = doctor::run();
             say(&report);

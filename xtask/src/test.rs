@@ -56,7 +56,7 @@ pub fn run(quick: bool, all: bool) -> Result<bool> {
         linux::boots(&mut tally, &program);
         power_cut::briefly(&mut tally, &program);
         fuzz::briefly(&mut tally)?;
-        metal::tests::all(&mut tally)?;
+        metal::tests::all(&mut tally, &program)?;
     }
     if all {
         let servers = ["test", "--release", "--package", "bivisor", "--test", "consolidation"];

@@ -1,16 +1,19 @@
-//! The hypervisor for the bare machine: building its image, packing machines, running both in QEMU.
-mod config;
+//! The hypervisor for the bare machine: building its image, and running it in QEMU.
+mod images;
 pub mod tests;
 
+use crate::linux;
 use crate::steps::Tally;
 use crate::test::{cargo, target};
 use anyhow::{Context, Result, ensure};
+use bivisor_metal::bundle::Bundle;
 use clap::Subcommand;
 use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
 };
+use tempfile::NamedTempFile;
 
 /// QEMU's status when the hypervisor has ended by its debug-exit device, and all was well.
 const GOOD_END: i32 = 33;
@@ -20,22 +23,10 @@ const OWN_MEMORY: u64 = 192;
 /// What to do.
 #[derive(Subcommand)]
 pub enum Task {
-    /// Build the hypervisor's image; prints where it is.
+    /// Build the hypervisor's image, which `bivisor metal build` puts into others; prints where it is.
     Build,
-    /// Say what is wrong with a description of machines, if anything.
-    Check {
-        /// The description.
-        file: PathBuf,
-    },
-    /// Pack machines into the module that the hypervisor is booted with.
-    Bundle {
-        /// The description.
-        file: PathBuf,
-        /// The module.
-        #[arg(short, long)]
-        output: PathBuf,
-    },
-    /// Build, pack, and boot in QEMU's emulation of a processor with AMD-V, on this terminal. Ctrl-] ? helps.
+    /// Build, pack the machines of a file, and boot in QEMU's emulation of a processor with AMD-V, on this terminal. Ctrl-] ?
+    /// helps.
     Run {
         /// The description.
         file: PathBuf,
@@ -54,28 +45,21 @@ pub enum Task {
 pub fn run(task: &Task) -> Result<bool> {
     match task {
         Task::Build => println!("{}", build()?.display()),
-        Task::Check { file } => {
-            for machine in config::read(file)?.machines {
-                println!("{}: {} CPUs, {} MiB", machine.name, machine.cpus, machine.memory >> 20);
-            }
-        }
-        Task::Bundle { file, output } => {
-            fs::write(output, config::read(file)?.encode())
-                .with_context(|| format!("cannot write {}", output.display()))?;
-        }
         Task::Test => {
             let mut tally = Tally::default();
-            tests::all(&mut tally)?;
+            let program = linux::program(&mut tally)?;
+            tests::all(&mut tally, &program)?;
             return Ok(tally.close());
         }
         Task::Run { file, qemu } => {
-            let bundle = config::read(file)?;
+            let program = linux::program(&mut Tally::default())?;
+            let module = pack(&program, file)?;
+            let bytes = fs::read(module.path())?;
+            let bundle = Bundle::parse(&bytes)?;
             let memory = OWN_MEMORY + bundle.machines.iter().map(|machine| machine.memory >> 20).sum::<u64>();
-            let module = tempfile::NamedTempFile::new()?;
-            let bytes = bundle.encode();
             let memory = memory + 2 * (bytes.len() as u64 >> 20);
-            fs::write(module.path(), bytes)?;
-            let status = machine(qemu, &build()?, module.path(), memory)
+            let mut command = machine(qemu, memory);
+            let status = by_pvh(&mut command, &build()?, module.path())
                 .args(["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"])
                 .status()
                 .with_context(|| format!("{} could not be started", qemu.display()))?;
@@ -97,11 +81,29 @@ pub fn build() -> Result<PathBuf> {
     Ok(target().join("metal/bivisor-metal"))
 }
 
-/// QEMU as the real machine, with `memory` MiB, booting by PVH.
-fn machine(qemu: &Path, image: &Path, module: &Path, memory: u64) -> Command {
+/// Runs `bivisor metal` with these arguments.
+fn metal(program: &Path, arguments: &[&Path]) -> Result<()> {
+    let output = Command::new(program).arg("metal").args(arguments).output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr).trim());
+    Ok(())
+}
+
+/// Packs the machines of a description.
+fn pack(program: &Path, file: &Path) -> Result<NamedTempFile> {
+    let module = NamedTempFile::new()?;
+    metal(program, &[Path::new("bundle"), file, Path::new("--output"), module.path()])?;
+    Ok(module)
+}
+
+/// QEMU as the real machine, with `memory` MiB.
+fn machine(qemu: &Path, memory: u64) -> Command {
     let mut command = Command::new(qemu);
     command.args(["-accel", "tcg", "-cpu", "max", "-nodefaults", "-display", "none", "-no-reboot"]);
-    command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x04", "-append", "debug-exit", "-m"]);
-    command.arg(memory.to_string()).arg("-kernel").arg(image).arg("-initrd").arg(module);
+    command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x04", "-m"]).arg(memory.to_string());
     command
+}
+
+/// Lets it boot by PVH.
+fn by_pvh<'a>(command: &'a mut Command, image: &Path, module: &Path) -> &'a mut Command {
+    command.args(["-append", "debug-exit", "-kernel"]).arg(image).arg("-initrd").arg(module)
 }

@@ -1,6 +1,6 @@
 //! The hypervisor for the bare machine in QEMU's emulation of AMD-V: the guests with their one expected output, and two stock
 //! Debians at once.
-use super::{GOOD_END, build, config, machine};
+use super::{GOOD_END, build, by_pvh, images, machine, pack};
 use crate::{console::Session, linux::PROMPT, steps::Tally, test::cargo};
 use anyhow::{Context, Result, ensure};
 use bivisor_guests::{ALL, Guest, LOST, Outcome};
@@ -14,7 +14,7 @@ use std::{
 };
 use tempfile::NamedTempFile;
 
-const QEMU: &str = "qemu-system-x86_64";
+pub const QEMU: &str = "qemu-system-x86_64";
 /// A guest's time. The slowest leaves its processor some million times, which QEMU makes expensive.
 const GUEST_LIMIT: Duration = Duration::from_secs(600);
 /// The time of two Debians from power-up to the end.
@@ -32,7 +32,7 @@ const ESCAPE: &str = "\x1d";
 ///
 /// # Errors
 /// A check can't be started.
-pub fn all(tally: &mut Tally) -> Result<()> {
+pub fn all(tally: &mut Tally, program: &Path) -> Result<()> {
     let clippy = ["clippy", "--profile", "metal", "--package", "bivisor-metal", "--features", "image"];
     tally
         .step("lints of the bare machine's image", cargo(".").args(clippy).args(["--", "-D", "warnings"]))?;
@@ -54,17 +54,23 @@ pub fn all(tally: &mut Tally) -> Result<()> {
         tally.check(&format!("guest {} on svm", guest.name), || runs(&image, guest));
     }
     tally.check("a guest that crashes on svm", || crash_is_its_own(&image));
-    tally.check("two Debians on svm", || two_debians(&image));
-    Ok(())
+    tally.check("two Debians on svm", || two_debians(program, &image));
+    images::all(tally, program, &image)
 }
 
 /// The hypervisor with machines, in QEMU, and the file that they are packed in.
 fn boot(image: &Path, bundle: &Bundle<'_>, limit: Duration) -> Result<(NamedTempFile, Session)> {
     let module = NamedTempFile::new()?;
     fs::write(module.path(), bundle.encode())?;
-    let mut command = machine(Path::new(QEMU), image, module.path(), MEMORY);
-    let session = Session::start(command.args(["-serial", "stdio"]), Instant::now() + limit)?;
+    let session = start(image, &module, limit)?;
     Ok((module, session))
+}
+
+/// The hypervisor with packed machines, in QEMU.
+fn start(image: &Path, module: &NamedTempFile, limit: Duration) -> Result<Session> {
+    let mut command = machine(Path::new(QEMU), MEMORY);
+    let command = by_pvh(&mut command, image, module.path()).args(["-serial", "stdio"]);
+    Session::start(command, Instant::now() + limit)
 }
 
 fn config_of(guest: &Guest, name: &str) -> MachineConfig<'static> {
@@ -73,6 +79,7 @@ fn config_of(guest: &Guest, name: &str) -> MachineConfig<'static> {
         cpus: 1,
         memory: 64 << 20,
         testdev: true,
+        pv: true,
         on_crash: OnCrash::Stop,
         command_line: String::new(),
         kernel: Cow::Borrowed(guest.image),
@@ -107,7 +114,7 @@ const EXCUSED: &[(&str, &str)] = &[
 /// A guest prints what it prints on every other engine, but for what QEMU's processor does its own way.
 fn runs(image: &Path, guest: &Guest) -> Result<String> {
     let start = Instant::now();
-    let bundle = Bundle { machines: vec![config_of(guest, guest.name)] };
+    let bundle = Bundle { command_line: String::new(), machines: vec![config_of(guest, guest.name)] };
     let (_module, mut metal) = boot(image, &bundle, GUEST_LIMIT)?;
     let mut output = String::new();
     if !guest.input.is_empty() {
@@ -137,7 +144,8 @@ fn runs(image: &Path, guest: &Guest) -> Result<String> {
 fn crash_is_its_own(image: &Path) -> Result<String> {
     let stays = config_of(&bivisor_guests::HELLO, "stays");
     let crashes = MachineConfig { on_crash: OnCrash::Restart, ..config_of(&LOST, "crashes") };
-    let (_module, mut metal) = boot(image, &Bundle { machines: vec![stays, crashes] }, GUEST_LIMIT)?;
+    let bundle = Bundle { command_line: String::new(), machines: vec![stays, crashes] };
+    let (_module, mut metal) = boot(image, &bundle, GUEST_LIMIT)?;
     metal.screen.until("[stays] > ")?;
     metal.type_text(&format!("{ESCAPE}2"))?;
     for round in 1..=MAX_CRASHES {
@@ -153,13 +161,15 @@ fn crash_is_its_own(image: &Path) -> Result<String> {
 }
 
 /// Both, one of them with two processors, reach a shell; the console switches between them; each powers off by itself.
-fn two_debians(image: &Path) -> Result<String> {
+fn two_debians(program: &Path, image: &Path) -> Result<String> {
     let description = "[vm.one]\nimage = \"debian\"\nmemory = \"256M\"\n[vm.two]\nimage = \"debian\"\nmemory = \"256M\"\ncpus = 2\n";
-    let start = Instant::now();
-    let bundle = config::parse(description, Path::new(""))?;
-    let (_module, mut metal) = boot(image, &bundle, LINUX_LIMIT)?;
+    let file = tempfile::Builder::new().suffix(".toml").tempfile()?;
+    fs::write(file.path(), description)?;
+    let module = pack(program, file.path())?;
+    let begin = Instant::now();
+    let mut metal = start(image, &module, LINUX_LIMIT)?;
     metal.screen.until(&format!("[one] {PROMPT}"))?;
-    let shell = start.elapsed();
+    let shell = begin.elapsed();
     metal.type_text("uname -r; cat /proc/cpuinfo | grep -c hypervisor\r")?;
     metal.screen.until("-cloud-amd64")?;
     metal.type_text(&format!("{ESCAPE}2"))?;
