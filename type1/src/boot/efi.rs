@@ -76,7 +76,8 @@ fn status_name(status: Status) -> &'static str {
 /// Boot services have not ended.
 unsafe fn say(system: &SystemTable, line: &str) {
     let mut wide = [0u16; 100];
-    for (place, byte) in wide.iter_mut().zip("bivisor: ".bytes().chain(line.bytes()).chain(*b"\r\n").take(98)) {
+    for (place, byte) in wide.iter_mut().zip("bivisor: ".bytes().chain(line.bytes()).chain(*b"\r\n").take(98))
+    {
         *place = byte.into();
     }
     // SAFETY: the console is the firmware's, and the text ends with a zero.

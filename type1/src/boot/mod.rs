@@ -185,9 +185,8 @@ impl AcpiRoot {
 
     /// From the root pointer (ACPI Specification, 5.2.5.3), of which there may be fewer bytes than that; `None` if it is none.
     fn of_pointer(bytes: &[u8]) -> Option<Self> {
-        let sum = |length: usize| {
-            Some(bytes.get(..length)?.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)))
-        };
+        let sum =
+            |length: usize| Some(bytes.get(..length)?.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)));
         if bytes.get(..8)? != Self::SIGNATURE || sum(Self::LENGTHS[0])? != 0 {
             return None;
         }

@@ -115,9 +115,12 @@ mod tests {
 
     fn map() -> (u32, Vec<u8>) {
         let mut map: Vec<u8> = [24u32, 0].iter().flat_map(|word| word.to_le_bytes()).collect();
-        for (start, size, kind) in
-            [(0u64, 0x9_fc00u64, 1u64), (0xf_0000, 0x1_0000, 2), (0x10_0000, 0xf0_0000, 1), (0x100_0000, 0x1000, 1)]
-        {
+        for (start, size, kind) in [
+            (0u64, 0x9_fc00u64, 1u64),
+            (0xf_0000, 0x1_0000, 2),
+            (0x10_0000, 0xf0_0000, 1),
+            (0x100_0000, 0x1000, 1),
+        ] {
             map.extend([start, size, kind].iter().flat_map(|word| word.to_le_bytes()));
         }
         (tag::MEMORY_MAP, map)

@@ -121,7 +121,10 @@ mod tests {
             read(&start_info(1, 0x9999)).unwrap_err(),
             BootError::Outside { what: "command line", address: 0x9999 }
         );
-        assert_eq!(read(&Bytes(vec![0; 64])).unwrap_err(), BootError::Magic { what: "PVH start information", address: 0x1000 });
+        assert_eq!(
+            read(&Bytes(vec![0; 64])).unwrap_err(),
+            BootError::Magic { what: "PVH start information", address: 0x1000 }
+        );
         let mut cut = start_info(1, 0);
         cut.0.truncate(0x210);
         assert!(matches!(read(&cut), Err(BootError::Outside { what: "memory map", .. })));

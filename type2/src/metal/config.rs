@@ -35,8 +35,11 @@ fn refused(described: &Described) -> Vec<String> {
     let name = &described.name;
     // It was read before, so that it can be read again.
     let table: toml::Table = toml::from_str(&described.text).unwrap_or_default();
-    let mut refused: Vec<String> =
-        table.keys().filter(|key| !KNOWN.contains(&key.as_str())).map(|key| format!("vm.{name}.{key}")).collect();
+    let mut refused: Vec<String> = table
+        .keys()
+        .filter(|key| !KNOWN.contains(&key.as_str()))
+        .map(|key| format!("vm.{name}.{key}"))
+        .collect();
     if described.config.restart == RestartPolicy::Always {
         refused.push(format!("vm.{name}.restart = \"always\""));
     }
@@ -62,7 +65,12 @@ fn machine(described: &Described) -> Result<MachineConfig<'static>, MetalError> 
         },
         command_line: guest.command_line,
         kernel: guest.kernel.read()?,
-        initrd: guest.initrd.as_ref().map(|file| file.read()).transpose()?.map(|file| Cow::Owned(file.into_owned())),
+        initrd: guest
+            .initrd
+            .as_ref()
+            .map(|file| file.read())
+            .transpose()?
+            .map(|file| Cow::Owned(file.into_owned())),
     })
 }
 

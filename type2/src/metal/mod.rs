@@ -113,7 +113,9 @@ pub enum MetalError {
     #[error("the file given as hypervisor is none, or of another version of this program: build it again")]
     Hypervisor,
     /// Too large for the image's loader.
-    #[error("the machines' kernels and initial RAM disks are more than an image can hold: leave some of them away")]
+    #[error(
+        "the machines' kernels and initial RAM disks are more than an image can hold: leave some of them away"
+    )]
     TooLarge,
     /// A file operation failed.
     #[error("{action} {path}: {source}", path = .path.display())]

@@ -39,7 +39,9 @@ pub fn all(tally: &mut Tally, program: &Path, hypervisor: &Path) -> Result<()> {
     let cd = format!("media=cdrom,if=ide,format=raw,file={}", image.display());
     for (medium, drive) in [("disk", &disk), ("CD", &cd)] {
         let drive = ["-snapshot", "-drive", drive];
-        tally.check(&format!("BIOS starts it from a {medium}"), || greets(machine(Path::new(QEMU), MEMORY).args(drive)));
+        tally.check(&format!("BIOS starts it from a {medium}"), || {
+            greets(machine(Path::new(QEMU), MEMORY).args(drive))
+        });
         if !Path::new(UEFI).exists() {
             println!("skipped: UEFI, since {UEFI} is not there (Debian: apt-get install ovmf)");
             continue;
@@ -87,8 +89,7 @@ fn greets(qemu: &mut Command) -> Result<String> {
 fn by_grub(program: &Path, hypervisor: &Path, folder: &TempDir) -> Result<String> {
     let files = folder.path().join("files");
     fs::create_dir(&files)?;
-    let [bundle, kernel, output, source] =
-        ["bundle", "kernel", "--output", "--hypervisor"].map(Path::new);
+    let [bundle, kernel, output, source] = ["bundle", "kernel", "--output", "--hypervisor"].map(Path::new);
     metal(program, &[bundle, &folder.path().join("machines.toml"), output, &files.join("machines")])?;
     metal(program, &[kernel, output, &files.join("kernel"), source, hypervisor])?;
     let (script, core) = (folder.path().join("grub.cfg"), folder.path().join("core.img"));

@@ -69,7 +69,6 @@ fields! {
     InstructionError = 0x4400,
     ExitReason = 0x4402,
     ExitInterruptionInfo = 0x4404,
-    ExitErrorCode = 0x4406,
     VectoringInfo = 0x4408,
     VectoringErrorCode = 0x440a,
     InstructionLength = 0x440c,

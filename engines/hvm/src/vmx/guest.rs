@@ -240,9 +240,14 @@ fn checked(vmcs: &impl Vmcs) -> String {
 
 /// INVVPID or INVEPT with a descriptor of two words.
 macro_rules! invalidate {
-    ($instruction:literal, $kind:expr, $descriptor:expr) => {
-        asm!(concat!($instruction, " {}, [{}]"), in(reg) $kind, in(reg) &raw const $descriptor, options(nostack))
-    };
+    ($instruction:literal, $kind:expr, $descriptor:expr) => {{
+        let descriptor: [u64; 2] = $descriptor;
+        asm!(
+            concat!($instruction, " {}, [{}]"),
+            in(reg) $kind, in(reg) &raw const descriptor,
+            options(nostack)
+        )
+    }};
 }
 
 impl VmxGuest {
@@ -269,7 +274,7 @@ impl VmxGuest {
         let failed = unsafe {
             if !self.launched {
                 // Tables that were at the same place may be remembered.
-                invalidate!("invept", ALL_TABLES, [0u64; 2]);
+                invalidate!("invept", ALL_TABLES, [0; 2]);
             }
             if flush && self.processor.controls.has_vpid() {
                 invalidate!("invvpid", SINGLE_SPACE, [u64::from(self.vpid), 0]);
