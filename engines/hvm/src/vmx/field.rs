@@ -208,6 +208,7 @@ mod tests {
             let (number, name) = (*field as u32, format!("{field:?}"));
             let owner = match &*name {
                 name if controls.contains(&name) => 0,
+                "VmcsLinkPointer" => 2,
                 name if EXIT.iter().any(|start| name.starts_with(start)) => 1,
                 name if name.starts_with("Guest") => 2,
                 name if name.starts_with("Host") => 3,

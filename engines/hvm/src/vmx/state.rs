@@ -177,16 +177,27 @@ impl GuestFields {
 
     /// Writes what is not the same as in `known`, or all of it.
     pub fn write(&self, vmcs: &mut impl Vmcs, known: Option<&Self>) {
-        let all = |fields: &Self| {
-            let segments = fields.segments.into_iter().flatten();
-            segments.chain(fields.own).chain(fields.ours)
-        };
-        let mut known = known.map(all);
-        let names = SEGMENTS.into_iter().flatten().chain(OWN).chain(OURS);
-        for (field, value) in names.zip(all(self)) {
-            if known.as_mut().and_then(Iterator::next) != Some(value) {
-                vmcs.write(field, value);
-            }
+        for (at, (fields, values)) in SEGMENTS.iter().zip(&self.segments).enumerate() {
+            write_changed(vmcs, fields, values, known.map(|known| &known.segments[at]));
+        }
+        write_changed(vmcs, &OWN, &self.own, known.map(|known| &known.own));
+        write_changed(vmcs, &OURS, &self.ours, known.map(|known| &known.ours));
+    }
+}
+
+/// Writes the values that are not the same as the known ones.
+fn write_changed<const N: usize>(
+    vmcs: &mut impl Vmcs,
+    fields: &[Field; N],
+    values: &[u64; N],
+    known: Option<&[u64; N]>,
+) {
+    if known == Some(values) {
+        return;
+    }
+    for at in 0..N {
+        if known.is_none_or(|known| known[at] != values[at]) {
+            vmcs.write(fields[at], values[at]);
         }
     }
 }
