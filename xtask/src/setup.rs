@@ -27,6 +27,12 @@ const TOOLS: &[Tool] = &[
         purpose: "it judges disk images; its checks are left out",
         optional: true,
     },
+    Tool {
+        program: "bochs",
+        package: "bochs",
+        purpose: "its processor has VT-x; the checks of the bare machine on it are left out",
+        optional: true,
+    },
 ];
 
 /// Components of the Rust toolchain that the checks call as cargo subcommands.
@@ -68,7 +74,7 @@ pub fn prepare() -> Result<()> {
 fn installed(program: &str) -> bool {
     let found = env::var_os("PATH")
         .is_some_and(|path| env::split_paths(&path).any(|dir| dir.join(program).is_file()));
-    found && Command::new(program).arg("--version").output().is_ok_and(|output| output.status.success())
+    found && Command::new(program).arg("--help").output().is_ok_and(|output| output.status.success())
 }
 
 fn may_install() -> bool {

@@ -16,8 +16,8 @@ use std::{
 const BOCHS: &str = "bochs";
 /// Where Debian's packages bochsbios and vgabios have the firmware.
 const FIRMWARE: [&str; 2] = ["/usr/share/bochs/BIOS-bochs-latest", "/usr/share/vgabios/vgabios.bin"];
-/// A guest's time from power-up to the end.
-const GUEST_LIMIT: Duration = Duration::from_secs(300);
+/// A guest's time from power-up to the end, with much to spare on a busy machine.
+const GUEST_LIMIT: Duration = Duration::from_secs(1200);
 /// Debian's time from power-up to the end.
 const LINUX_LIMIT: Duration = Duration::from_secs(1800);
 /// RAM of the emulated machine in MiB.
@@ -31,8 +31,16 @@ const CYLINDER: u64 = 16 * 63 * 512;
 /// What the hypervisor says last; Bochs ends with the same status whatever happens.
 const GOOD_WORDS: &str = "the machine can be switched off";
 
-/// Checks that fail here for reasons beyond those for which they fail on QEMU.
-const EXCUSED: &[(&str, &str)] = &[];
+/// Checks that fail here: Bochs names the stack segment where an address on an interrupt stack is not canonical, and says of an
+/// absent one that it is another segment; it lets its own accesses pass SMAP; and it interrupts no guest that has entered
+/// with interrupts disabled, for which one of the timers waits.
+const EXCUSED: &[(&str, &str)] = &[
+    ("exceptions", "#SS by a non-canonical IST stack\n#SS once the stack segment is absent\n"),
+    ("paging", "SMAP: the CPU's own accesses count as ring 0's\n"),
+    ("timers", "a masked interrupt is requested\n"),
+];
+/// The guest that leaves its processor some million times, which takes Bochs minutes.
+const SLOW_GUEST: &str = "escape";
 
 /// Whether Bochs is there; says so if not.
 fn installed() -> bool {
@@ -52,7 +60,7 @@ fn installed() -> bool {
 /// A check can't be started.
 pub fn all(tally: &mut Tally, program: &Path, hypervisor: &Path) -> Result<()> {
     if installed() {
-        for guest in ALL {
+        for guest in ALL.iter().filter(|guest| guest.name != SLOW_GUEST) {
             tally.check(&format!("guest {} on vmx", guest.name), || runs(program, hypervisor, guest));
         }
     }
@@ -65,6 +73,9 @@ pub fn all(tally: &mut Tally, program: &Path, hypervisor: &Path) -> Result<()> {
 /// A check can't be started.
 pub fn slow(tally: &mut Tally, program: &Path, hypervisor: &Path) -> Result<()> {
     if installed() {
+        for guest in ALL.iter().filter(|guest| guest.name == SLOW_GUEST) {
+            tally.check(&format!("guest {} on vmx", guest.name), || runs(program, hypervisor, guest));
+        }
         tally.check("Debian on vmx", || debian(program, hypervisor));
     }
     Ok(())

@@ -84,6 +84,15 @@ pub fn run(task: &Task) -> Result<bool> {
     Ok(true)
 }
 
+/// Runs the checks that take minutes.
+///
+/// # Errors
+/// A check can't be started.
+pub fn slow(tally: &mut Tally) -> Result<()> {
+    let program = linux::program(tally)?;
+    bochs::slow(tally, &program, &build()?)
+}
+
 /// Builds the image.
 ///
 /// # Errors
