@@ -6,6 +6,7 @@ use std::{env, fs, path::Path, process::Command};
 /// A program that the checks call.
 struct Tool {
     program: &'static str,
+    /// Separated by blanks.
     package: &'static str,
     /// Why it is needed, as the end of a sentence.
     purpose: &'static str,
@@ -29,7 +30,7 @@ const TOOLS: &[Tool] = &[
     },
     Tool {
         program: "bochs",
-        package: "bochs",
+        package: "bochs bochsbios vgabios",
         purpose: "its processor has VT-x; the checks of the bare machine on it are left out",
         optional: true,
     },
@@ -47,7 +48,7 @@ const COMPONENTS: &[(&str, &str)] = &[("rustfmt", "cargo-fmt"), ("clippy", "carg
 pub fn prepare() -> Result<()> {
     let missing: Vec<&Tool> = TOOLS.iter().filter(|tool| !installed(tool.program)).collect();
     if !missing.is_empty() && may_install() {
-        let packages: Vec<&str> = missing.iter().map(|tool| tool.package).collect();
+        let packages: Vec<&str> = missing.iter().flat_map(|tool| tool.package.split(" ")).collect();
         progress(&format!("installing {} with apt-get", packages.join(", ")));
         if let Err(error) = install(&packages) {
             println!("apt-get could not install them: {error:#}");
