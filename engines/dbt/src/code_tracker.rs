@@ -123,7 +123,7 @@ impl CodeTracker {
     pub fn written(&self, offset: u64, length: u64) -> bool {
         match self.page(offset) {
             Some(page) if page.load(Ordering::Relaxed) & CACHED != 0 => {
-                self.new_generation(page, offset, length)
+                self.new_generation(page, offset, length, false)
             }
             _ => false,
         }
@@ -153,11 +153,18 @@ impl CodeTracker {
         (now, writes)
     }
 
+    /// Nothing of the page at this offset is to be cached any more, as after many writes: the next ones are quick.
+    pub fn release(&self, offset: u64) {
+        if let Some(page) = self.page(offset) {
+            self.new_generation(page, offset, 1, true);
+        }
+    }
+
     #[cold]
-    fn new_generation(&self, page: &AtomicU32, offset: u64, length: u64) -> bool {
+    fn new_generation(&self, page: &AtomicU32, offset: u64, length: u64, release: bool) -> bool {
         let mut last = false;
         let changed = page.fetch_update(Ordering::SeqCst, Ordering::Relaxed, |word| {
-            last = word & WRITES == WRITES;
+            last = release || word & WRITES == WRITES;
             let next = (word & !(CACHED | WRITES)).wrapping_add(1 << GENERATION_SHIFT);
             let kept = if last { 0 } else { (word & WRITES) + (1 << 1) | CACHED };
             (word & CACHED != 0).then_some(next | kept)
@@ -207,6 +214,20 @@ mod tests {
         assert!(!tracker.written(0x1000, 4));
         let generation = tracker.generation(0x1000);
         assert_eq!(tracker.mark(0x1000), (generation, true));
+    }
+
+    #[test]
+    fn a_page_is_released_at_once() {
+        let tracker = CodeTracker::new(0x3000);
+        let (generation, _) = tracker.mark(0x1000);
+        let epoch = tracker.epoch();
+        tracker.release(0x1000);
+        tracker.release(0x2000);
+        let all = CodeWrite { page: 0x1000, lines: u64::MAX };
+        assert_eq!(tracker.written_since(epoch), (epoch + 1, Some(vec![all])));
+        assert!(!tracker.is_cached(0x1000));
+        assert_eq!(tracker.mark(0x1000), (generation + 1, true));
+        assert!(tracker.written(0x1000, 4) && tracker.is_cached(0x1000));
     }
 
     #[test]

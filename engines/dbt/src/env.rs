@@ -102,6 +102,12 @@ impl VcpuEnv {
         }
     }
 
+    /// Nothing of the page at this offset in RAM is to be cached any more.
+    pub fn release_code(&self, offset: u64) {
+        self.code.release(offset);
+        self.peers.wake(self.index);
+    }
+
     /// Whether instructions of the page at this offset in RAM are cached somewhere.
     pub fn is_code(&self, offset: u64) -> bool {
         self.code.is_cached(offset)

@@ -91,6 +91,25 @@ impl Cpu {
         self.run_one(env, InstructionDecoder::new(&self.model));
     }
 
+    /// Executes instructions of the page that the next one lies in, at least one and at most `most`, reading each anew: for
+    /// code that is written as often as it is executed, so that noticing the writes would cost more than decoding. Ends
+    /// early where an event waits, and where [`Cpu::runs_plainly`] no longer holds, which must hold at the beginning.
+    /// Returns how many it executed.
+    pub fn execute_written<E: Env>(&mut self, env: &mut E, most: u64) -> u64 {
+        let decoder = InstructionDecoder::new(&self.model);
+        let page = self.code_address(self.state.rip) & PAGE_MASK;
+        let mut executed = 0;
+        while executed < most {
+            self.run_one(env, decoder);
+            executed += 1;
+            let left = self.code_address(self.state.rip) & PAGE_MASK != page;
+            if left || env.has_event() || !self.runs_plainly() {
+                break;
+            }
+        }
+        executed
+    }
+
     /// Whether the next instructions may be executed by somebody who knows nothing of single steps, breakpoints,
     /// interrupt shadows and alignment checks.
     pub fn runs_plainly(&self) -> bool {

@@ -399,12 +399,6 @@ impl Builder<'_> {
         number
     }
 
-    /// Makes two jumps lead to the same code behind the block, which leaves by a new site.
-    pub fn leave_from_both(&mut self, from: [Fixup; 2], kind: SiteKind) {
-        let site = self.new_site(kind);
-        self.stubs.extend(from.map(|from| Stub { from, site, address: None, retry: None }));
-    }
-
     /// Makes a jump lead to code behind the block that leaves by a new site.
     pub fn leave_from(&mut self, from: Fixup, kind: SiteKind) {
         self.leave_from_access(from, kind, None, None);

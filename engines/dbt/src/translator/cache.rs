@@ -9,6 +9,7 @@ use super::key::Key;
 use super::shared_code::{self, Parts};
 use super::site::{FaultPoint, Site, SiteKind};
 use crate::code_memory::CodeMemory;
+use crate::code_tracker;
 
 /// Bytes of host code at most; when they are used up, everything is dropped.
 const CODE_SIZE: usize = 128 << 20;
@@ -319,6 +320,28 @@ impl Cache {
             self.drop_block(number, context);
         }
         !dropped.is_empty()
+    }
+
+    /// Offsets in RAM of the blocks that begin in these lines of a page and that jumps backwards lead to.
+    pub fn loop_heads(&self, page: u64, lines: u64) -> impl Iterator<Item = u64> {
+        let blocks = self.pages.get(&page).map_or(&[][..], |page| &page.blocks);
+        let blocks = blocks.iter().filter_map(|&number| self.blocks.get(number as usize));
+        let inside = move |block: &&Block| {
+            block.offset & !0xfff == page && code_tracker::lines(block.offset, 1) & lines != 0
+        };
+        blocks.filter(inside).filter(|block| self.is_loop_head(block)).map(|block| block.offset)
+    }
+
+    fn is_loop_head(&self, block: &Block) -> bool {
+        let mut incoming = self.incoming.get(block.incoming as usize);
+        while let Some(&Incoming { site, next }) = incoming {
+            let kind = self.sites.get(site as usize).map(|site| site.kind);
+            if matches!(kind, Some(SiteKind::Jump { backwards: true, .. })) {
+                return true;
+            }
+            incoming = self.incoming.get(next as usize);
+        }
+        false
     }
 
     /// Notes that the jump cache has a block at this place.

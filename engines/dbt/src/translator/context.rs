@@ -65,11 +65,13 @@ pub const TLB_EMPTY: u64 = u64::MAX;
 pub const JUMP_ENTRIES: usize = 1 << 16;
 /// Bytes of code that share an entry of the jump cache.
 const JUMP_GRANULE: usize = 4;
-/// Mask that makes an instruction pointer what [`jump_rip`] and its like are indexed by.
+/// log2 of what [`jump_tag`] and [`jump_host`] multiply their index by.
+const JUMP_SCALE: u8 = 2;
+/// Mask that makes an instruction pointer what they are indexed by.
 pub const JUMP_MASK: i32 = ((JUMP_ENTRIES - 1) * JUMP_GRANULE) as i32;
 /// Pages of code whose instruction pointers have different entries.
 pub const JUMP_PAGES: u64 = (JUMP_ENTRIES * JUMP_GRANULE >> 12) as u64;
-const _: () = assert!(JUMP_GRANULE * 8 == size_of::<JumpEntry>());
+const _: () = assert!(JUMP_GRANULE << JUMP_SCALE == size_of::<JumpEntry>());
 /// Links between pages at most.
 pub const LINKS: usize = 1 << 18;
 /// Bit of [`Context::jump_bias`] that is set when an event waits: no lookup hits any more.
@@ -135,19 +137,15 @@ pub struct Tlbs {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct JumpEntry {
-    /// The instruction pointer.
-    pub rip: u64,
-    /// [`Context::jump_bias`] where it holds; 0 in an empty entry.
-    pub bias: u64,
+    /// The instruction pointer, exclusive-or [`Context::jump_bias`] where it holds; 0 in an empty entry.
+    pub tag: u64,
     /// Host address of the block.
     pub host: u64,
-    /// Fills up to a power of two.
-    pub padding: u64,
 }
 
 impl JumpEntry {
     /// Matches nothing.
-    pub const EMPTY: Self = Self { rip: 0, bias: 0, host: 0, padding: 0 };
+    pub const EMPTY: Self = Self { tag: 0, host: 0 };
 }
 
 /// A result of CPUID.
@@ -225,7 +223,7 @@ pub struct Context {
     pub stack_page: AtomicU64,
     /// Addend of that page.
     pub stack_addend: AtomicU64,
-    /// Tells address spaces, modes and times apart in the jump cache. Bit 63: [`EVENT_BIT`].
+    /// Tells address spaces, modes and times apart in the jump cache ([`super::biases`]). Bit 63: [`EVENT_BIT`].
     pub jump_bias: AtomicU64,
     /// Holds RCX or RAX during a few instructions.
     pub saved: u64,
@@ -304,6 +302,8 @@ pub struct Context {
     pub window_addends: [u64; MAX_WINDOWS],
     /// Slots of hot code.
     pub slots: [Slot; SLOTS],
+    /// A bit for each slot, set before it is filled. Only the processor's own thread clears any.
+    pub filled_slots: [AtomicU64; SLOTS / 64],
     /// Host addresses that jumps between pages go to.
     pub links: [u64; LINKS],
     /// The jump cache.
@@ -323,7 +323,7 @@ macro_rules! field {
 }
 field!(page_base stack_page stack_addend jump_bias saved state block_flags vectors x87_in_memory event pending);
 field!(fast_system_calls inner_segments base_instructions fs_base gs_base site host_mxcsr flags address temporary host_rsp target call_target overwritten tsc_offset pauses);
-field!(arithmetic_mask pushed_mask bit_mask syscall sysret mxcsr);
+field!(arithmetic_mask pushed_mask bit_mask syscall sysret mxcsr filled_slots);
 
 /// A guest register in [`Context::spilled`].
 pub fn spilled(number: u8) -> Mem {
@@ -388,17 +388,13 @@ pub const fn tlb_tag(class: u8, write: bool, index: Reg) -> Mem {
 pub const fn tlb_addend(class: u8, index: Reg) -> Mem {
     indexed(CONTEXT, index, 0, (tlb_offset(class) + offset_of!(TlbEntry, addend)) as i32)
 }
-/// The jump cache's instruction pointer; `index` holds an eighth of the entry's offset.
-pub const fn jump_rip(index: Reg) -> Mem {
-    indexed(CONTEXT, index, 3, (offset_of!(Context, jumps) + offset_of!(JumpEntry, rip)) as i32)
-}
-/// The jump cache's bias.
-pub const fn jump_bias_of(index: Reg) -> Mem {
-    indexed(CONTEXT, index, 3, (offset_of!(Context, jumps) + offset_of!(JumpEntry, bias)) as i32)
+/// The jump cache's tag; `index` is made of the instruction pointer by [`JUMP_MASK`].
+pub const fn jump_tag(index: Reg) -> Mem {
+    indexed(CONTEXT, index, JUMP_SCALE, (offset_of!(Context, jumps) + offset_of!(JumpEntry, tag)) as i32)
 }
 /// The jump cache's host address.
 pub const fn jump_host(index: Reg) -> Mem {
-    indexed(CONTEXT, index, 3, (offset_of!(Context, jumps) + offset_of!(JumpEntry, host)) as i32)
+    indexed(CONTEXT, index, JUMP_SCALE, (offset_of!(Context, jumps) + offset_of!(JumpEntry, host)) as i32)
 }
 
 /// Entry of the jump cache for an instruction pointer: its low bits, since code is dense.

@@ -390,6 +390,10 @@ impl Emitter {
     pub fn xor(&mut self, wide: Width, register: Reg, other: Reg) {
         self.op_reg(wide, &[0x33], register, other);
     }
+    /// `bts [mem], number`: of a string of bits that begins at `mem`, and not atomic.
+    pub fn set_bit(&mut self, mem: Mem, number: Reg) {
+        self.op_mem(Width::W64, &[0x0f, 0xab], number, mem);
+    }
     /// `inc qword [mem]`.
     pub fn increment(&mut self, mem: Mem) {
         self.op_mem(Width::W64, &[0xff], Reg(0), mem);

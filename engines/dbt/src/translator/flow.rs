@@ -4,9 +4,7 @@ use iced_x86::OpKind;
 
 use super::analysis::{self, Decoded};
 use super::block::{Builder, NotRenamed, PAGE, Tail};
-use super::context::{
-    self, ADDEND, ADDRESS, JUMP_MASK, TEMPORARY, jump_bias_of, jump_host, jump_rip, page_base,
-};
+use super::context::{self, ADDEND, ADDRESS, JUMP_MASK, TEMPORARY, jump_host, jump_tag, page_base};
 use super::emit::{Emitter, Fixup, Width, at, condition, indexed};
 use super::operand::{host_register, lives_in_memory, number};
 use super::site::{SiteKind, Undo};
@@ -62,13 +60,12 @@ impl Builder<'_> {
         self.put_flags_aside();
         self.e.copy(Width::W32, TEMPORARY, ADDRESS);
         self.e.and_imm(Width::W32, TEMPORARY, JUMP_MASK);
-        self.e.compare(Width::W64, ADDRESS, jump_rip(TEMPORARY));
+        self.e.load(Width::W64, ADDEND, jump_tag(TEMPORARY));
+        self.e.xor(Width::W64, ADDEND, ADDRESS);
+        self.e.compare(Width::W64, ADDEND, context::jump_bias());
         let other = self.e.jump_if(condition::NE);
-        self.e.load(Width::W64, ADDEND, context::jump_bias());
-        self.e.compare(Width::W64, ADDEND, jump_bias_of(TEMPORARY));
-        let elsewhere = self.e.jump_if(condition::NE);
         self.e.jump_mem(jump_host(TEMPORARY));
-        self.leave_from_both([other, elsewhere], SiteKind::Lookup(undo));
+        self.leave_from(other, SiteKind::Lookup(undo));
     }
 
     /// Goes on at a fixed offset from the page's start. `live`: flags live there.

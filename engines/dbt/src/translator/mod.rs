@@ -6,6 +6,7 @@
 //! interpreter of the x86 crate, one instruction at a time.
 
 pub mod analysis;
+mod biases;
 pub mod block;
 mod block_index;
 pub mod cache;
@@ -32,3 +33,4 @@ pub mod statistics;
 mod values;
 pub mod vcpu;
 pub mod windows;
+mod written_pages;

@@ -72,6 +72,10 @@ pub fn slot(e: &mut Emitter, class: u8, write: bool) -> usize {
     e.store(Width::W64, own(offset_of!(Slot, addend)), reg::RAX);
     e.add(Width::W64, reg::RAX, TEMPORARY);
     e.store(Width::W64, own(offset_of!(Slot, host)), reg::RAX);
+    // The slot's number.
+    e.lea(Width::W64, reg::RAX, at(ADDEND, -(context::slot(0) as i32)));
+    e.shr(Width::W64, reg::RAX, size_of::<Slot>().trailing_zeros() as u8);
+    e.set_bit(field(context::filled_slots()), reg::RAX);
     e.store(Width::W64, own(offset_of!(Slot, page)), TEMPORARY);
     e.increment(own(offset_of!(Slot, misses)));
     e.load(Width::W64, reg::RAX, field(context::saved()));

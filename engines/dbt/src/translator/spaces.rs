@@ -1,7 +1,7 @@
 //! The inline TLBs of the address spaces that the guest used last.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 
 use super::context::{NO_STACK_PAGE, SLOTS, Slot, TLB_EMPTY, TLB_ENTRIES, TlbEntry};
 use super::windows::{Mapping, SPACES};
@@ -15,6 +15,18 @@ type Bits = [[[AtomicU64; WORDS]; CLASSES]; SPACES];
 /// No bit set.
 fn no_bits() -> Box<Bits> {
     Box::new([const { [const { [const { AtomicU64::new(0) }; WORDS] }; CLASSES] }; SPACES])
+}
+
+/// The numbers of the bits that are set.
+fn bits(words: &[AtomicU64]) -> impl Iterator<Item = usize> {
+    words.iter().enumerate().flat_map(|(word, bits)| {
+        let mut bits = bits.load(Ordering::SeqCst);
+        std::iter::from_fn(move || {
+            let number = word * 64 + bits.trailing_zeros() as usize;
+            bits &= bits.checked_sub(1)?;
+            Some(number)
+        })
+    })
 }
 
 /// The inline TLBs, as other threads may see them, with a record of which entries were ever filled.
@@ -58,19 +70,12 @@ impl SharedTlbs {
     /// Every entry whose bit is set.
     fn marked<'a>(
         &'a self,
-        bits: &'a Bits,
+        marks: &'a Bits,
         space: usize,
         class: usize,
     ) -> impl Iterator<Item = (usize, &'a TlbEntry)> {
         let entries = &self.mapping.tlbs(space).class[class].entries;
-        bits[space][class].iter().enumerate().flat_map(move |(word, bits)| {
-            let mut bits = bits.load(Ordering::SeqCst);
-            std::iter::from_fn(move || {
-                let index = word * 64 + bits.trailing_zeros() as usize;
-                bits &= bits.checked_sub(1)?;
-                Some((index, &entries[index]))
-            })
-        })
+        bits(&marks[space][class]).map(move |index| (index, &entries[index]))
     }
 
     /// How often stack windows and slots were emptied: what a block has checked holds until then.
@@ -98,27 +103,32 @@ impl SharedTlbs {
         &self.mapping.slots()[..self.slots.load(Ordering::SeqCst).min(SLOTS)]
     }
 
+    /// The slots that may hold a page.
+    fn filled_slots(&self) -> impl Iterator<Item = &Slot> {
+        let slots = self.mapping.slots();
+        bits(self.mapping.filled_slots()).map(|number| &slots[number])
+    }
+
     /// Empties stack window and slots. May be called from any thread.
     pub fn forget_windows(&self) {
         self.resets.fetch_add(1, Ordering::SeqCst);
-        self.mapping.stack_page().store(NO_STACK_PAGE, Ordering::SeqCst);
-        self.slots().iter().for_each(|slot| slot.page.store(NO_STACK_PAGE, Ordering::SeqCst));
+        self.mapping.stack_page().store(NO_STACK_PAGE, Ordering::Relaxed);
+        self.filled_slots().for_each(|slot| slot.page.store(NO_STACK_PAGE, Ordering::Relaxed));
+        fence(Ordering::SeqCst);
     }
 
-    /// Empties stack window and slots if one of them holds the page of a linear address.
-    fn forget_windows_to(&self, linear: u64) {
+    /// Whether stack window or a slot holds the page of a linear address.
+    fn has_window_to(&self, linear: u64) -> bool {
         let page = linear & PAGE_MASK;
         let stack = self.mapping.stack_page().load(Ordering::SeqCst);
-        if stack == page || self.slots().iter().any(|slot| slot.page.load(Ordering::SeqCst) == page) {
-            self.forget_windows();
-        }
+        stack == page || self.filled_slots().any(|slot| slot.page.load(Ordering::SeqCst) == page)
     }
 
     /// Whether stores to the page of RAM at this host address may go by the stack window or a slot.
     fn has_window(&self, host: u64) -> bool {
         let stack = self.mapping.stack_page().load(Ordering::SeqCst);
         let stack_host = self.mapping.stack_addend().load(Ordering::SeqCst).wrapping_add(stack);
-        stack_host == host || self.slots().iter().any(|slot| slot.host.load(Ordering::SeqCst) == host)
+        stack_host == host || self.filled_slots().any(|slot| slot.host.load(Ordering::SeqCst) == host)
     }
 
     /// Makes stores to the page of RAM at this host address go the slow way, once [`SharedTlbs::forget_windows`] was
@@ -202,10 +212,17 @@ impl Spaces {
         self.current
     }
 
+    /// Empties stack window and slots.
+    pub fn forget_windows(&mut self) {
+        self.shared.forget_windows();
+        // Translated code, which fills them, isn't executed meanwhile.
+        self.shared.mapping.filled_slots().iter().for_each(|word| word.store(0, Ordering::Relaxed));
+    }
+
     /// Makes the TLBs of an address space the current ones. The first ones of a PCID get what is global of those before;
     /// later ones are its last ones, emptied but for what is global.
     pub fn select(&mut self, number: u16, pcid: u16) {
-        self.shared.forget_windows();
+        self.forget_windows();
         if self.numbers[self.current] == number {
             return;
         }
@@ -259,7 +276,7 @@ impl Spaces {
 
     /// Empties everything.
     pub fn flush_all(&mut self, number: u16, pcid: u16) {
-        self.shared.forget_windows();
+        self.forget_windows();
         for space in 0..SPACES {
             if self.numbers[space] != 0 {
                 (0..CLASSES).for_each(|class| self.shared.clear(space, class));
@@ -273,11 +290,16 @@ impl Spaces {
 
     /// Forgets the page of a linear address in every address space.
     pub fn flush_page(&mut self, linear: u64) {
-        self.shared.forget_windows_to(linear);
+        if self.shared.has_window_to(linear) {
+            self.forget_windows();
+        }
         let page = linear >> 12;
-        for space in 0..SPACES {
-            for tlb in &self.shared.mapping.tlbs(space).class {
-                let entry = tlb.entry(linear);
+        let index = page as usize % TLB_ENTRIES;
+        for (space, class) in (0..SPACES).flat_map(|space| (0..CLASSES).map(move |class| (space, class))) {
+            // Most were never filled. The entries themselves lie where they displace each other in the host's caches.
+            let touched = self.shared.touched[space][class][index / 64].load(Ordering::Relaxed);
+            if touched >> (index % 64) & 1 != 0 {
+                let entry = &self.shared.mapping.tlbs(space).class[class].entries[index];
                 if entry.read.load(Ordering::Relaxed) == page || entry.write.load(Ordering::Relaxed) == page {
                     entry.clear();
                 }
@@ -318,7 +340,7 @@ impl Spaces {
     /// Makes stores to the page of RAM at this host address go the slow way.
     pub fn protect(&mut self, host: u64) {
         self.shared.forget_writes(host & PAGE_MASK);
-        self.shared.forget_windows();
+        self.forget_windows();
     }
 }
 

@@ -17,6 +17,7 @@ use bivisor_x86::state::{CpuState, Mode, TableRegister};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::analysis;
+use super::biases::Biases;
 use super::block::{self, OVERHANG, PAGE, Request, Translation};
 use super::cache::Cache;
 use super::context::{
@@ -31,6 +32,7 @@ use super::site::{Site, SiteKind};
 use super::spaces::{SharedTlbs, Spaces};
 use super::statistics::Statistics;
 use super::windows::Windows;
+use super::written_pages::WrittenPages;
 use crate::code_tracker::{self, CodeWrite};
 use crate::env::VcpuEnv;
 use crate::host_cpu;
@@ -42,10 +44,6 @@ use crate::trace::Trace;
 pub(super) const PAGE_MASK: u64 = !0xfff;
 /// Instructions that are interpreted at a time where nothing can be translated.
 const INTERPRETED: u64 = 64;
-/// A page whose code was written this often is interpreted for a while.
-const VOLATILE_WRITES: u32 = 16;
-/// So many times code of such a page is entered before translating it is tried again.
-const VOLATILE_ENTRIES: u32 = 500;
 /// Number of the address space of all global pages; the processor's own numbers are smaller.
 const GLOBAL_SPACE: u16 = u16::MAX;
 /// So often supervisor code is found to be global, or not, until all of it is taken to be.
@@ -69,13 +67,6 @@ const FAILURES: u32 = 200;
 /// Words of the filter of pages with code: linear page numbers are reduced to its bits.
 const FILTER_WORDS: usize = 1024;
 
-/// How often the code of a page was written.
-#[derive(Clone, Copy, Default)]
-struct Volatility {
-    writes: u32,
-    entries_left: u32,
-}
-
 /// A virtual processor.
 pub struct DbtVcpu {
     // Boxed: the context points to its state.
@@ -88,8 +79,7 @@ pub struct DbtVcpu {
     single_step: bool,
     pub(super) epoch: u64,
     /// Biases of the jump cache for address spaces and modes.
-    biases: FxHashMap<(u16, u16), u64>,
-    last_bias: u64,
+    biases: Biases,
     /// Address space, mode without its class, and number of [`DbtVcpu::forgotten`] that the context's biases are for.
     biases_for: (u16, u16, u64),
     /// How often all biases were forgotten.
@@ -102,7 +92,7 @@ pub struct DbtVcpu {
     code_filter: Box<[u64; FILTER_WORDS]>,
     /// The same of global pages.
     global_code_filter: Box<[u64; FILTER_WORDS]>,
-    volatile: FxHashMap<u64, Volatility>,
+    written: WrittenPages,
     fault_address: Box<u64>,
     /// How often the inline TLB was emptied or switched.
     pub(super) flushes: u64,
@@ -117,6 +107,8 @@ pub struct DbtVcpu {
     seen: FxHashMap<u64, u32>,
     /// Lines of 64 bytes of code, by page of RAM, that the guest was found executing.
     hot: FxHashMap<u64, u64>,
+    /// Offsets in RAM of hot code that jumps backwards lead to.
+    loop_heads: FxHashSet<u64>,
     /// All code of user mode is hot.
     always_hot: bool,
     /// Instructions, by offset in RAM, that access too many pages for a slot.
@@ -220,15 +212,14 @@ impl DbtVcpu {
             cache: Cache::new().map_err(no_memory)?,
             single_step: false,
             epoch: 0,
-            biases: FxHashMap::default(),
-            last_bias: 0,
+            biases: Biases::default(),
             biases_for: (0, 0, 0),
             forgotten: 1,
             linked: Vec::new(),
             linked_globally: Vec::new(),
             code_filter: Box::new([0; FILTER_WORDS]),
             global_code_filter: Box::new([0; FILTER_WORDS]),
-            volatile: FxHashMap::default(),
+            written: WrittenPages::default(),
             fault_address: Box::new(0),
             flushes: 0,
             resets: 0,
@@ -236,6 +227,7 @@ impl DbtVcpu {
             sampled: 0,
             seen: FxHashMap::default(),
             hot: FxHashMap::default(),
+            loop_heads: FxHashSet::default(),
             always_hot,
             roaming: FxHashSet::default(),
             alone: FxHashSet::default(),
@@ -268,6 +260,25 @@ impl DbtVcpu {
         let exit = self.cpu.run(&mut self.env, budget);
         self.follow_changes();
         ended(exit)
+    }
+
+    /// Lets the interpreter execute what there is no block for.
+    fn interpret_untranslated(&mut self, translatable: bool) -> Option<Exit> {
+        let budget = if self.trace.is_on() { 1 } else { INTERPRETED };
+        if !translatable {
+            return self.interpret(budget, true);
+        }
+        let rip = self.cpu.state.rip;
+        let place = self.cpu.probe(&mut self.env, rip, Access::Execute);
+        let is_written =
+            matches!(place, Ok(Place::Ram(offset)) if self.written.is_interpreted(offset & PAGE_MASK));
+        if !is_written || !self.cpu.runs_plainly() {
+            return self.interpret(1, true);
+        }
+        self.sync_vectors();
+        self.cpu.execute_written(&mut self.env, budget);
+        self.follow_changes();
+        None
     }
 
     /// Brings vector registers that the context holds to the state.
@@ -356,8 +367,7 @@ impl DbtVcpu {
         if self.global_code_filter[word] & bit != 0 {
             self.forget_jumps();
         } else if self.code_filter[word] & bit != 0 {
-            let current = self.cpu.address_space();
-            self.biases.retain(|&(space, _), _| space != current);
+            self.biases.forget_space(self.cpu.address_space());
             self.forgotten += 1;
             self.unlink(false);
         }
@@ -377,7 +387,7 @@ impl DbtVcpu {
     /// No jump leads anywhere any more without a look at the page tables.
     fn forget_jumps(&mut self) {
         self.statistics.jumps_forgotten += 1;
-        self.biases.clear();
+        self.biases.forget();
         self.forgotten += 1;
         self.unlink(true);
         self.code_filter.fill(0);
@@ -402,7 +412,7 @@ impl DbtVcpu {
         self.statistics.cleared += 1;
         self.names.cleared();
         // Other code will use the slots.
-        self.spaces.shared().forget_windows();
+        self.spaces.forget_windows();
         self.spaces.shared().use_slots(0);
         self.cache.clear();
         self.linked.clear();
@@ -423,10 +433,8 @@ impl DbtVcpu {
                 continue;
             }
             self.statistics.dropped += 1;
-            let volatility = self.volatile.entry(page).or_default();
-            volatility.writes += 1;
-            if volatility.writes >= VOLATILE_WRITES {
-                *volatility = Volatility { writes: VOLATILE_WRITES / 2, entries_left: VOLATILE_ENTRIES };
+            if self.written.dropped(page) {
+                self.env.release_code(page);
             }
         }
     }
@@ -464,10 +472,7 @@ impl DbtVcpu {
 
     pub(super) fn translate(&mut self, offset: u64, key: Key, loop_head: bool) -> Option<u32> {
         let page = offset & PAGE_MASK;
-        if let Some(volatility) = self.volatile.get_mut(&page)
-            && volatility.entries_left > 0
-        {
-            volatility.entries_left -= 1;
+        if self.written.entered(page) {
             return None;
         }
         let slots_used_up = self.cache.slots().len() + SLOTS_OF_A_BLOCK >= SLOTS;
@@ -530,7 +535,7 @@ impl DbtVcpu {
             page_offset: offset & PAGE_MASK,
             roaming: &self.roaming,
             alone: &self.alone,
-            loop_head,
+            loop_head: loop_head || self.loop_heads.contains(&offset),
         }
     }
 
@@ -572,16 +577,18 @@ impl DbtVcpu {
         *lines |= new;
         if new != 0 {
             self.statistics.hot += u64::from(new.count_ones());
+            self.loop_heads.extend(self.cache.loop_heads(page, new));
             self.cache.drop_lines(page, new, self.windows.context());
         }
     }
 
     /// The slots are used up: what is hot now gets them.
     fn start_hot_code_anew(&mut self) {
+        self.loop_heads.clear();
         for (page, lines) in std::mem::take(&mut self.hot) {
             self.cache.drop_lines(page, lines, self.windows.context());
         }
-        self.spaces.shared().forget_windows();
+        self.spaces.forget_windows();
         self.spaces.shared().use_slots(0);
         self.cache.free_slots();
     }
@@ -618,14 +625,14 @@ impl DbtVcpu {
 
     /// The bias of the jump cache in the current address space and a mode.
     fn bias(&mut self, space: u16, key: Key) -> u64 {
-        let space = (space, key.bits());
-        if let Some(&bias) = self.biases.get(&space) {
-            return bias;
+        loop {
+            if let Some(bias) = self.biases.get(space, key.bits(), host_cpu::random) {
+                return bias;
+            }
+            self.forget_jumps();
+            self.context().flush_jumps();
+            self.biases.start_anew();
         }
-        // Bit 63, which is [`EVENT_BIT`], is not reached.
-        self.last_bias += 1;
-        self.biases.insert(space, self.last_bias);
-        self.last_bias
     }
 
     /// Works out the biases of all classes of the current mode, unless the context has them.
@@ -784,8 +791,7 @@ impl DbtVcpu {
             let statistics = &mut self.statistics;
             *(if translatable { &mut statistics.not_translated } else { &mut statistics.other_modes }) += 1;
             self.windows.context().forget_cpuid();
-            let budget = if translatable || self.trace.is_on() { 1 } else { INTERPRETED };
-            return Ok(self.interpret(budget, true));
+            return Ok(self.interpret_untranslated(translatable));
         };
         let (entry, lookup_entry, crosses) = (block.entry, block.lookup_entry, block.second().is_some());
         let rip = self.cpu.state.rip;
@@ -798,7 +804,7 @@ impl DbtVcpu {
         context.page_base = rip & PAGE_MASK;
         context.address = rip;
         if remember {
-            context.jumps[jump_index(rip)] = JumpEntry { rip, bias, host, padding: 0 };
+            context.jumps[jump_index(rip)] = JumpEntry { tag: rip ^ bias, host };
             self.cache.remembered(number, jump_index(rip));
         }
         self.resets = self.spaces.shared().resets();

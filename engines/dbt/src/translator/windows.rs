@@ -56,7 +56,8 @@ impl Mapping {
         unsafe { self.window(space).add(CONTEXT).cast::<Tlbs>().as_ref() }
     }
 
-    atomics!(slots: [Slot; SLOTS], stack_page: AtomicU64, stack_addend: AtomicU64);
+    atomics!(slots: [Slot; SLOTS], filled_slots: [AtomicU64; SLOTS / 64]);
+    atomics!(stack_page: AtomicU64, stack_addend: AtomicU64);
     atomics!(jump_bias: AtomicU64, event: AtomicU8, passages: AtomicU64);
 
     /// The context, as translated code in an address space sees it.
