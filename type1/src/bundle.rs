@@ -21,6 +21,44 @@ pub enum OnCrash {
     Restart,
 }
 
+/// A network interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetConfig {
+    /// Name of the switch that it is at.
+    pub switch: String,
+    /// Its Ethernet address.
+    pub mac: [u8; 6],
+}
+
+/// A part of a disk that is not zeros.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Extent<'a> {
+    /// Where it is on the disk, in bytes.
+    pub offset: u64,
+    /// Its bytes.
+    pub bytes: Cow<'a, [u8]>,
+}
+
+impl Extent<'_> {
+    /// Where it ends on the disk.
+    pub fn end(&self) -> u64 {
+        self.offset.saturating_add(self.bytes.len() as u64)
+    }
+}
+
+/// A disk, whose content comes along.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskConfig<'a> {
+    /// Bytes, a multiple of 512.
+    pub size: u64,
+    /// The guest may not write.
+    pub read_only: bool,
+    /// What the guest may know it by.
+    pub serial: String,
+    /// What is not zeros, ascending, and apart from each other.
+    pub extents: Vec<Extent<'a>>,
+}
+
 /// A virtual machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MachineConfig<'a> {
@@ -42,6 +80,10 @@ pub struct MachineConfig<'a> {
     pub kernel: Cow<'a, [u8]>,
     /// The initial RAM disk.
     pub initrd: Option<Cow<'a, [u8]>>,
+    /// Network interfaces.
+    pub nets: Vec<NetConfig>,
+    /// Disks.
+    pub disks: Vec<DiskConfig<'a>>,
 }
 
 /// All virtual machines.
@@ -88,6 +130,13 @@ impl<'a> Bundle<'a> {
             put(&mut file, &machine.kernel);
             // No initrd has no bytes.
             put(&mut file, machine.initrd.as_deref().unwrap_or_default());
+            file.extend((machine.nets.len() as u32).to_le_bytes());
+            for net in &machine.nets {
+                put(&mut file, net.switch.as_bytes());
+                file.extend(net.mac);
+            }
+            file.extend((machine.disks.len() as u32).to_le_bytes());
+            machine.disks.iter().for_each(|disk| put_disk(&mut file, disk));
         }
         file
     }
@@ -121,7 +170,42 @@ fn machine<'a>(file: &mut &'a [u8]) -> Result<MachineConfig<'a>, BundleError> {
     let command_line = text(file)?;
     let kernel = Cow::Borrowed(bytes(file)?);
     let initrd = Some(bytes(file)?).filter(|initrd| !initrd.is_empty()).map(Cow::Borrowed);
-    Ok(MachineConfig { name, cpus, memory, testdev, pv, on_crash, command_line, kernel, initrd })
+    let nets = list(file, |file| Ok(NetConfig { switch: text(file)?, mac: take_array(file)? }))?;
+    let disks = list(file, disk)?;
+    Ok(MachineConfig { name, cpus, memory, testdev, pv, on_crash, command_line, kernel, initrd, nets, disks })
+}
+
+fn disk<'a>(file: &mut &'a [u8]) -> Result<DiskConfig<'a>, BundleError> {
+    let (size, read_only, serial) = (u64::from_le_bytes(take_array(file)?), flag(file)?, text(file)?);
+    let extents: Vec<Extent<'a>> = list(file, |file| {
+        let offset = u64::from_le_bytes(take_array(file)?);
+        Ok(Extent { offset, bytes: Cow::Borrowed(bytes(file)?) })
+    })?;
+    let apart = extents.windows(2).all(|pair| pair[0].end() <= pair[1].offset);
+    if !apart || extents.last().is_some_and(|last| last.end() > size) || size % 512 != 0 {
+        return Err(BundleError::Damaged("parts of a disk lie on each other, or outside"));
+    }
+    Ok(DiskConfig { size, read_only, serial, extents })
+}
+
+fn put_disk(file: &mut Vec<u8>, disk: &DiskConfig<'_>) {
+    file.extend(disk.size.to_le_bytes());
+    file.push(disk.read_only.into());
+    put(file, disk.serial.as_bytes());
+    file.extend((disk.extents.len() as u32).to_le_bytes());
+    for extent in &disk.extents {
+        file.extend(extent.offset.to_le_bytes());
+        put(file, &extent.bytes);
+    }
+}
+
+/// A number and that many values.
+fn list<'a, T>(
+    file: &mut &'a [u8],
+    mut value: impl FnMut(&mut &'a [u8]) -> Result<T, BundleError>,
+) -> Result<Vec<T>, BundleError> {
+    let count = u32::from_le_bytes(take_array(file)?);
+    (0..count).map(|_| value(file)).collect()
 }
 
 /// A length and that many bytes.
@@ -174,6 +258,15 @@ mod tests {
             command_line: "console=ttyS0".into(),
             kernel: Cow::Borrowed(b"kernel"),
             initrd: Some(Cow::Borrowed(b"initrd")),
+            nets: vec![NetConfig { switch: "lan".into(), mac: [2, 0, 0, 0, 0, 1] }],
+            disks: vec![DiskConfig {
+                size: 4096,
+                read_only: true,
+                serial: "s".into(),
+                extents: [512, 3584]
+                    .map(|offset| Extent { offset, bytes: Cow::Borrowed(&[7; 512]) })
+                    .to_vec(),
+            }],
         };
         let other = MachineConfig {
             name: "b".into(),
@@ -199,6 +292,19 @@ mod tests {
             assert_eq!(Bundle::parse(&file[..length]), Err(BundleError::Truncated), "{length}");
         }
         assert_eq!(Bundle::parse(b"BIVISOR"), Err(BundleError::Magic));
+    }
+
+    #[test]
+    fn disks_that_can_not_be_are_refused() {
+        for (offset, size) in [(600, 4096), (3585, 4096), (512, 4095)] {
+            let mut bundle = bundle();
+            let disk = &mut bundle.machines[0].disks[0];
+            (disk.extents[1].offset, disk.size) = (offset, size);
+            assert!(
+                matches!(Bundle::parse(&bundle.encode()), Err(BundleError::Damaged(_))),
+                "{offset} {size}"
+            );
+        }
     }
 
     #[test]

@@ -4,6 +4,9 @@ use core::fmt::Arguments;
 use core::panic::PanicInfo;
 use core::sync::atomic::{AtomicBool, Ordering};
 
+use bivisor_machine::sync::Mutex;
+
+use crate::acpi::SoftOff;
 use crate::console::println;
 use crate::processor::{halt, port};
 
@@ -20,6 +23,12 @@ const GOOD: u32 = 0x10;
 const BAD: u32 = 0x11;
 
 static DEBUG_EXIT: AtomicBool = AtomicBool::new(false);
+static SOFT_OFF: Mutex<Option<SoftOff>> = Mutex::new(None);
+
+/// Takes note of how the machine is switched off.
+pub(crate) fn set_soft_off(soft_off: Option<SoftOff>) {
+    *SOFT_OFF.lock() = soft_off;
+}
 
 /// Takes note of what a command line, the loader's or the machines', says about the end.
 pub(crate) fn set_options(command_line: &str) {
@@ -28,24 +37,28 @@ pub(crate) fn set_options(command_line: &str) {
     }
 }
 
-fn end(status: u32) -> ! {
+fn end_debugging(status: u32) {
     if DEBUG_EXIT.load(Ordering::Relaxed) {
         port::outl(DEBUG_EXIT_PORT, status);
         BOCHS_WORD.iter().for_each(|byte| port::outb(BOCHS_PORT, *byte));
     }
-    halt()
 }
 
 /// Nothing is left to be done.
 pub(crate) fn power_off() -> ! {
+    end_debugging(GOOD);
+    if let Some(soft_off) = &*SOFT_OFF.lock() {
+        soft_off.execute();
+    }
     println!("bivisor: the machine can be switched off");
-    end(GOOD)
+    halt()
 }
 
 /// The hypervisor can't go on.
 pub(crate) fn give_up(why: Arguments<'_>) -> ! {
     println!("bivisor: {why}");
-    end(BAD)
+    end_debugging(BAD);
+    halt()
 }
 
 /// A mistake of the hypervisor's own.

@@ -5,7 +5,7 @@ use core::fmt::Arguments;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use alloc::string::String;
-use bivisor_machine::host::{Alarm, EventSink, MachineEvent, Nanos};
+use bivisor_machine::host::{Alarm, EventSink, MachineEvent, Nanos, Waker};
 use bivisor_machine::sync::Mutex;
 
 use crate::console::println;
@@ -38,6 +38,34 @@ impl Alarm for VmAlarm {
         self.deadline.store(deadline.unwrap_or(NEVER), Ordering::Relaxed);
         if let Some(deadline) = deadline {
             self.host.processor.arm_by(deadline);
+        }
+    }
+}
+
+/// Ends whoever executes, so that a virtual processor with something to do gets its turn.
+pub(crate) struct VcpuWaker {
+    host: Arc<Host>,
+    /// Who it is for.
+    number: u64,
+}
+
+impl VcpuWaker {
+    pub(crate) fn new(host: Arc<Host>) -> Arc<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Arc::new(Self { host, number: NEXT.fetch_add(1, Ordering::Relaxed) })
+    }
+
+    /// It is this one who executes from now on.
+    pub(crate) fn runs(&self) {
+        self.host.running.store(self.number, Ordering::Relaxed);
+    }
+}
+
+impl Waker for VcpuWaker {
+    fn wake(&self) {
+        // Whoever executes looks at his own events anyway.
+        if self.host.running.load(Ordering::Relaxed) != self.number {
+            self.host.processor.arm_by(0);
         }
     }
 }

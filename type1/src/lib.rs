@@ -6,28 +6,35 @@
 
 extern crate alloc;
 
+mod acpi;
 pub mod boot;
 pub mod bundle;
 pub mod console;
+mod disk;
 pub mod ending;
 mod host;
 mod list;
 pub mod memory;
+mod net;
 mod processor;
 mod scheduler;
 mod time;
+mod turns;
 mod vm;
 
-use alloc::sync::Arc;
+use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
+use core::sync::atomic::AtomicU64;
 
 use bivisor_machine::host::Clock;
 
+use acpi::SoftOff;
 use boot::BootInfo;
 use bundle::Bundle;
 use console::println;
 use memory::Image;
 use memory::heap::Heap;
+use net::Switches;
 use processor::Processor;
 use scheduler::Scheduler;
 use vm::Host;
@@ -51,6 +58,7 @@ pub unsafe fn run(protocol: u32, information: u64, image: &Image, heap: &Heap) -
         if let Err(error) = memory::take_over(&info, image, heap) {
             ending::give_up(format_args!("{error}"));
         }
+        ending::set_soft_off(info.acpi().and_then(|root| SoftOff::find(&boot::Identity, root)));
         (info, Processor::take_over())
     };
     println!(
@@ -88,7 +96,13 @@ fn start(info: &BootInfo, processor: Processor) -> Result<Scheduler, StartError>
     ending::set_options(&bundle.command_line);
     let hardware = processor.enable_virtualization()?;
     println!("bivisor: guests run on {}", hardware.name());
-    let host = Arc::new(Host { processor, hardware });
+    let host = Arc::new_cyclic(|host: &Weak<Host>| {
+        let (clock, host) = (processor.clock.clone(), host.clone());
+        // The timer ends the guest's run, and the scheduler delivers.
+        let wake = move || host.upgrade().into_iter().for_each(|host| host.processor.arm_by(0));
+        let switches = Switches::new(clock, Arc::new(wake));
+        Host { switches, processor, hardware, running: AtomicU64::new(0) }
+    });
     let alone = bundle.machines.len() == 1;
     let console = Arc::new(console::Console::new(alone));
     let mut machines = Vec::new();

@@ -7,13 +7,8 @@ use core::fmt::Display;
 use bivisor_machine::host::{Clock, Nanos};
 
 use crate::console::{Console, Key, Keys, println, serial};
+use crate::turns::{Place, SLICE, Turns};
 use crate::vm::{Host, Outcome, Vm};
-
-/// How long a virtual processor executes while others wait; also how long a key waits.
-const SLICE: Nanos = 5_000_000;
-
-/// A virtual processor: machine and number.
-type Place = (usize, usize);
 
 /// All machines.
 pub(crate) struct Scheduler {
@@ -22,20 +17,20 @@ pub(crate) struct Scheduler {
     /// By their index on the console; `None` has ended.
     machines: Vec<Option<Vm>>,
     keys: Keys,
-    /// Who executes, and until when he may.
-    current: (Place, Nanos),
+    turns: Turns,
 }
 
 impl Scheduler {
     pub(crate) fn new(host: Arc<Host>, console: Arc<Console>, machines: Vec<Vm>) -> Self {
         let machines = machines.into_iter().map(Some).collect();
-        Self { host, console, machines, keys: Keys::default(), current: ((0, 0), 0) }
+        Self { host, console, machines, keys: Keys::default(), turns: Turns::default() }
     }
 
     /// Runs until no machine is left.
     pub(crate) fn run(&mut self) {
         while self.machines.iter().any(Option::is_some) {
             self.read_keys();
+            self.host.switches.deliver();
             let now = self.host.processor.clock.now();
             self.running().for_each(|vm| vm.expire(now));
             let next = self.next(now);
@@ -46,6 +41,7 @@ impl Scheduler {
                     if let Some(Some(vm)) = self.machines.get_mut(machine) {
                         vm.run(cpu);
                     }
+                    self.turns.charge(self.host.processor.clock.now().saturating_sub(now));
                     self.settle(machine);
                 }
                 None => self.host.processor.wait(),
@@ -59,25 +55,12 @@ impl Scheduler {
 
     /// Whose turn it is.
     fn next(&mut self, now: Nanos) -> Option<Place> {
-        let runnable = |place: &Place| {
-            self.machines.get(place.0).and_then(Option::as_ref).is_some_and(|vm| vm.is_runnable(place.1, now))
-        };
-        let (current, until) = self.current;
-        if now < until && runnable(&current) {
-            return Some(current);
-        }
-        let all: Vec<Place> = self
-            .machines
-            .iter()
-            .enumerate()
-            .filter_map(|(index, vm)| vm.as_ref().map(|vm| (index, vm)))
-            .flat_map(|(index, vm)| (0..vm.cpus()).map(move |cpu| (index, cpu)))
-            .collect();
-        // Those behind the last one come first.
-        let split = all.partition_point(|place| *place <= current);
-        let next = all[split..].iter().chain(&all[..split]).copied().find(runnable)?;
-        self.current = (next, now + SLICE);
-        Some(next)
+        let machines = self.machines.iter().enumerate();
+        let present = machines.filter_map(|(index, vm)| vm.as_ref().map(|vm| (index, vm)));
+        let runnable = present.flat_map(|(index, vm)| {
+            (0..vm.cpus()).filter(move |cpu| vm.is_runnable(*cpu, now)).map(move |cpu| (index, cpu))
+        });
+        self.turns.next(runnable)
     }
 
     /// Acts on what has become of a machine.
@@ -95,6 +78,7 @@ impl Scheduler {
         if let Some(vm) = self.machines.get_mut(index).and_then(Option::take) {
             println!("bivisor: {}: {why}", vm.name());
             drop(vm);
+            self.turns.remove(index);
             self.focus_on_next();
         }
     }

@@ -5,6 +5,7 @@ use alloc::collections::VecDeque;
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::sync::atomic::AtomicU64;
 
 use bivisor_hvm::Hardware;
 use bivisor_hvm::host::cpuid;
@@ -13,12 +14,17 @@ use bivisor_machine::engine::{EngineError, Exit, Vcpu, VcpuBus};
 use bivisor_machine::host::{Clock, MachineEvent, Nanos};
 use bivisor_machine::lifecycle::TransitionError;
 use bivisor_machine::machine::{HostParts, Machine, MachineError, ResetError};
+use bivisor_machine::virtio::block::Block;
+use bivisor_machine::virtio::device::VirtioDevice;
+use bivisor_machine::virtio::net::Net;
 use bivisor_x86::cpuid::CpuModel;
 
 use crate::bundle::{MachineConfig, OnCrash};
 use crate::console::Line;
-use crate::host::{VmAlarm, VmEvents};
+use crate::disk::{Disk, SLAB, Slab};
+use crate::host::{VcpuWaker, VmAlarm, VmEvents};
 use crate::memory::{self, IdentityMap, MemoryError};
+use crate::net::Switches;
 use crate::processor::Processor;
 
 /// How often a halted processor whose events are all masked is looked at again.
@@ -32,6 +38,27 @@ const MAX_INPUT: usize = 4096;
 pub(crate) struct Host {
     pub(crate) processor: Processor,
     pub(crate) hardware: Hardware,
+    pub(crate) switches: Switches,
+    /// The number of the virtual processor that executes: [`VcpuWaker`]'s.
+    pub(crate) running: AtomicU64,
+}
+
+/// Memory for what a guest writes to its disks.
+fn slab() -> Option<Slab> {
+    memory::allocate(SLAB as u64).map(|slab| Box::new(slab) as Slab).ok()
+}
+
+/// The devices that a machine's configuration names.
+fn devices(config: &MachineConfig<'static>, host: &Host) -> Vec<Arc<dyn VirtioDevice>> {
+    let disks = config.disks.iter().map(|disk| -> Arc<dyn VirtioDevice> {
+        let queues = u16::try_from(config.cpus).unwrap_or(u16::MAX);
+        Block::new(Arc::new(Disk::new(disk, slab)), &disk.serial, queues)
+    });
+    let nets = config
+        .nets
+        .iter()
+        .map(|net| -> Arc<dyn VirtioDevice> { Net::new(host.switches.port(&net.switch), net.mac, None) });
+    disks.chain(nets).collect()
 }
 
 /// A machine can't be made, or not be started.
@@ -57,6 +84,7 @@ pub(crate) enum VmError {
 struct Slot {
     vcpu: Box<dyn Vcpu>,
     bus: Arc<dyn VcpuBus>,
+    waker: Arc<VcpuWaker>,
     /// It waits for an event; one that it has already does not help before this moment.
     halted: Option<Nanos>,
 }
@@ -111,7 +139,7 @@ impl Vm {
                 alarm: alarm.clone(),
                 events: events.clone(),
                 console: Arc::new(console),
-                devices: Vec::new(),
+                devices: devices(config, host),
             },
         )?;
         let engine = host.hardware.engine(Arc::new(IdentityMap));
@@ -119,7 +147,9 @@ impl Vm {
             .map(|index| {
                 let setup = machine.vcpu_setup(index).ok_or(VmError::NoSuchProcessor)?;
                 let bus = setup.bus.clone();
-                Ok(Slot { vcpu: engine.create_vcpu(index, setup)?, bus, halted: None })
+                let waker = VcpuWaker::new(host.clone());
+                machine.set_waker(index, waker.clone());
+                Ok(Slot { vcpu: engine.create_vcpu(index, setup)?, bus, waker, halted: None })
             })
             .collect::<Result<_, VmError>>()?;
         let mut vm = Self {
@@ -230,6 +260,7 @@ impl Vm {
     pub(crate) fn run(&mut self, cpu: usize) {
         let Some(slot) = self.slots.get_mut(cpu) else { return };
         let was_halted = slot.halted.take().is_some();
+        slot.waker.runs();
         match slot.vcpu.run() {
             Ok(Exit::Halt) => {
                 let masked = was_halted && slot.bus.has_event();

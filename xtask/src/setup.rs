@@ -3,7 +3,7 @@ use crate::steps::progress;
 use anyhow::{Context, Result, bail};
 use std::{env, fs, path::Path, process::Command};
 
-/// A program that the checks call.
+/// A program that the checks call, by its name, or another file that they need, by its path.
 struct Tool {
     program: &'static str,
     /// Separated by blanks.
@@ -20,6 +20,18 @@ const TOOLS: &[Tool] = &[
         program: "qemu-system-x86_64",
         package: "qemu-system-x86",
         purpose: "the guests are checked against it; their checks on QEMU are left out",
+        optional: true,
+    },
+    Tool {
+        program: "grub-mkimage",
+        package: "grub-pc-bin",
+        purpose: "it starts the bare machine's hypervisor; that check is left out",
+        optional: true,
+    },
+    Tool {
+        program: "/usr/share/OVMF/OVMF_CODE.fd",
+        package: "ovmf",
+        purpose: "it is UEFI for emulated machines; the checks with it are left out",
         optional: true,
     },
     Tool {
@@ -71,8 +83,11 @@ pub fn prepare() -> Result<()> {
     Ok(())
 }
 
-/// Whether a program is on the search path and, if it is rustup's stand-in, has something behind it.
+/// Whether a file is there, or a program is on the search path and, if it is rustup's stand-in, has something behind it.
 fn installed(program: &str) -> bool {
+    if program.starts_with('/') {
+        return Path::new(program).is_file();
+    }
     let found = env::var_os("PATH")
         .is_some_and(|path| env::split_paths(&path).any(|dir| dir.join(program).is_file()));
     found && Command::new(program).arg("--help").output().is_ok_and(|output| output.status.success())

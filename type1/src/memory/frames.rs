@@ -5,7 +5,7 @@ use crate::boot::Range;
 use crate::list::List;
 
 /// Ranges that are kept apart. More pieces than this are lost, not given out twice.
-const MAX_RANGES: usize = 256;
+const MAX_RANGES: usize = 1024;
 
 /// The free ranges, ascending, apart from each other, of whole pages.
 pub(crate) struct Frames {

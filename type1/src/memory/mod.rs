@@ -7,6 +7,7 @@ mod paging;
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
+use core::ops::{Deref, DerefMut};
 
 use bivisor_hvm::PhysicalMap;
 use bivisor_machine::memory::GuestMemory;
@@ -90,15 +91,47 @@ pub fn module(range: &Range) -> &'static [u8] {
     unsafe { core::slice::from_raw_parts(range.start as *const u8, range.size() as usize) }
 }
 
-/// The frames of a guest's RAM, given back, and wiped, when dropped.
+/// Frames that hold what is a guest's, given back, and wiped, when dropped.
 struct GuestFrames(Range);
 
 impl Drop for GuestFrames {
     fn drop(&mut self) {
-        // SAFETY: `allocate_guest` has made sure that they are RAM of ours; the guest's memory is gone.
+        // SAFETY: whoever made this has made sure that they are RAM of ours; nobody uses them any more.
         unsafe { core::ptr::write_bytes(self.0.start as *mut u8, 0, self.0.size() as usize) };
         FRAMES.lock().add(self.0);
     }
+}
+
+/// Memory of the hypervisor's, given back, and wiped, when dropped.
+pub(crate) struct Memory(GuestFrames);
+
+impl Deref for Memory {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        let Range { start, .. } = self.0.0;
+        // SAFETY: the frames are RAM, mapped at their addresses, and this value's alone.
+        unsafe { core::slice::from_raw_parts(start as *const u8, self.0.0.size() as usize) }
+    }
+}
+
+impl DerefMut for Memory {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        let Range { start, .. } = self.0.0;
+        // SAFETY: as in `deref`, and borrowed as a whole.
+        unsafe { core::slice::from_raw_parts_mut(start as *mut u8, self.0.0.size() as usize) }
+    }
+}
+
+/// Memory of zeros, of whole pages.
+///
+/// # Errors
+/// There is none in one piece.
+pub(crate) fn allocate(size: u64) -> Result<Memory, MemoryError> {
+    let size = size.next_multiple_of(PAGE);
+    let start = FRAMES.lock().allocate(size, PAGE).ok_or(MemoryError::Full(size))?;
+    // SAFETY: the frames are RAM, mapped at their addresses, and nobody else's from now on.
+    unsafe { core::ptr::write_bytes(start as *mut u8, 0, size as usize) };
+    Ok(Memory(GuestFrames(Range { start, end: start + size })))
 }
 
 /// RAM of zeros for a guest, in one piece, aligned to large pages where it is large.

@@ -22,6 +22,24 @@ pub(crate) fn outb(port: u16, value: u8) {
     }
 }
 
+/// IN of two bytes.
+pub(crate) fn inw(port: u16) -> u16 {
+    let value: u16;
+    // SAFETY: as in `inb`.
+    unsafe {
+        asm!("in ax, dx", in("dx") port, out("ax") value, options(nomem, nostack, preserves_flags));
+    }
+    value
+}
+
+/// OUT of two bytes.
+pub(crate) fn outw(port: u16, value: u16) {
+    // SAFETY: as in `inb`.
+    unsafe {
+        asm!("out dx, ax", in("dx") port, in("ax") value, options(nomem, nostack, preserves_flags));
+    }
+}
+
 /// OUT of four bytes.
 pub(crate) fn outl(port: u16, value: u32) {
     // SAFETY: as in `inb`.

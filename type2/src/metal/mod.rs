@@ -2,6 +2,7 @@
 
 mod config;
 mod disk;
+mod disk_content;
 mod hypervisor;
 
 use std::env;
@@ -9,6 +10,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use bivisor_backends::disk::DiskError;
+use bivisor_machine::block::BlockError;
 use clap::{Args, Subcommand};
 
 use crate::config::ConfigError;
@@ -93,8 +96,21 @@ pub enum MetalError {
         /// What.
         keys: String,
     },
+    /// A disk can't be opened.
+    #[error(transparent)]
+    OpenDisk(#[from] DiskError),
+    /// A disk can't be read.
+    #[error("cannot read the disk {path}: {error}", path = .path.display())]
+    ReadDisk {
+        /// The disk.
+        path: PathBuf,
+        /// Why.
+        error: BlockError,
+    },
     /// A guest's own disk.
-    #[error("vm.{name}: its image has a disk, and the bare machine has no disks yet")]
+    #[error(
+        "vm.{name}: its image has a disk, and on the bare machine writes to disks don't last: say snapshot = true"
+    )]
     Disk {
         /// The machine.
         name: String,

@@ -105,9 +105,12 @@ pub fn build() -> Result<PathBuf> {
     Ok(target().join("metal/bivisor-metal"))
 }
 
-/// Runs `bivisor metal` with these arguments.
+/// Runs `bivisor metal` with these arguments. It finds images that can be made again, and not those of the user's, which have
+/// disks.
 fn metal(program: &Path, arguments: &[&Path]) -> Result<()> {
-    let output = Command::new(program).arg("metal").args(arguments).output()?;
+    let data = tempfile::tempdir()?;
+    let output =
+        Command::new(program).arg("metal").args(arguments).env("XDG_DATA_HOME", data.path()).output()?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr).trim());
     Ok(())
 }
