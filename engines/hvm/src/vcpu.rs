@@ -12,6 +12,10 @@ use bivisor_x86::state::{Activity, CpuState};
 use crate::env::VcpuEnv;
 use crate::guest::{Cause, DR7_ENABLES, Entry, HardwareGuest, Injection, Kind, Left, PortAccess};
 
+/// After so many exits a run ends even without an interrupt of the host's: Bochs' processor lets none end the run of a guest that
+/// was entered with interrupts disabled.
+const MAX_EXITS: u32 = 256;
+
 /// How often the processor left the guest, and why.
 #[derive(Default)]
 struct Counts {
@@ -189,7 +193,7 @@ impl<G: HardwareGuest> Vcpu for HvmVcpu<G> {
     }
 
     fn run(&mut self) -> Result<Exit, EngineError> {
-        loop {
+        for _ in 0..MAX_EXITS {
             let entry = match self.prepare() {
                 Ok(entry) => entry,
                 Err(exit) => return Ok(exit),
@@ -198,9 +202,10 @@ impl<G: HardwareGuest> Vcpu for HvmVcpu<G> {
             self.counts.count(&left.cause);
             self.handle(left);
             if left.cause == Cause::Host {
-                return Ok(Exit::Kicked);
+                break;
             }
         }
+        Ok(Exit::Kicked)
     }
 
     fn set_debug(&mut self, debug: &DebugControl) -> Result<(), EngineError> {
