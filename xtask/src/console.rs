@@ -16,7 +16,7 @@ const CONNECTION_LIMIT: Duration = Duration::from_secs(30);
 pub struct Session {
     program: Child,
     /// Where typed text goes.
-    keyboard: Box<dyn Write>,
+    keyboard: Box<dyn Write + Send>,
     /// What it writes.
     pub screen: Screen,
 }

@@ -60,7 +60,7 @@ const COMPONENTS: &[(&str, &str)] = &[("rustfmt", "cargo-fmt"), ("clippy", "carg
 pub fn prepare() -> Result<()> {
     let missing: Vec<&Tool> = TOOLS.iter().filter(|tool| !installed(tool.program)).collect();
     if !missing.is_empty() && may_install() {
-        let packages: Vec<&str> = missing.iter().flat_map(|tool| tool.package.split(" ")).collect();
+        let packages: Vec<&str> = missing.iter().flat_map(|tool| tool.package.split(' ')).collect();
         progress(&format!("installing {} with apt-get", packages.join(", ")));
         if let Err(error) = install(&packages) {
             println!("apt-get could not install them: {error:#}");
