@@ -11,6 +11,7 @@ use super::*;
 use crate::devices::testing::{Host, Time};
 use crate::engine::VcpuBus;
 use crate::map::ECAM_BASE;
+use crate::virtio::entropy::{Entropy, EntropySource};
 
 const MIB: usize = 1 << 20;
 
@@ -74,6 +75,33 @@ fn impossible_machines_are_refused() {
     assert_eq!(new(65, 4), Some(MachineError::Cpus(65)));
     assert_eq!(new(1, 1), Some(MachineError::Memory(MIB as u64)));
     assert_eq!(new(64, 2), None);
+}
+
+/// A reset on Linux makes a new machine.
+#[test]
+fn a_machine_that_nobody_holds_is_gone_with_its_memory() {
+    struct Nothing;
+    impl EntropySource for Nothing {
+        fn fill(&self, _to: &mut [u8]) -> usize {
+            0
+        }
+    }
+    let (host, time) = (Host::new(), Time::new());
+    let memory = Arc::new(GuestMemory::on_heap(4 * MIB));
+    let device = Entropy::new(Arc::new(Nothing));
+    let (left_memory, left_device) = (Arc::downgrade(&memory), Arc::downgrade(&device));
+    let parts = HostParts { devices: alloc::vec![device], ..parts(&host, &time) };
+    let model = Arc::new(CpuModel::reference(2));
+    let machine = Machine::new(MachineConfig { pv: true, ..config(2, true) }, memory, model, parts).unwrap();
+    let setup = machine.vcpu_setup(0).unwrap();
+    // Its registers answer where firmware has put them.
+    setup.bus.mmio_write(ECAM_BASE + (1 << 15) + 4, 2, 6);
+    let bar = setup.bus.mmio_read(ECAM_BASE + (1 << 15) + 0x10, 4) & !0xf;
+    assert_eq!(setup.bus.mmio_read(bar + 0x12, 2), 1, "a device of one queue");
+    machine.stop();
+    machine.stop_devices();
+    drop((setup, machine));
+    assert!(left_memory.upgrade().is_none() && left_device.upgrade().is_none());
 }
 
 #[test]

@@ -141,4 +141,11 @@ impl Backends {
         }
         devices
     }
+
+    /// Lets the devices go that [`Self::devices`] has made, when their machine has ended.
+    pub fn disconnect(&self) {
+        if let Some(console) = &self.console {
+            console.input().disconnect();
+        }
+    }
 }

@@ -19,27 +19,39 @@ pub enum EngineUnavailable {
     KvmInJail,
 }
 
+/// An engine that works here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Chosen {
+    /// The processor's virtualization.
+    Kvm,
+    /// The translator.
+    Dbt,
+    /// The interpreter.
+    Interp,
+}
+
 /// Decides which engine is to be taken: `auto` becomes one of the software engines. KVM is only taken where it is asked
 /// for, since stock Linux only gets to a shell on it where the host is not busy, and after a look at what it does.
-pub fn choose(config: &VmConfig) -> Result<EngineChoice, EngineUnavailable> {
+pub fn choose(config: &VmConfig) -> Result<Chosen, EngineUnavailable> {
     match config.engine {
-        EngineChoice::Auto if host_can_translate() => Ok(EngineChoice::Dbt),
-        EngineChoice::Auto => Ok(EngineChoice::Interp),
+        EngineChoice::Auto if host_can_translate() => Ok(Chosen::Dbt),
+        EngineChoice::Auto | EngineChoice::Interp => Ok(Chosen::Interp),
+        EngineChoice::Dbt => Ok(Chosen::Dbt),
         EngineChoice::Kvm => match bivisor_kvm::probe() {
             Err(why) => Err(EngineUnavailable::Kvm(why)),
             Ok(_) if !config.no_jail => Err(EngineUnavailable::KvmInJail),
-            Ok(_) => Ok(EngineChoice::Kvm),
+            Ok(_) => Ok(Chosen::Kvm),
         },
-        choice @ (EngineChoice::Dbt | EngineChoice::Interp) => Ok(choice),
     }
 }
 
-/// Makes the engine that [`choose`] gave.
-pub fn make(choice: EngineChoice) -> Result<Box<dyn Engine>, EngineUnavailable> {
-    Ok(match choice {
-        EngineChoice::Kvm => Box::new(KvmEngine::new().map_err(EngineUnavailable::Kvm)?),
-        EngineChoice::Dbt => Box::new(SoftwareEngine::translator()),
-        // Nobody has chosen: the one that works everywhere.
-        EngineChoice::Interp | EngineChoice::Auto => Box::new(SoftwareEngine::interpreter()),
-    })
+impl Chosen {
+    /// Makes the engine.
+    pub fn make(self) -> Result<Box<dyn Engine>, EngineUnavailable> {
+        Ok(match self {
+            Self::Kvm => Box::new(KvmEngine::new().map_err(EngineUnavailable::Kvm)?),
+            Self::Dbt => Box::new(SoftwareEngine::translator()),
+            Self::Interp => Box::new(SoftwareEngine::interpreter()),
+        })
+    }
 }

@@ -61,13 +61,13 @@ pub fn run(args: &RunArgs, verbose: bool) -> Result<u8, Failure> {
 
 /// Runs a machine to its end.
 pub fn machine(
-    mut config: VmConfig,
+    config: VmConfig,
     verbose: bool,
     managed: Option<Managed>,
     probe: Option<Probe>,
 ) -> Result<Ending, Failure> {
     config.check_memory(memory::host_memory()).map_err(Failure::configuration)?;
-    config.engine = engines::choose(&config).map_err(Failure::configuration)?;
+    let engine = engines::choose(&config).map_err(Failure::configuration)?;
     let guest = Guest::find(&config).map_err(Failure::configuration)?;
     let clock = Arc::new(LinuxClock::start());
     set_yield(|| {
@@ -115,7 +115,8 @@ pub fn machine(
     if let Some(probe) = probe {
         probe.after_close();
     }
-    let parts = Parts { config, guest, clock, processors, console, backends, trace, perf_map, log, events };
+    let parts =
+        Parts { config, engine, guest, clock, processors, console, backends, trace, perf_map, log, events };
     let ending = supervise(&parts, &happenings, debugger.as_ref(), ready);
 
     if let (Some(debugger), Ok(ending)) = (&debugger, &ending) {
@@ -167,6 +168,9 @@ fn supervise(
         }
         let ending = wait_for_end(&session, parts, happenings, debugger);
         session.stop();
+        // Nobody may hold the machine at its end: what is opened for it is closed when the last one lets go.
+        parts.console.input().disconnect();
+        parts.backends.disconnect();
         if parts.config.stats {
             message(&session.statistics());
         }

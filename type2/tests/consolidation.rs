@@ -132,6 +132,55 @@ impl Office {
     }
 }
 
+/// What a whole Debian says of the machine that it is in.
+fn sees_a_sound_machine(office: &Office) {
+    let say = |words: &str| office.done(&["ssh", "web", words]).replace('\r', "");
+    assert_eq!(say("systemctl is-system-running --wait"), "running\n");
+    // The one warning is that of a kernel without an option, on any machine.
+    let complaints = say("dmesg --level=emerg,alert,crit,err,warn | grep -v CONFIG_IMA_DISABLE_HTABLE; true");
+    assert_eq!(complaints, "");
+    // The gateway, by the address that the router has advertised.
+    let echo = say("ping -6 -c 3 -W 2 $(resolvectl dns | grep -o 'fd[0-9a-f:]*::')2");
+    assert!(echo.contains(" 0% packet loss"), "{echo}");
+}
+
+/// Packages come through the user-mode network from the mirror that the image names, if the host itself reaches it.
+fn installs_packages(office: &Office) {
+    let say = |words: &str| office.done(&["ssh", "web", words]).replace('\r', "");
+    let mirror = say("grep -o 'http://[^/ ]*' /etc/apt/sources.list | head -n 1");
+    let Some(server) = mirror.trim().strip_prefix("http://") else { panic!("no mirror: {mirror}") };
+    let server = if server.contains(':') { server.to_owned() } else { format!("{server}:80") };
+    if TcpStream::connect(&server).is_err() {
+        println!("skipped: packages, as this host does not reach {server}");
+        return;
+    }
+    let begin = Instant::now();
+    say("apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -q -y install --reinstall ethtool");
+    println!("a package is updated and installed in {:.1?}", begin.elapsed());
+    let counts = say("cd /sys/class/net && for card in e*; do ethtool -S $card; done");
+    let count = |name: &str| {
+        let found = counts.lines().find_map(|line| line.trim().strip_prefix(name)?.strip_prefix(": "));
+        found.and_then(|count| count.parse::<u64>().ok()).unwrap_or_else(|| panic!("{name}: {counts}"))
+    };
+    assert!(count("rx_queue_0_bytes") > 1 << 20 && count("tx_queue_0_packets") > 100, "{counts}");
+    assert_eq!((count("rx_queue_0_drops"), count("tx_queue_0_tx_timeouts")), (0, 0), "{counts}");
+}
+
+/// The file systems of machines that have ended, two of them not of their own will, are whole.
+fn disks_are_clean(office: &Office) {
+    for name in ["ftp", "mail", "web"] {
+        let disk = office.data.join("bivisor/images").join(name).join("disk.raw");
+        let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+        let check = Command::new("e2fsck").env("PATH", path).args(["-f", "-n"]).arg(disk).output().unwrap();
+        assert!(
+            check.status.success(),
+            "{name}: {}{}",
+            String::from_utf8_lossy(&check.stdout),
+            stderr(&check)
+        );
+    }
+}
+
 impl Drop for Office {
     fn drop(&mut self) {
         let _ = self.bivisor(&["down", "--timeout", "0"]).output();
@@ -224,6 +273,8 @@ fn three_servers_share_a_computer() {
     assert!(get(office.ports[1]).unwrap().contains(PAGE));
     assert_eq!(String::from_utf8_lossy(&office.fetch_file().stdout), FILE);
     office.mailbox_with(&first);
+    sees_a_sound_machine(&office);
+    installs_packages(&office);
 
     // One is killed from outside, one kills itself from inside; the third does not notice.
     let load = Load::start(office.ports[1]);
@@ -261,4 +312,5 @@ fn three_servers_share_a_computer() {
         let log = office.done(&["logs", name]);
         assert!(log.ends_with(&format!("{name} has ended: the guest powered off\n")), "{name}");
     }
+    disks_are_clean(&office);
 }

@@ -158,11 +158,13 @@ fn a_reset_makes_a_new_machine_in_the_jail() {
 #[test]
 fn sockets_are_removed_at_the_end_and_core_dumps_are_off() {
     let folder = Folder::new();
-    let mut child = folder.run_command(ECHO, &["--testdev", "--console", "unix=console"]).spawn().unwrap();
-    let path = folder.path().join("console");
+    let words =
+        ["--testdev", "--console", "unix=console", "--virtio-console", "unix=second", "--vsock", "vsock"];
+    let mut child = folder.run_command(ECHO, &words).spawn().unwrap();
+    let paths = ["console", "second", "vsock"].map(|name| folder.path().join(name));
     let start = Instant::now();
     let mut client = loop {
-        match UnixStream::connect(&path) {
+        match UnixStream::connect(&paths[0]) {
             Ok(client) => break client,
             Err(error) => assert!(start.elapsed() < Duration::from_secs(30), "{error}"),
         }
@@ -174,10 +176,11 @@ fn sockets_are_removed_at_the_end_and_core_dumps_are_off() {
     let limits = fs::read_to_string(format!("/proc/{}/limits", child.id())).unwrap();
     let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
     assert_eq!(core.split_whitespace().nth(4), Some("0"), "{core}");
+    paths.iter().for_each(|path| assert!(path.exists(), "{}", path.display()));
     rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::TERM)
         .unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(143));
-    assert!(!path.exists());
+    paths.iter().for_each(|path| assert!(!path.exists(), "{}", path.display()));
 }
 
 #[test]

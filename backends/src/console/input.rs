@@ -38,6 +38,13 @@ impl Input {
         self.ready();
     }
 
+    /// Disconnects the guest, whose machine is let go.
+    pub fn disconnect(&self) {
+        let sink = self.lock().sink.take();
+        // What it is part of may end with it, so not under the lock.
+        drop(sink);
+    }
+
     /// The guest has room after it had none.
     pub fn ready(&self) {
         self.lock().room = true;
@@ -109,6 +116,15 @@ mod tests {
         assert!(input.deliver(&text, &|| true));
         reader.join().unwrap();
         assert_eq!(fifo.0.lock().unwrap().0, text);
+    }
+
+    #[test]
+    fn a_guest_that_is_disconnected_is_let_go() {
+        let (input, fifo) = (Input::default(), Arc::new(Fifo(Mutex::default())));
+        input.connect(fifo.clone());
+        input.disconnect();
+        assert_eq!(Arc::strong_count(&fifo), 1);
+        assert!(!input.deliver(b"x", &|| false), "nobody takes it");
     }
 
     #[test]

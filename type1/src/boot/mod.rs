@@ -292,6 +292,14 @@ mod testing {
     use super::PhysicalMemory;
     use alloc::vec::Vec;
 
+    /// ACPI's root pointer, of version 1.
+    pub(super) fn root_pointer(root: u32) -> Vec<u8> {
+        let mut pointer = b"RSD PTR \0BIVISR\0".to_vec();
+        pointer.extend(root.to_le_bytes());
+        pointer[8] = pointer.iter().fold(0u8, |sum, byte| sum.wrapping_sub(*byte));
+        pointer
+    }
+
     /// Memory from 1000h on.
     pub(super) struct Bytes(pub(super) Vec<u8>);
 

@@ -89,7 +89,7 @@ fn read_map<M: PhysicalMemory>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::Bytes;
+    use super::super::testing::{Bytes, root_pointer};
     use super::*;
     use alloc::vec;
     use alloc::vec::Vec;
@@ -130,14 +130,12 @@ mod tests {
     fn what_the_loader_tells() {
         let module = [0x800_0000u32, 0x800_1234].iter().flat_map(|word| word.to_le_bytes());
         let module = module.chain(*b"machines\0").collect();
-        let mut pointer = b"RSD PTR \0BOCHS \0\x34\x12\xfe\x3f".to_vec();
-        pointer[8] = 0u8.wrapping_sub(pointer.iter().fold(0, |sum, byte| sum.wrapping_add(*byte)));
         let info = read(information(&[
             (tag::COMMAND_LINE, b"debug-exit quiet\0".to_vec()),
             (2, b"GRUB\0".to_vec()),
             (tag::MODULE, module),
             map(),
-            (tag::ACPI_OLD, pointer),
+            (tag::ACPI_OLD, root_pointer(0x3ffe_1234)),
         ]))
         .unwrap();
         assert_eq!(info.command_line(), "debug-exit quiet");

@@ -73,7 +73,7 @@ fn read_command_line(
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::Bytes;
+    use super::super::testing::{Bytes, root_pointer};
     use super::*;
     use alloc::vec;
     use alloc::vec::Vec;
@@ -95,7 +95,7 @@ mod tests {
         bytes.resize(0x300, 0);
         bytes.extend(b"debug-exit quiet\0junk");
         bytes.resize(0x380, 0);
-        bytes.extend(b"RSD PTR \x3bBOCHS \0\x34\x12\xfe\x3f");
+        bytes.extend(root_pointer(0x3ffe_1234));
         bytes.resize(0x400, 0);
         Bytes(bytes)
     }

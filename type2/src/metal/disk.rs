@@ -201,3 +201,64 @@ fn describe_cd(disk: &mut [u8], loader: usize, partition: usize) {
     ];
     put(disk, at(ROOT), &entries.concat());
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metal::hypervisor::tests::linked;
+    use std::io::Read;
+
+    fn u32_at(disk: &[u8], at: usize) -> u32 {
+        u32::from_le_bytes(disk[at..at + 4].try_into().unwrap())
+    }
+
+    fn made() -> (Hypervisor, Vec<u8>, Vec<u8>) {
+        let hypervisor = Hypervisor::parse(linked()).unwrap();
+        let machines: Vec<u8> =
+            (0..200_000u32).map(|number| (number.wrapping_mul(number) >> 3) as u8).collect();
+        let disk = image(&hypervisor, &machines).unwrap();
+        (hypervisor, machines, disk)
+    }
+
+    #[test]
+    fn both_kinds_of_firmware_find_the_same_files() {
+        let (hypervisor, machines, disk) = made();
+        assert_eq!((disk[450], disk[446]), (EFI_PARTITION, 0x80));
+        let (start, sectors) = (u32_at(&disk, 454) as usize * SECTOR, u32_at(&disk, 458) as usize);
+        let partition = Cursor::new(disk[start..start + sectors * SECTOR].to_vec());
+        let system = FileSystem::new(partition, FsOptions::new()).unwrap();
+        let read = |name| {
+            let mut content = Vec::new();
+            system.root_dir().open_file(name).unwrap().read_to_end(&mut content).unwrap();
+            content
+        };
+        assert!(read("EFI/BOOT/BOOTX64.EFI") == hypervisor.pe() && read("bivisor/machines") == machines);
+
+        let piece =
+            |index: usize| [0, 4, 8].map(|at| u32_at(&disk, LOADER + place::PIECES + 12 * index + at));
+        let content = |piece: [u32; 3]| &disk[piece[0] as usize * SECTOR..][..piece[1] as usize];
+        assert!(content(piece(0)) == hypervisor.memory() && content(piece(1)) == machines);
+        assert_eq!((piece(0)[2], piece(1)[2]), (BASE as u32, 0x40_0000));
+        assert_eq!(u32_at(&disk, LOADER + place::CLEAR), 0x20_2100);
+        assert_eq!(u32_at(&disk, LOADER + place::CLEAR + 4), 0x2f00);
+        assert_eq!(u32_at(&disk, LOADER + place::ENTRY), 0x20_5678);
+        assert_eq!(u32_at(&disk, LOADER + place::MODULE), 0x40_0000);
+        assert_eq!(u32_at(&disk, LOADER + place::MODULE + 8), machines.len() as u32);
+        assert_eq!(end_in_memory(&hypervisor, &machines), 0x40_0000 + machines.len() as u64);
+    }
+
+    #[test]
+    fn it_is_a_cd_that_starts() {
+        let (_, _, disk) = made();
+        let sector = |number: u32| &disk[number as usize * CD_SECTOR..][..CD_SECTOR];
+        assert!(sector(16).starts_with(b"\x01CD001") && sector(18).starts_with(b"\xffCD001"));
+        let catalog = sector(u32_at(sector(17), 71));
+        let sum = catalog[..32]
+            .chunks(2)
+            .fold(0u16, |sum, word| sum.wrapping_add(u16::from_le_bytes([word[0], word[1]])));
+        assert_eq!(sum, 0);
+        let loader = sector(u32_at(catalog, 40));
+        assert_eq!((u32_at(catalog, 34) & 0xffff, loader), (0x7e0, &disk[LOADER..LOADER + CD_SECTOR]));
+        assert_eq!((catalog[65], u32_at(catalog, 104) as usize * CD_SECTOR), (EFI_PARTITION, PARTITION));
+    }
+}

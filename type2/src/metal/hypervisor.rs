@@ -245,3 +245,80 @@ impl Header {
         self.u32s(&[size, start, in_file, offset, 0, 0, 0, kind]);
     }
 }
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+
+    /// An ELF file such as cargo's linker makes: code, constants, variables of which half are zeros, and the BIOS's section.
+    pub fn linked() -> Vec<u8> {
+        let mut file = vec![0; 0x4000];
+        let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+        let words = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>();
+        put(0, b"\x7fELF\x02\x01\x01");
+        put(0x20, &words(&[64, 0x3c00]));
+        put(0x34, &[64, 0, 56, 0, 3, 0, 64, 0, 3, 0, 2, 0]);
+        for (index, (flags, offset, in_file, in_memory)) in
+            [(5u64, 0x1000u64, 0x1000u64, 0x1000u64), (4, 0x2000, 0x800, 0x800), (6, 0x3000, 0x100, 0x3000)]
+                .into_iter()
+                .enumerate()
+        {
+            let address = BASE + offset - 0x1000;
+            let header = words(&[1 | flags << 32, offset, address, address, in_file, in_memory, 4096]);
+            put(64 + 56 * index, &header);
+            put(offset as usize, &vec![index as u8 + 1; in_file as usize]);
+        }
+        put(0x3100, &[0xb1; 2048]);
+        put(0x3100 + 2048, &[0x34, 0x12, 0, 0, 0x78, 0x56, 0x20, 0]);
+        // Sections: none, the BIOS's, and the names.
+        put(0x3c40, &words(&[1 | 1 << 32, 0, 0, 0x3100, 2056]));
+        put(0x3c80, &words(&[7 | 3 << 32, 0, 0, 0x3e00, 16]));
+        put(0x3e00, b"\0.bios\0.shstrtab");
+        file
+    }
+
+    #[test]
+    fn the_application_lies_in_its_file_as_in_memory() {
+        let hypervisor = Hypervisor::parse(linked()).unwrap();
+        assert_eq!((hypervisor.end(), hypervisor.pvh_entry), (BASE + 0x5000, 0x20_5678));
+        assert!(hypervisor.bios == [0xb1; 2048]);
+        let (memory, pe) = (hypervisor.memory(), hypervisor.pe());
+        assert_eq!(memory.len(), 0x2100);
+        assert_eq!((memory[0], memory[0x1000], memory[0x1800], memory[0x2000]), (1, 2, 0, 3));
+        assert!(pe[PAGE..].starts_with(&memory) && pe.len().is_multiple_of(PAGE));
+        let header = u32_at(&pe, 60).unwrap().into();
+        assert_eq!((&pe[..2], u32_at(&pe, header)), (&b"MZ"[..], Some(u32::from_le_bytes(*b"PE\0\0"))));
+        assert_eq!((u16_at(&pe, header + 6), u16_at(&pe, header + 20)), (Some(4), Some(240)));
+        let optional = header + 24;
+        assert_eq!(u32_at(&pe, optional + 16), Some(0x1000 + 0x1234));
+        // Behind the variables that are zero come the relocations, and then nothing.
+        let sections = optional + 240;
+        let section =
+            |index: u64| [8, 12, 16, 20, 36].map(|at| u32_at(&pe, sections + 40 * index + at).unwrap());
+        assert_eq!(section(0), [0x1000, 0x1000, 0x1000, 0x1000, 0x6000_0020]);
+        assert_eq!(section(1), [0x800, 0x2000, 0x1000, 0x2000, 0x4000_0040]);
+        assert_eq!(section(2), [0x3000, 0x3000, 0x1000, 0x3000, 0xc000_0040]);
+        assert_eq!(section(3), [12, 0x6000, 0x1000, 0x4000, 0x4200_0040]);
+        assert_eq!(u32_at(&pe, optional + 56), Some(0x7000));
+        assert_eq!((u32_at(&pe, optional + 152), u32_at(&pe, optional + 156)), (Some(0x6000), Some(12)));
+    }
+
+    #[test]
+    fn grub_gets_no_sections() {
+        let elf = Hypervisor::parse(linked()).unwrap().elf().unwrap();
+        assert_eq!(elf.len(), 0x3100);
+        assert_eq!((u64_at(&elf, 0x28), u16_at(&elf, 0x3c), u16_at(&elf, 0x38)), (Some(0), Some(0), Some(3)));
+    }
+
+    #[test]
+    fn other_files_are_refused() {
+        let good = linked();
+        assert!(Hypervisor::parse(good[..0x3900].to_vec()).is_err());
+        assert!(Hypervisor::parse(b"#!/bin/sh\n".to_vec()).is_err());
+        for (at, value) in [(0x20, 0xff), (0x28, 0xff), (64 + 16, 1), (64 + 36, 0xff), (0x3e01, b'x')] {
+            let mut bad = good.clone();
+            bad[at..at + 3].fill(value);
+            assert!(Hypervisor::parse(bad).is_err(), "{at:#x}");
+        }
+    }
+}

@@ -57,12 +57,37 @@ enum Phase {
 enum Step {
     /// Press the power button again at the first time; stop asking at the second.
     Press(Instant, Instant),
-    /// Kill it.
-    Kill(Instant),
-    /// It was killed because it had not ended in time.
-    Overdue,
-    /// It was killed because somebody wants that.
-    Killed,
+    /// It was told to end; kill it then.
+    Kill(Instant, Cause),
+    /// It was killed.
+    Killed(Cause),
+}
+
+/// Why a process is ended.
+#[derive(Clone, Copy)]
+enum Cause {
+    /// The guest has not heeded the power button in time.
+    Unheeded,
+    /// Its guest did not run in time.
+    SlowStart,
+    /// It is stopped before its guest runs.
+    Unstarted,
+    /// Somebody wants it killed.
+    Kill,
+}
+
+impl Cause {
+    /// What is told of the end, if not how the process ended.
+    fn sentence(self) -> Option<String> {
+        match self {
+            Self::Unheeded => Some("it did not end in time when asked, so it was ended".into()),
+            Self::SlowStart => {
+                Some(format!("its guest did not run within {} s, so it was ended", START_LIMIT.as_secs()))
+            }
+            Self::Unstarted => Some("it was ended before its guest ran".into()),
+            Self::Kill => None,
+        }
+    }
 }
 
 /// A machine.
@@ -222,7 +247,7 @@ impl Machine {
             Phase::Waiting(_) => self.start(),
             Phase::Starting(process, _) => {
                 process.signal(Signal::KILL);
-                self.phase = Phase::Stopping(process.clone(), Step::Overdue);
+                self.phase = Phase::Stopping(process.clone(), Step::Killed(Cause::SlowStart));
             }
             Phase::Stopping(process, step) => {
                 let step = self.next_step(process, *step, now);
@@ -240,13 +265,13 @@ impl Machine {
             }
             Step::Press(..) => {
                 process.signal(Signal::TERM);
-                Step::Kill(now + END_LIMIT)
+                Step::Kill(now + END_LIMIT, Cause::Unheeded)
             }
-            Step::Kill(_) => {
+            Step::Kill(_, cause) => {
                 process.signal(Signal::KILL);
-                Step::Overdue
+                Step::Killed(cause)
             }
-            Step::Overdue | Step::Killed => step,
+            Step::Killed(_) => step,
         }
     }
 
@@ -261,8 +286,8 @@ impl Machine {
         match &self.phase {
             Phase::Lost(until) | Phase::Waiting(until) | Phase::Starting(_, until) => Some(*until),
             Phase::Stopping(_, Step::Press(next, end)) => Some(*next.min(end)),
-            Phase::Stopping(_, Step::Kill(at)) => Some(*at),
-            Phase::Stopping(_, Step::Overdue | Step::Killed) | Phase::Running(_) | Phase::Ended => None,
+            Phase::Stopping(_, Step::Kill(at, _)) => Some(*at),
+            Phase::Stopping(_, Step::Killed(_)) | Phase::Running(_) | Phase::Ended => None,
         }
     }
 
@@ -275,11 +300,11 @@ impl Machine {
                 How::Kill,
             ) => {
                 process.signal(Signal::KILL);
-                Phase::Stopping(process, Step::Killed)
+                Phase::Stopping(process, Step::Killed(Cause::Kill))
             }
             (Phase::Starting(process, _), _) => {
                 process.signal(Signal::TERM);
-                Phase::Stopping(process, Step::Kill(now + END_LIMIT))
+                Phase::Stopping(process, Step::Kill(now + END_LIMIT, Cause::Unstarted))
             }
             (Phase::Running(process), How::PowerButton(patience)) => {
                 Phase::Stopping(process, Step::Press(now, now + patience))
@@ -290,9 +315,11 @@ impl Machine {
     }
 
     fn ended(&mut self, mut ending: Ending) {
-        // It was asked by the power button, and then told.
-        if matches!(self.phase, Phase::Stopping(_, Step::Kill(_) | Step::Overdue)) {
-            ending.sentence = "it did not end in time when asked, so it was ended".into();
+        // A guest that powered off at the last moment has done so.
+        if let Phase::Stopping(_, Step::Kill(_, cause) | Step::Killed(cause)) = self.phase
+            && let Some(sentence) = cause.sentence().filter(|_| !ending.is_success())
+        {
+            ending.sentence = sentence;
         }
         let ran = self.progress.since.map_or(0, |since| ending.at.saturating_sub(since));
         let success = ending.is_success();

@@ -22,6 +22,7 @@ use bivisor_x86::cpuid::CpuModel;
 
 use crate::backends::Backends;
 use crate::config::{Paravirtual, VmConfig};
+use crate::engines::Chosen;
 use crate::error::Failure;
 use crate::guest::Guest;
 use crate::host::alarm::{AlarmThread, HostAlarm};
@@ -29,8 +30,8 @@ use crate::host::clock::{LinuxClock, host_cpuid};
 use crate::host::log::Log;
 use crate::host::memory;
 use crate::perf_map::PerfMap;
+use crate::status;
 use crate::trace::{TraceError, TraceFile};
-use crate::{engines, status};
 use gate::Gate;
 use vcpu::{SharedVcpu, Surroundings, ThreadWaker, VcpuEvent, VcpuThread, lock};
 
@@ -55,6 +56,8 @@ pub enum Event {
 pub struct Parts {
     /// What the machine is made of.
     pub config: VmConfig,
+    /// What executes its instructions.
+    pub engine: Chosen,
     /// What it boots.
     pub guest: Guest,
     /// Time.
@@ -127,7 +130,7 @@ impl Session {
             )
         })?;
         let memory = Arc::new(memory);
-        let engine = engines::make(config.engine).map_err(Failure::configuration)?;
+        let engine = parts.engine.make().map_err(Failure::configuration)?;
         let gate = Arc::new(Gate::new());
         let alarm = HostAlarm::new(parts.clock.clone());
         let machine = Machine::new(

@@ -88,7 +88,7 @@ pub fn cache_folder() -> Result<PathBuf> {
 }
 
 /// Bivisor's folder under a folder of the user's: the one that a variable names, or one in the home folder.
-fn own_folder(variable: &str, in_home: &str) -> Option<PathBuf> {
+pub fn own_folder(variable: &str, in_home: &str) -> Option<PathBuf> {
     let absolute = |name: &str| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let folder = absolute(variable).or_else(|| Some(absolute("HOME")?.join(in_home)))?;
     Some(folder.join("bivisor"))

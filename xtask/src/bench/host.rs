@@ -108,16 +108,24 @@ impl Watch {
     }
 }
 
-/// Waits until the host is quiet, at most so long.
-pub fn wait_until_quiet(patience: Duration) {
+/// A TCP port of the loopback address that nobody uses now.
+pub fn free_port() -> std::io::Result<u16> {
+    Ok(std::net::TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
+}
+
+/// Waits until the host is quiet, at most so long; says how many CPUs others kept busy in the end.
+pub fn wait_until_quiet(patience: Duration) -> f64 {
     let start = Instant::now();
+    let mut load = 0.0;
     while start.elapsed() < patience {
         let watch = Watch::start();
         thread::sleep(Duration::from_secs(1).min(patience));
-        if watch.foreign_load() < QUIET {
-            return;
+        load = watch.foreign_load();
+        if load < QUIET {
+            break;
         }
     }
+    load
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: one benchmark program on the host itself, in Bivisor and in every QEMU there is, in turns.
 pub mod guest;
 mod host;
+mod io;
 mod peer;
 mod plot;
 mod qemu;
@@ -41,10 +42,13 @@ pub struct Arguments {
     /// Measure these groups or rows only; may be given several times
     #[arg(long, value_name = "NAME")]
     group: Vec<String>,
-    /// How often everything is measured; the tables give the medians [default: 5, or 1 with --quick]
+    /// Measure disks and networks of Debian machines instead: needs iperf3 and wrk on the host
+    #[arg(long)]
+    io: bool,
+    /// How often everything is measured; the tables give the medians [default: 5, 3 with --io, 1 with --quick]
     #[arg(long, value_name = "NUMBER")]
     repeats: Option<u32>,
-    /// Seconds that a row takes [default: 0.3, or 0.08 with --quick]
+    /// Seconds that a row takes [default: 0.3, 2 with --io, 0.08 with --quick]
     #[arg(long, value_name = "SECONDS")]
     seconds: Option<f64>,
     /// Engine of Bivisor, as for `bivisor run`
@@ -87,11 +91,21 @@ pub struct Arguments {
 
 impl Arguments {
     fn repeats(&self) -> u32 {
-        self.repeats.unwrap_or(if self.quick { 1 } else { 5 }).max(1)
+        let usual = match (self.quick, self.io) {
+            (true, _) => 1,
+            (false, true) => 3,
+            (false, false) => 5,
+        };
+        self.repeats.unwrap_or(usual).max(1)
     }
 
     fn seconds(&self) -> f64 {
         self.seconds.unwrap_or(if self.quick { 0.08 } else { 0.3 })
+    }
+
+    /// Whether this row or its group is to be measured.
+    fn wants(&self, row: &str, group: &str) -> bool {
+        self.group.is_empty() || self.group.iter().any(|name| name == row || name == group)
     }
 
     fn patience(&self) -> Duration {
@@ -107,8 +121,11 @@ pub fn bench(arguments: &Arguments) -> Result<bool> {
     let out = arguments.out.clone().unwrap_or_else(|| target().join("bench"));
     std::fs::create_dir_all(&out).with_context(|| format!("making folder {}", out.display()))?;
     let out = out.canonicalize()?;
-    let raw =
-        if arguments.from.is_empty() { vec![measure(arguments, &out)?] } else { arguments.from.clone() };
+    let raw = match (arguments.from.is_empty(), arguments.io) {
+        (true, true) => vec![io::measure(arguments, &out)?],
+        (true, false) => vec![measure(arguments, &out)?],
+        (false, _) => arguments.from.clone(),
+    };
     let mut records = Vec::new();
     for file in &raw {
         records.extend(record::read(file)?);
@@ -117,7 +134,8 @@ pub fn bench(arguments: &Arguments) -> Result<bool> {
     report::write(&summary, &out)?;
     if arguments.bless {
         ensure!(raw.len() == 1, "--bless takes the results of one file");
-        report::bless(&summary, &raw[0], &root().join("docs"))?;
+        let page = if arguments.io { "performance-io" } else { "performance" };
+        report::bless(&summary, &raw[0], &root().join("docs"), page)?;
     }
     print!("{}", table::markdown(&summary));
     let troubles = record::troubles(&records);
@@ -142,13 +160,13 @@ fn measure(arguments: &Arguments, out: &Path) -> Result<PathBuf> {
     progress("the benchmark program and its initramfs");
     let image = Image::prepare(&program, &folder)?;
     let passes = passes(arguments, guest::rows(&image.bench)?)?;
-    let mut peers = peers(arguments, program, &image)?;
+    let mut peers = peers(arguments, program, Some(&image))?;
     for peer in &peers {
         println!("    {}: {}", peer.label, peer.version);
     }
     let file = out.join("results.jsonl");
     let mut log = Log::create(&file)?;
-    log.write(&Record::Setup(setup(arguments, &image, &peers)))?;
+    log.write(&Record::Setup(setup(arguments, image.packages.clone(), arguments.seconds(), &peers)))?;
     let runs = arguments.repeats() * (peers.len() * passes.len()) as u32;
     let rows: usize = passes.iter().map(|pass| pass.rows.len()).sum();
     progress(&format!("{runs} runs of {} machines in turns", peers.len()));
@@ -205,11 +223,10 @@ fn passes(arguments: &Arguments, mut rows: Vec<Row>) -> Result<Vec<Pass>> {
     Ok(passes)
 }
 
-fn peers(arguments: &Arguments, program: PathBuf, image: &Image) -> Result<Vec<Peer>> {
+/// Who is measured: the host too, if there is an image that it can run.
+fn peers(arguments: &Arguments, program: PathBuf, image: Option<&Image>) -> Result<Vec<Peer>> {
     let mut peers = Vec::new();
-    if !arguments.no_native {
-        peers.push(Peer::native(image));
-    }
+    peers.extend(image.filter(|_| !arguments.no_native).map(Peer::native));
     peers.push(Peer::bivisor(program, &arguments.engine)?);
     let mut qemus: Vec<qemu::Qemu> = arguments.qemu.iter().map(|program| qemu::Qemu::at(program)).collect();
     if !arguments.no_qemu {
@@ -240,16 +257,16 @@ fn machine(arguments: &Arguments, image: &Image, pass: &Pass) -> Machine {
     }
 }
 
-fn setup(arguments: &Arguments, image: &Image, peers: &[Peer]) -> Setup {
+fn setup(arguments: &Arguments, guest: Vec<String>, seconds: f64, peers: &[Peer]) -> Setup {
     Setup {
         date: host::date(),
         cpu: host::cpu_model(),
         cpus: host::cpu_count(),
         kernel: host::kernel(),
-        guest: image.packages.clone(),
+        guest,
         memory: MEMORY,
         repeats: arguments.repeats(),
-        seconds: arguments.seconds(),
+        seconds,
         commit: host::commit(&root()),
         peers: peers.iter().map(Peer::describe).collect(),
     }

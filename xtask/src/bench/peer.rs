@@ -1,7 +1,8 @@
 //! Who is measured: the host itself, Bivisor, and QEMUs; how each is started.
 use super::{
+    MEMORY,
     guest::Image,
-    host,
+    host, io,
     qemu::{self, Qemu},
     record::{PeerKind, PeerSetup},
 };
@@ -139,6 +140,47 @@ impl Peer {
             }
         };
         command.stdin(Stdio::null());
+        command
+    }
+
+    /// What runs a machine with disks and a network, whose console is standard input and output.
+    pub fn io_command(&self, machine: &io::Machine<'_>) -> Command {
+        let io::Machine { system, disk, port } = machine;
+        let (memory, disk) = (format!("{MEMORY}M"), disk.display());
+        let (root, forward) = (system.disk.display(), format!("hostfwd=tcp:127.0.0.1:{port}-:80"));
+        let mut command = match &self.way {
+            Way::Native { bench, .. } => Command::new(bench),
+            Way::Bivisor { program, engine } => {
+                let mut command = Command::new(program);
+                command.args(["run", "--no-reboot", "--engine", engine, "--memory", &memory]);
+                command.arg("--kernel").arg(&system.kernel).arg("--initrd").arg(&system.initrd);
+                command.args(["--append", &system.append, "--disk", &format!("{root},format=raw,snapshot")]);
+                command.args(["--disk", &format!("{disk},format=raw")]);
+                command.args(["--net", &format!("user,host-loopback=on,{forward}")]);
+                command
+            }
+            Way::Qemu { qemu, cpu } => {
+                let mut command = qemu.command();
+                command.args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", cpu, "-m", &memory]);
+                command.args(["-no-reboot", "-nodefaults", "-display", "none", "-serial", "stdio"]);
+                command.arg("-kernel").arg(&system.kernel).arg("-initrd").arg(&system.initrd);
+                command.args(["-append", &system.append]);
+                for (name, options) in
+                    [("root", format!("file={root},snapshot=on")), ("disk", format!("file={disk}"))]
+                {
+                    command.args(["-drive", &format!("{options},if=none,format=raw,id={name}")]);
+                    command.args(["-device", &format!("virtio-blk-pci,drive={name}")]);
+                }
+                command.args([
+                    "-netdev",
+                    &format!("user,id=net,{forward}"),
+                    "-device",
+                    "virtio-net-pci,netdev=net",
+                ]);
+                command
+            }
+        };
+        command.stderr(Stdio::null());
         command
     }
 }

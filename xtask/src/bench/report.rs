@@ -3,7 +3,7 @@ use super::{plot, summary::Summary, table};
 use anyhow::{Context, Result};
 use std::{fmt::Write, fs, path::Path};
 
-/// Between these lines of `docs/performance.md` stands the table.
+/// Between these lines of a page in `docs/` stands the table.
 const BEGIN: &str = "<!-- cargo xtask bench --bless writes from here -->\n";
 const END: &str = "<!-- to here -->\n";
 
@@ -19,19 +19,19 @@ pub fn write(summary: &Summary, out: &Path) -> Result<()> {
 }
 
 /// Puts table, plot and raw results into the documentation.
-pub fn bless(summary: &Summary, raw: &Path, docs: &Path) -> Result<()> {
-    let page = docs.join("performance.md");
+pub fn bless(summary: &Summary, raw: &Path, docs: &Path, name: &str) -> Result<()> {
+    let page = docs.join(format!("{name}.md"));
     let text = fs::read_to_string(&page).with_context(|| format!("reading {}", page.display()))?;
     let mut section = String::new();
     if let Some(svg) = plot::svg(summary) {
-        fs::write(docs.join("performance.svg"), svg)?;
-        section.push_str("\n![Times faster than the newest QEMU, row by row](performance.svg)\n");
+        fs::write(docs.join(format!("{name}.svg")), svg)?;
+        let _ = writeln!(section, "\n![Times faster than the newest QEMU, row by row]({name}.svg)");
     }
     section.push('\n');
     section.push_str(&table::markdown(summary));
     section.push('\n');
     fs::write(&page, replace_section(&text, &section).with_context(|| format!("in {}", page.display()))?)?;
-    fs::copy(raw, docs.join("performance.jsonl")).context("copying the raw results")?;
+    fs::copy(raw, docs.join(format!("{name}.jsonl"))).context("copying the raw results")?;
     Ok(())
 }
 
@@ -80,7 +80,7 @@ mod tests {
         let raw = folder.path().join("raw");
         fs::write(&raw, "{}").unwrap();
         fs::write(folder.path().join("performance.md"), format!("{BEGIN}{END}")).unwrap();
-        bless(&example(), &raw, folder.path()).unwrap();
+        bless(&example(), &raw, folder.path(), "performance").unwrap();
         let page = fs::read_to_string(folder.path().join("performance.md")).unwrap();
         assert!(page.contains("](performance.svg)") && page.contains("| sieve |") && page.ends_with(END));
         assert!(

@@ -41,6 +41,11 @@ pub const fn at(base: Reg, displacement: i32) -> Mem {
 }
 
 impl Mem {
+    /// The register that the operand's address is, if it is one.
+    pub fn register(self) -> Option<Reg> {
+        (self.index.is_none() && self.displacement == 0).then_some(self.base)
+    }
+
     /// The operand this many bytes further.
     pub const fn plus(self, bytes: i32) -> Self {
         Self { displacement: self.displacement + bytes, ..self }

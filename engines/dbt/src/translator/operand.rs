@@ -73,8 +73,14 @@ impl Builder<'_> {
             return Some(slot);
         }
         self.e.lea(Width::W64, TEMPORARY, start.plus(size - 1));
-        self.e.lea(Width::W32, ADDEND, start);
-        self.e.shr(Width::W32, ADDEND, TLB_INDEX_SHIFT);
+        match start.register() {
+            // What comes in above is masked away.
+            Some(start) => self.e.rorx(ADDEND, start, TLB_INDEX_SHIFT),
+            None => {
+                self.e.lea(Width::W32, ADDEND, start);
+                self.e.shr(Width::W32, ADDEND, TLB_INDEX_SHIFT);
+            }
+        }
         self.e.and_imm(Width::W32, ADDEND, TLB_INDEX_MASK);
         self.e.shr(Width::W64, TEMPORARY, 12);
         self.e.compare(Width::W64, TEMPORARY, context::tlb_tag(self.class(), write, ADDEND));

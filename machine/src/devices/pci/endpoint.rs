@@ -78,7 +78,8 @@ impl Mmio for Region {
 pub struct Endpoint {
     state: Mutex<State>,
     region: Arc<dyn Mmio>,
-    mmio: Arc<MmioMap>,
+    /// The map leads to the bus and so to this function: an `Arc` would keep all of them, and RAM, for ever.
+    mmio: Weak<MmioMap>,
     interrupts: Arc<Interrupts>,
     wire: Arc<dyn IrqLine>,
     bar_size: u64,
@@ -117,6 +118,7 @@ impl Endpoint {
             .set_writable(capability + MESSAGE_CONTROL, &(msix::ENABLE | msix::FUNCTION_MASK).to_le_bytes());
         let state = State { config, msix, mapped: None, wants_pin: false };
         let region = Arc::new(Region(registers));
+        let mmio = Arc::downgrade(&mmio);
         Self { state: Mutex::new(state), region, mmio, interrupts, wire, bar_size, capability }
     }
 
@@ -147,13 +149,15 @@ impl Endpoint {
         let low = u64::from(state.config.read(register::BAR0, 4));
         let address = u64::from(state.config.read(register::BAR0 + 4, 4)) << 32 | low & !BAR_FLAGS;
         let wanted = (command & MEMORY_SPACE != 0).then_some(address);
-        if state.mapped != wanted {
+        if state.mapped != wanted
+            && let Some(mmio) = self.mmio.upgrade()
+        {
             if let Some(address) = state.mapped.take() {
-                self.mmio.remove(address);
+                mmio.remove(address);
             }
             // Where another device answers, this one stays silent; the next write tries again.
-            state.mapped = wanted
-                .filter(|&address| self.mmio.insert(address, self.bar_size, self.region.clone()).is_ok());
+            state.mapped =
+                wanted.filter(|&address| mmio.insert(address, self.bar_size, self.region.clone()).is_ok());
         }
         let control = state.config.read(self.capability + MESSAGE_CONTROL, 2) as u16;
         state.msix.set_control(control, command & BUS_MASTER != 0, &mut self.send());
