@@ -10,10 +10,13 @@ use crate::acpi::SoftOff;
 use crate::console::println;
 use crate::processor::{halt, port};
 
-/// Word of the command line: end QEMU by its isa-debug-exit device. For tests.
+/// Word of the command line: end QEMU by its isa-debug-exit device, or Bochs. For tests.
 const DEBUG_EXIT_OPTION: &str = "debug-exit";
 /// Port of that device.
 const DEBUG_EXIT_PORT: u16 = 0xf4;
+/// Port at which Bochs waits for [`BOCHS_WORD`], byte by byte; it has no status.
+const BOCHS_PORT: u16 = 0x8900;
+const BOCHS_WORD: &[u8] = b"Shutdown";
 /// What makes QEMU's status 33: all went well.
 const GOOD: u32 = 0x10;
 /// What makes QEMU's status 35: something failed.
@@ -37,6 +40,7 @@ pub(crate) fn set_options(command_line: &str) {
 fn end_debugging(status: u32) {
     if DEBUG_EXIT.load(Ordering::Relaxed) {
         port::outl(DEBUG_EXIT_PORT, status);
+        BOCHS_WORD.iter().for_each(|byte| port::outb(BOCHS_PORT, *byte));
     }
 }
 

@@ -94,13 +94,14 @@ fn start(info: &BootInfo, processor: Processor) -> Result<Scheduler, StartError>
     let module = info.modules().first().ok_or(StartError::NoModule)?;
     let bundle = Bundle::parse(memory::module(module))?;
     ending::set_options(&bundle.command_line);
-    let svm = processor.enable_svm()?;
+    let hardware = processor.enable_virtualization()?;
+    println!("bivisor: guests run on {}", hardware.name());
     let host = Arc::new_cyclic(|host: &Weak<Host>| {
         let (clock, host) = (processor.clock.clone(), host.clone());
         // The timer ends the guest's run, and the scheduler delivers.
         let wake = move || host.upgrade().into_iter().for_each(|host| host.processor.arm_by(0));
         let switches = Switches::new(clock, Arc::new(wake));
-        Host { switches, processor, svm, running: AtomicU64::new(0) }
+        Host { switches, processor, hardware, running: AtomicU64::new(0) }
     });
     let alone = bundle.machines.len() == 1;
     let console = Arc::new(console::Console::new(alone));

@@ -7,11 +7,10 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::AtomicU64;
 
-use bivisor_hvm::SvmEngine;
+use bivisor_hvm::Hardware;
 use bivisor_hvm::host::cpuid;
-use bivisor_hvm::svm::SvmProcessor;
 use bivisor_machine::boot::{BootError, BootImage};
-use bivisor_machine::engine::{Engine, EngineError, Exit, Vcpu, VcpuBus};
+use bivisor_machine::engine::{EngineError, Exit, Vcpu, VcpuBus};
 use bivisor_machine::host::{Clock, MachineEvent, Nanos};
 use bivisor_machine::lifecycle::TransitionError;
 use bivisor_machine::machine::{HostParts, Machine, MachineError, ResetError};
@@ -38,7 +37,7 @@ const MAX_INPUT: usize = 4096;
 /// What all machines run on.
 pub(crate) struct Host {
     pub(crate) processor: Processor,
-    pub(crate) svm: Arc<SvmProcessor>,
+    pub(crate) hardware: Hardware,
     pub(crate) switches: Switches,
     /// The number of the virtual processor that executes: [`VcpuWaker`]'s.
     pub(crate) running: AtomicU64,
@@ -143,7 +142,7 @@ impl Vm {
                 devices: devices(config, host),
             },
         )?;
-        let engine = SvmEngine::new(host.svm.clone(), Arc::new(IdentityMap));
+        let engine = host.hardware.engine(Arc::new(IdentityMap));
         let slots = (0..config.cpus)
             .map(|index| {
                 let setup = machine.vcpu_setup(index).ok_or(VmError::NoSuchProcessor)?;

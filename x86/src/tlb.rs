@@ -46,6 +46,9 @@ pub(crate) const fn permission(access: Access, privilege: Privilege) -> u64 {
     1 << (access as u64 * 3 + privilege as u64)
 }
 
+/// So many entries are remembered for an emptying that touches nothing else.
+const FEW: usize = 32;
+
 /// Where a page stands in the buffer. Higher bits are mixed in, since two buffers that are copied from one to the
 /// other are likely to lie a power of two apart, give or take a page.
 #[inline(always)]
@@ -90,6 +93,10 @@ pub(crate) struct Tlb {
     last_drawn: u16,
     /// Regions in which large pages have been cached since the last full flush: a filter, some regions share a bit.
     large_regions: Box<[u64; REGIONS / 64]>,
+    /// Linear addresses of the entries that were made since the buffer was empty, and how many there are, which may be more.
+    filled: ([u64; FEW], usize),
+    /// The PCIDs that have a context since then; `last_drawn` counts them.
+    drawn: [u16; FEW],
     changes: TlbChanges,
 }
 
@@ -101,6 +108,8 @@ impl Tlb {
             contexts: Box::new([0; 4096]),
             last_drawn: 0,
             large_regions: Box::new([0; REGIONS / 64]),
+            filled: ([0; FEW], 0),
+            drawn: [0; FEW],
             changes: TlbChanges::default(),
         };
         tlb.select(0);
@@ -137,6 +146,13 @@ impl Tlb {
                 self.large_regions[word] |= bit;
             }
         }
+        let (filled, count) = &mut self.filled;
+        if let Some(place) = filled.get_mut(*count) {
+            *place = linear;
+            *count += 1;
+        } else {
+            *count = FEW + 1;
+        }
         let tag = linear & PAGE_MASK | self.context;
         self.entries[index(linear)] = Entry { tag, data };
     }
@@ -147,6 +163,9 @@ impl Tlb {
         if self.contexts[slot] == 0 {
             if self.last_drawn == LAST_CONTEXT {
                 self.clear();
+            }
+            if let Some(place) = self.drawn.get_mut(usize::from(self.last_drawn)) {
+                *place = slot as u16;
             }
             self.last_drawn += 1;
             self.contexts[slot] = self.last_drawn;
@@ -219,10 +238,27 @@ impl Tlb {
 
     fn clear(&mut self) {
         self.changes.flushed = true;
-        self.entries.fill(EMPTY);
-        self.contexts.fill(0);
+        let (filled, count) = &self.filled;
+        match filled.get(..*count) {
+            Some(filled) => {
+                for linear in filled {
+                    self.entries[index(*linear)] = EMPTY;
+                    for shift in [LARGE_SHIFT, GIANT_SHIFT] {
+                        self.large_regions[region(*linear, shift).0] = 0;
+                    }
+                }
+            }
+            None => {
+                self.entries.fill(EMPTY);
+                self.large_regions.fill(0);
+            }
+        }
+        match self.drawn.get(..usize::from(self.last_drawn)) {
+            Some(drawn) => drawn.iter().for_each(|slot| self.contexts[usize::from(*slot)] = 0),
+            None => self.contexts.fill(0),
+        }
+        self.filled.1 = 0;
         self.last_drawn = 0;
-        self.large_regions.fill(0);
     }
 }
 
@@ -282,6 +318,21 @@ mod tests {
         for _ in 0..2 * u32::from(LAST_CONTEXT) {
             tlb.flush_pcid(0, 0);
             assert_eq!(tlb.lookup(0x5000, READ), None);
+        }
+    }
+
+    #[test]
+    fn emptying_leaves_nothing_however_much_there_was() {
+        for pages in [1, FEW as u64, FEW as u64 + 1, 1000] {
+            let mut tlb = Tlb::new();
+            for page in 0..pages {
+                tlb.select(page as u16);
+                tlb.insert(page << 21, READ | GLOBAL | LARGE | GIANT);
+            }
+            tlb.flush_all(7);
+            assert!(tlb.entries.iter().all(|entry| entry.tag == 0 && entry.data == 0), "{pages}");
+            assert!(tlb.large_regions.iter().all(|word| *word == 0), "{pages}");
+            assert_eq!((tlb.contexts.iter().filter(|context| **context != 0).count(), tlb.context), (1, 1));
         }
     }
 

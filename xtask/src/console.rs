@@ -1,16 +1,22 @@
 //! Programs whose standard input and output are a guest's console: what is typed there, and what is waited for.
 use anyhow::{Context, Result, bail, ensure};
 use std::{
-    io::{Read, Write},
+    io::{self, Read, Write},
+    net::TcpListener,
     process::{Child, Command, ExitStatus, Stdio},
     sync::mpsc::{Receiver, RecvTimeoutError, channel},
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
+
+/// Time in which a program has to make the connection that is its guest's console.
+const CONNECTION_LIMIT: Duration = Duration::from_secs(30);
 
 /// A program that runs, until this is dropped at the latest.
 pub struct Session {
     program: Child,
+    /// Where typed text goes.
+    keyboard: Box<dyn Write + Send>,
     /// What it writes.
     pub screen: Screen,
 }
@@ -27,14 +33,41 @@ impl Session {
             .spawn()
             .with_context(|| format!("{} could not be started", command.get_program().display()))?;
         let screen = Screen::new(program.stdout.take().context("no standard output")?, deadline);
-        Ok(Self { program, screen })
+        let keyboard = Box::new(program.stdin.take().context("no standard input")?);
+        Ok(Self { program, keyboard, screen })
+    }
+
+    /// Starts a program whose guest's console is a connection that the program makes to `listener`, within a few seconds.
+    ///
+    /// # Errors
+    /// It can't be started, or doesn't make the connection.
+    pub fn by_connection(command: &mut Command, listener: &TcpListener, deadline: Instant) -> Result<Self> {
+        let name = command.get_program().display().to_string();
+        let program = command.spawn().with_context(|| format!("{name} could not be started"))?;
+        let mut session =
+            Self { program, keyboard: Box::new(io::sink()), screen: Screen::new(io::empty(), deadline) };
+        listener.set_nonblocking(true)?;
+        let until = Instant::now() + CONNECTION_LIMIT;
+        let connection = loop {
+            match listener.accept() {
+                Ok((connection, _)) => break connection,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error.into()),
+            }
+            ensure!(session.program.try_wait()?.is_none(), "{name} ended before its guest had a console");
+            ensure!(Instant::now() < until, "{name} gives its guest no console");
+            thread::sleep(Duration::from_millis(10));
+        };
+        connection.set_nonblocking(false)?;
+        session.keyboard = Box::new(connection.try_clone()?);
+        session.screen = Screen::new(connection, deadline);
+        Ok(session)
     }
 
     /// Types text.
     pub fn type_text(&mut self, text: &str) -> Result<()> {
-        let keyboard = self.program.stdin.as_mut().context("no standard input")?;
-        keyboard.write_all(text.as_bytes())?;
-        Ok(keyboard.flush()?)
+        self.keyboard.write_all(text.as_bytes())?;
+        Ok(self.keyboard.flush()?)
     }
 
     /// Types a line.

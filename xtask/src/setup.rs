@@ -6,6 +6,7 @@ use std::{env, fs, path::Path, process::Command};
 /// A program that the checks call, by its name, or another file that they need, by its path.
 struct Tool {
     program: &'static str,
+    /// Separated by blanks.
     package: &'static str,
     /// Why it is needed, as the end of a sentence.
     purpose: &'static str,
@@ -39,6 +40,12 @@ const TOOLS: &[Tool] = &[
         purpose: "it judges disk images; its checks are left out",
         optional: true,
     },
+    Tool {
+        program: "bochs",
+        package: "bochs bochsbios vgabios",
+        purpose: "its processor has VT-x; the checks of the bare machine on it are left out",
+        optional: true,
+    },
 ];
 
 /// Components of the Rust toolchain that the checks call as cargo subcommands.
@@ -53,7 +60,7 @@ const COMPONENTS: &[(&str, &str)] = &[("rustfmt", "cargo-fmt"), ("clippy", "carg
 pub fn prepare() -> Result<()> {
     let missing: Vec<&Tool> = TOOLS.iter().filter(|tool| !installed(tool.program)).collect();
     if !missing.is_empty() && may_install() {
-        let packages: Vec<&str> = missing.iter().map(|tool| tool.package).collect();
+        let packages: Vec<&str> = missing.iter().flat_map(|tool| tool.package.split(' ')).collect();
         progress(&format!("installing {} with apt-get", packages.join(", ")));
         if let Err(error) = install(&packages) {
             println!("apt-get could not install them: {error:#}");
@@ -83,7 +90,7 @@ fn installed(program: &str) -> bool {
     }
     let found = env::var_os("PATH")
         .is_some_and(|path| env::split_paths(&path).any(|dir| dir.join(program).is_file()));
-    found && Command::new(program).arg("--version").output().is_ok_and(|output| output.status.success())
+    found && Command::new(program).arg("--help").output().is_ok_and(|output| output.status.success())
 }
 
 fn may_install() -> bool {

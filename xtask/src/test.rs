@@ -59,6 +59,7 @@ pub fn run(quick: bool, all: bool) -> Result<bool> {
         metal::tests::all(&mut tally, &program)?;
     }
     if all {
+        metal::slow(&mut tally)?;
         let servers = ["test", "--release", "--package", "bivisor", "--test", "consolidation"];
         tally
             .cargo_test("three servers", cargo(".").args(servers).args(["--", "--ignored", "--nocapture"]))?;

@@ -25,6 +25,9 @@ pub struct Entry {
     pub injection: Option<Injection>,
     /// It is to be left as soon as it can take an interrupt.
     pub interrupt_window: bool,
+    /// It is to be left as soon as it can take an NMI. Hardware that leaves the end of an NMI's handler to software needs no
+    /// telling.
+    pub nmi_window: bool,
     /// What it reads as the time-stamp counter is the processor's plus this.
     pub tsc_offset: u64,
     /// Everything that the processor has cached of its page tables is out of date.
@@ -49,7 +52,7 @@ pub struct PortAccess {
 pub enum Cause {
     /// An interrupt or NMI of the host's, which has been handled.
     Host,
-    /// The guest can take an interrupt now.
+    /// The guest can take an interrupt, or an NMI, now.
     InterruptWindow,
     /// A port was to be accessed; that it may be is checked.
     Port(PortAccess),
@@ -115,6 +118,10 @@ pub struct Left {
 
 /// One virtual processor as the hardware keeps it.
 pub trait HardwareGuest: Send {
+    /// Whether the directory pointers of PAE paging in the state are those that the processor uses. Else they are only checked
+    /// when CR3 is loaded, and read where they lie.
+    const KEEPS_PDPTES: bool;
+
     /// Enters the guest in this state, and brings the state up to date when the processor has left it. Interrupts of
     /// the host are taken after that only, in here.
     ///

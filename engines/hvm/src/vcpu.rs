@@ -12,6 +12,10 @@ use bivisor_x86::state::{Activity, CpuState};
 use crate::env::VcpuEnv;
 use crate::guest::{Cause, DR7_ENABLES, Entry, HardwareGuest, Injection, Kind, Left, PortAccess};
 
+/// After so many exits a run ends even without an interrupt of the host's: Bochs' processor lets none end the run of a guest that
+/// was entered with interrupts disabled.
+const MAX_EXITS: u32 = 256;
+
 /// How often the processor left the guest, and why.
 #[derive(Default)]
 struct Counts {
@@ -61,7 +65,7 @@ impl<G: HardwareGuest> HvmVcpu<G> {
 
     /// Takes events as far as the guest can have them now. What it is to be entered with, or why it is not.
     fn prepare(&mut self) -> Result<Entry, Exit> {
-        let mut window = false;
+        let (mut window, mut nmi_window) = (false, false);
         while self.pending.is_none() && self.env.bus.has_event() {
             let state = &self.cpu.state;
             let executing = matches!(state.activity, Activity::Running | Activity::Halted);
@@ -80,7 +84,7 @@ impl<G: HardwareGuest> HvmVcpu<G> {
                 }
                 None => {
                     // What waits with interrupts open is an NMI, for which the end of the last one's handler is awaited.
-                    window = !interrupts;
+                    (window, nmi_window) = (!interrupts, !nmis);
                     break;
                 }
             }
@@ -88,6 +92,7 @@ impl<G: HardwareGuest> HvmVcpu<G> {
         if self.pending.is_some() {
             self.cpu.state.activity = Activity::Running;
             window = self.env.bus.has_event();
+            nmi_window = window;
         }
         match self.cpu.state.activity {
             Activity::Running => {}
@@ -97,7 +102,8 @@ impl<G: HardwareGuest> HvmVcpu<G> {
         let injection = self.pending.take();
         self.counts.injections += u64::from(injection.is_some());
         let flush = core::mem::take(&mut self.flush);
-        Ok(Entry { injection, interrupt_window: window, tsc_offset: self.env.bus.tsc_offset(), flush })
+        let tsc_offset = self.env.bus.tsc_offset();
+        Ok(Entry { injection, interrupt_window: window, nmi_window, tsc_offset, flush })
     }
 
     /// Does what the guest was left for.
@@ -143,7 +149,8 @@ impl<G: HardwareGuest> HvmVcpu<G> {
     /// Lets the interpreter deliver what the processor could not, or execute the next instruction.
     fn in_software(&mut self, delivering: Option<Injection>) {
         let before = translation_registers(&self.cpu.state);
-        if self.cpu.state.cr0_has(Cr0::PG) && self.cpu.uses_pdptes(self.cpu.state.cr4) {
+        let paging = self.cpu.state.cr0_has(Cr0::PG);
+        if !G::KEEPS_PDPTES && paging && self.cpu.uses_pdptes(self.cpu.state.cr4) {
             // The hardware has checked them when it loaded them; a guest that has changed them in memory since gets the
             // new ones a little early.
             if let Ok(pdpte) = self.cpu.read_pdptes(&self.env, self.cpu.state.cr3) {
@@ -186,7 +193,7 @@ impl<G: HardwareGuest> Vcpu for HvmVcpu<G> {
     }
 
     fn run(&mut self) -> Result<Exit, EngineError> {
-        loop {
+        for _ in 0..MAX_EXITS {
             let entry = match self.prepare() {
                 Ok(entry) => entry,
                 Err(exit) => return Ok(exit),
@@ -195,9 +202,10 @@ impl<G: HardwareGuest> Vcpu for HvmVcpu<G> {
             self.counts.count(&left.cause);
             self.handle(left);
             if left.cause == Cause::Host {
-                return Ok(Exit::Kicked);
+                break;
             }
         }
+        Ok(Exit::Kicked)
     }
 
     fn set_debug(&mut self, debug: &DebugControl) -> Result<(), EngineError> {

@@ -20,6 +20,7 @@ struct Script {
 }
 
 impl HardwareGuest for Script {
+    const KEEPS_PDPTES: bool = false;
     fn run(&mut self, _: &mut CpuState, entry: &Entry) -> Result<Left, EngineError> {
         self.entries.lock().push(*entry);
         Ok(self.lefts.pop().unwrap_or(Left { cause: Cause::Host, delivering: None }))
@@ -235,4 +236,11 @@ fn exits_are_counted_by_kind() {
     assert_eq!(count("exits for strings of ports"), Some(2));
     assert_eq!(count("exits for interrupts of the host"), Some(1));
     assert_eq!(count("exits for CPUID"), Some(0));
+}
+
+#[test]
+fn a_run_without_an_interrupt_of_the_host_ends_all_the_same() {
+    let mut rig = rig(&[], &vec![access(true, 1, 0x1000); 2 * MAX_EXITS as usize]);
+    assert_eq!(rig.vcpu.run().unwrap(), Exit::Kicked);
+    assert_eq!(rig.entries.lock().len(), MAX_EXITS as usize);
 }

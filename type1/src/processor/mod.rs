@@ -9,7 +9,7 @@ use alloc::sync::Arc;
 use core::arch::asm;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use bivisor_hvm::svm::SvmProcessor;
+use bivisor_hvm::Hardware;
 use bivisor_machine::engine::EngineError;
 use bivisor_machine::host::{Clock, Nanos};
 
@@ -55,10 +55,11 @@ impl Processor {
         }
     }
 
-    /// Makes the processor's virtualization ready.
-    pub(crate) fn enable_svm(&self) -> Result<Arc<SvmProcessor>, EngineError> {
-        // SAFETY: at privilege level 0; the processor is ours, and the value is kept as long as there are guests.
-        unsafe { SvmProcessor::enable(&IdentityMap) }.map(Arc::new)
+    /// Makes the processor's virtualization ready, whichever it has.
+    pub(crate) fn enable_virtualization(&self) -> Result<Hardware, EngineError> {
+        // SAFETY: at privilege level 0; the processor is ours, and so are its tables from now on. There is no other one, and
+        // interrupts are only enabled where they are waited for.
+        unsafe { Hardware::enable(&IdentityMap) }
     }
 
     /// Lets the timer interrupt at this moment, or a little earlier.

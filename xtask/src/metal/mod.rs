@@ -1,4 +1,5 @@
 //! The hypervisor for the bare machine: building its image, and running it in QEMU.
+mod bochs;
 mod images;
 pub mod tests;
 
@@ -35,7 +36,14 @@ pub enum Task {
         qemu: PathBuf,
     },
     /// Run the checks of the bare machine alone; they are part of `cargo xtask test` too.
-    Test,
+    Test {
+        /// Only those on Bochs' processor, which has VT-x.
+        #[arg(long)]
+        vmx: bool,
+        /// With those that take minutes on Bochs' processor.
+        #[arg(long)]
+        all: bool,
+    },
 }
 
 /// Does it; false if the hypervisor ended badly.
@@ -45,10 +53,17 @@ pub enum Task {
 pub fn run(task: &Task) -> Result<bool> {
     match task {
         Task::Build => println!("{}", build()?.display()),
-        Task::Test => {
+        Task::Test { vmx, all } => {
             let mut tally = Tally::default();
             let program = linux::program(&mut tally)?;
-            tests::all(&mut tally, &program)?;
+            if *vmx {
+                bochs::all(&mut tally, &program, &build()?)?;
+            } else {
+                tests::all(&mut tally, &program)?;
+            }
+            if *all {
+                bochs::slow(&mut tally, &program, &build()?)?;
+            }
             return Ok(tally.close());
         }
         Task::Run { file, qemu } => {
@@ -67,6 +82,15 @@ pub fn run(task: &Task) -> Result<bool> {
         }
     }
     Ok(true)
+}
+
+/// Runs the checks that take minutes.
+///
+/// # Errors
+/// A check can't be started.
+pub fn slow(tally: &mut Tally) -> Result<()> {
+    let program = linux::program(tally)?;
+    bochs::slow(tally, &program, &build()?)
 }
 
 /// Builds the image.

@@ -1,6 +1,6 @@
 //! The hypervisor for the bare machine in QEMU's emulation of AMD-V: the guests with their one expected output, and two stock
 //! Debians at once.
-use super::{GOOD_END, build, by_pvh, images, machine, pack};
+use super::{GOOD_END, bochs, build, by_pvh, images, machine, pack};
 use crate::{console::Session, linux::PROMPT, steps::Tally, test::cargo};
 use anyhow::{Context, Result, anyhow, ensure};
 use bivisor_guests::{ALL, Guest, LOST, Outcome};
@@ -71,7 +71,8 @@ pub fn all(tally: &mut Tally, program: &Path) -> Result<()> {
             tally.check(&name(guest), || run.join().map_err(|_| anyhow!("its thread panicked"))?);
         }
         result
-    })
+    })?;
+    bochs::all(tally, program, image)
 }
 
 /// The hypervisor with machines, in QEMU, and the file that they are packed in.
@@ -131,9 +132,18 @@ const EXCUSED: &[(&str, &str)] = &[
 
 /// A guest prints what it prints on every other engine, but for what QEMU's processor does its own way.
 fn runs(image: &Path, guest: &Guest) -> Result<String> {
-    let start = Instant::now();
     let bundle = Bundle { command_line: String::new(), machines: vec![config_of(guest, guest.name)] };
     let (_module, mut metal) = boot(image, &bundle, GUEST_LIMIT)?;
+    let outcome = converse(guest, &mut metal)?;
+    let code = outcome.status.and_then(|status| status.code());
+    ensure!(code == Some(GOOD_END), "QEMU ended with {code:?}: {}", outcome.messages);
+    let own = EXCUSED.iter().find(|(name, _)| *name == guest.name).map_or("", |(_, checks)| *checks);
+    judge(guest, &outcome, &format!("{}\n{own}", guest.qemu_differs))
+}
+
+/// Lets a guest that is alone on the bare machine run to its end, and gives it what it wants typed.
+pub(super) fn converse(guest: &Guest, metal: &mut Session) -> Result<Outcome> {
+    let start = Instant::now();
     let mut output = String::new();
     if !guest.input.is_empty() {
         output = metal.screen.until("> ")?;
@@ -143,18 +153,21 @@ fn runs(image: &Path, guest: &Guest) -> Result<String> {
     output.push_str(&rest);
     let (own, guests): (Vec<&str>, Vec<&str>) =
         output.lines().map(|line| line.trim_end_matches('\r')).partition(|line| line.starts_with(OWN_LINES));
-    let outcome = Outcome {
+    Ok(Outcome {
         output: guests.join("\n"),
         messages: own.join("\n"),
         status: Some(status),
         time: start.elapsed(),
-    };
-    let own = EXCUSED.iter().find(|(name, _)| *name == guest.name).map_or("", |(_, checks)| *checks);
-    let verdict = outcome.compare(guest, &format!("{}\n{own}", guest.qemu_differs));
+    })
+}
+
+/// Whether a guest printed what it prints everywhere, but for the checks in `excused`, one a line.
+pub(super) fn judge(guest: &Guest, outcome: &Outcome, excused: &str) -> Result<String> {
+    let verdict = outcome.compare(guest, excused);
     ensure!(verdict.differences.is_empty(), "{}\n{}", verdict.differences.join("\n"), outcome.messages);
     let ended = ["powered off", "ended with status 33"].iter().any(|end| outcome.messages.contains(end));
-    let excused = !verdict.skipped.is_empty() && outcome.messages.contains("ended with status 35");
-    ensure!(status.code() == Some(GOOD_END) && (ended || excused), "{status}: {}", outcome.messages);
+    let failed = !verdict.skipped.is_empty() && outcome.messages.contains("ended with status 35");
+    ensure!(ended || failed, "{}", outcome.messages);
     let (passed, skipped) = (verdict.passed, verdict.skipped.len());
     Ok(format!(", {:.1?} by itself, {passed} checks, {skipped} excused", outcome.time))
 }

@@ -5,21 +5,21 @@ use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::String;
 use alloc::sync::Arc;
-use core::arch::asm;
 
 use bivisor_machine::engine::EngineError;
+use bivisor_machine::memory::GuestMemory;
 use bivisor_x86::exception::vector;
 use bivisor_x86::msr::number::{SPEC_CTRL, TSC_AUX};
 use bivisor_x86::state::{CpuState, XSTATE_BV};
 
 use super::exit::{self, code};
-use super::nested::NestedTables;
 use super::permissions::{IoPermissions, MsrPermissions};
 use super::processor::{Features, SvmProcessor};
 use super::switch::{self, Switch};
 use super::vmcb::{Intercepts1, Intercepts2, Vmcb, tlb_control, virtual_interrupt};
 use crate::guest::{Cause, DR7_ENABLES, Entry, HardwareGuest, Left};
-use crate::host::write_msr;
+use crate::host::{load_debug_addresses, take_interrupts, write_msr};
+use crate::nested::NestedTables;
 use crate::page::{Page, PhysicalMap, physical_of};
 
 /// What all virtual processors of a machine share.
@@ -30,8 +30,10 @@ pub struct SvmMachine {
 }
 
 impl SvmMachine {
-    /// Lets guests at the memory behind `nested`, and at no port.
-    pub fn new(nested: NestedTables) -> Self {
+    /// Lets guests at the memory, and at no port.
+    pub fn new(memory: &GuestMemory, map: &dyn PhysicalMap) -> Self {
+        // The type of memory is what the guest's and the host's own tables and registers make of it.
+        let nested = NestedTables::new(memory, map, |_, _| Some(0));
         Self { nested, ports: IoPermissions::none(), msrs: MsrPermissions::guests_own() }
     }
 }
@@ -150,6 +152,8 @@ fn checked(vmcb: &Vmcb) -> String {
 }
 
 impl HardwareGuest for SvmGuest {
+    const KEEPS_PDPTES: bool = false;
+
     fn run(&mut self, state: &mut CpuState, entry: &Entry) -> Result<Left, EngineError> {
         let features = self.processor.features();
         prepare(&mut self.vmcb, state, entry, features);
@@ -189,23 +193,9 @@ impl HardwareGuest for SvmGuest {
         if left.cause == Cause::Host {
             // Only now: one that is taken after another exit would not end the run, and whoever waits for it not hear of it.
             // SAFETY: as above; the owner's interrupt handlers keep the registers.
-            unsafe { switch::take_interrupts() };
+            unsafe { take_interrupts() };
         }
         Ok(left)
-    }
-}
-
-/// Loads DR0 to DR3.
-///
-/// # Safety
-/// At privilege level 0; the host uses no breakpoints.
-unsafe fn load_debug_addresses(state: &CpuState) {
-    // SAFETY: the caller's promise; with DR7 clear they have no effect.
-    unsafe {
-        asm!("mov dr0, {}", in(reg) state.dr[0], options(nomem, nostack, preserves_flags));
-        asm!("mov dr1, {}", in(reg) state.dr[1], options(nomem, nostack, preserves_flags));
-        asm!("mov dr2, {}", in(reg) state.dr[2], options(nomem, nostack, preserves_flags));
-        asm!("mov dr3, {}", in(reg) state.dr[3], options(nomem, nostack, preserves_flags));
     }
 }
 
@@ -255,6 +245,7 @@ mod tests {
         let entry = Entry {
             injection: Some(Injection::Interrupt(0x20)),
             interrupt_window: true,
+            nmi_window: false,
             tsc_offset: 5,
             flush: true,
         };

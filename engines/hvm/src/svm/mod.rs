@@ -2,12 +2,10 @@
 
 mod exit;
 mod guest;
-mod nested;
 mod permissions;
 mod processor;
 mod switch;
 mod vmcb;
 
 pub use guest::{SvmGuest, SvmMachine};
-pub use nested::NestedTables;
 pub use processor::{Features, SvmProcessor};

@@ -2,14 +2,13 @@
 #![allow(unsafe_code)]
 
 use alloc::boxed::Box;
-use core::arch::asm;
 
 use bivisor_machine::engine::EngineError;
 use bivisor_x86::msr::number::{EFER, VM_CR};
-use bivisor_x86::registers::{Cr4, Efer};
+use bivisor_x86::registers::Efer;
 use bivisor_x86::state::{XCR0_AVX, XCR0_SSE, XCR0_X87};
 
-use crate::host::{cpuid, read_msr, write_msr};
+use crate::host::{cpuid, enable_xsave, read_msr, write_msr};
 use crate::page::{Page, PhysicalMap, physical_of};
 
 const VM_HSAVE_PA: u32 = 0xc001_0117;
@@ -89,14 +88,7 @@ impl SvmProcessor {
             }
             write_msr(EFER, read_msr(EFER) | Efer::SVME.bits());
             write_msr(VM_HSAVE_PA, physical_of(map, &*host_save));
-            let cr4: u64;
-            asm!("mov {}, cr4", out(reg) cr4, options(nomem, nostack, preserves_flags));
-            asm!("mov cr4, {}", in(reg) cr4 | Cr4::OSXSAVE.bits(), options(nomem, nostack, preserves_flags));
-            asm!(
-                "xsetbv",
-                in("ecx") 0, in("eax") features.xcr0 as u32, in("edx") 0,
-                options(nomem, nostack, preserves_flags)
-            );
+            enable_xsave(features.xcr0);
         }
         Ok(Self { features, _host_save: host_save })
     }

@@ -1,10 +1,12 @@
 //! The way into a guest and back (APM Vol. 2, sections 15.5 and 15.6).
 #![allow(unsafe_code)]
 
-use core::arch::{asm, naked_asm};
+use core::arch::naked_asm;
 use core::mem::offset_of;
 
 use bivisor_x86::registers::gpr;
+
+use crate::host::HOST_MXCSR;
 
 /// What the switch works on. All addresses are valid while it runs.
 #[repr(C)]
@@ -21,18 +23,6 @@ pub(super) struct Switch {
     pub(super) guest: u64,
     /// Physical address of a page for what VMSAVE keeps of the host.
     pub(super) host: u64,
-}
-
-/// MXCSR as Rust code expects it.
-static HOST_MXCSR: u32 = 0x1f80;
-
-/// Lets the host's interrupts in.
-///
-/// # Safety
-/// At privilege level 0, with an interrupt table whose handlers leave all registers but those that a call may change.
-pub(super) unsafe fn take_interrupts() {
-    // SAFETY: the caller's promise. STI holds interrupts back for one instruction more.
-    unsafe { asm!("sti", "nop", "cli", clobber_abi("sysv64")) };
 }
 
 /// Enters the guest, and returns when the processor has left it. An interrupt of the host's that has come stays pending.
