@@ -132,11 +132,14 @@ impl HardwareProcessor for VmxProcessor {
     }
 }
 
+/// The RAM of a VM, and what all its virtual processors share.
+type Shared<P> = (Arc<GuestMemory>, Arc<<P as HardwareProcessor>::Machine>);
+
 /// An engine for one VM.
 struct HvmEngine<P: HardwareProcessor> {
     processor: Arc<P>,
     map: Arc<dyn PhysicalMap>,
-    machine: Mutex<Option<(Arc<GuestMemory>, Arc<P::Machine>)>>,
+    machine: Mutex<Option<Shared<P>>>,
 }
 
 impl<P: HardwareProcessor> HvmEngine<P> {
