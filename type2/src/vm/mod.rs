@@ -1,5 +1,6 @@
 //! One run of a machine, from power-up to its end or its reset.
 
+pub mod counters;
 pub mod gate;
 mod halt_poll;
 pub mod inspect;
@@ -31,6 +32,7 @@ use crate::host::memory;
 use crate::perf_map::PerfMap;
 use crate::trace::{TraceError, TraceFile};
 use crate::{engines, status};
+use counters::Counters;
 use gate::Gate;
 use vcpu::{SharedVcpu, Surroundings, ThreadWaker, VcpuEvent, VcpuThread, lock};
 
@@ -57,6 +59,8 @@ pub struct Parts {
     pub config: VmConfig,
     /// What it boots.
     pub guest: Guest,
+    /// What executes it.
+    pub engine: engines::Source,
     /// Time.
     pub clock: Arc<LinuxClock>,
     /// Processors of the host's that the process may use at once.
@@ -69,6 +73,8 @@ pub struct Parts {
     pub trace: Option<Arc<TraceFile>>,
     /// The names of translated code for perf.
     pub perf_map: Option<PerfMap>,
+    /// What all its runs have done.
+    pub counters: Arc<Counters>,
     /// Log of what devices refuse.
     pub log: Arc<Log>,
     /// The supervisor.
@@ -127,7 +133,7 @@ impl Session {
             )
         })?;
         let memory = Arc::new(memory);
-        let engine = engines::make(config.engine).map_err(Failure::configuration)?;
+        let engine = parts.engine.engine();
         let gate = Arc::new(Gate::new());
         let alarm = HostAlarm::new(parts.clock.clone());
         let machine = Machine::new(
@@ -153,6 +159,7 @@ impl Session {
             },
         )
         .map_err(Failure::configuration)?;
+        parts.counters.begin(machine.exits());
         let vcpus = make_vcpus(&machine, &*engine, parts)?;
         let expiring = machine.clone();
         let alarm_thread =
