@@ -31,8 +31,8 @@ const ENGINE_STATUS: i32 = 16;
 const GUEST_LIMIT: Duration = Duration::from_secs(300);
 /// What a boot of Linux and all that is typed there may take.
 const LINUX_LIMIT: Duration = Duration::from_secs(480);
-/// What ends a machine, typed at its console.
-const QUIT: &str = "\x01x";
+/// What ends a machine, typed at its console: Ctrl-A x, of which QEMU's console, too, wants the first character twice.
+const QUIT: &str = "\x01\x01x";
 /// What else is typed in the inner Linux: that it has a network, and knows what executes it.
 const MORE: &[(&str, &[&str])] = &[
     ("ip link set eth0 up && udhcpc -n -q -s /bin/true -i eth0", &["10.0.2.15 obtained"]),
