@@ -39,6 +39,32 @@ const KINDS: [(Kind, &str); 8] = [
     (Kind::Halt, "halts"),
 ];
 
+impl Kind {
+    /// One word for it, for programs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Instruction => "instruction",
+            Self::Memory => "memory",
+            Self::Port => "port",
+            Self::Mmio => "mmio",
+            Self::Msr => "msr",
+            Self::Interrupt => "interrupt",
+            Self::Nmi => "nmi",
+            Self::Halt => "halt",
+        }
+    }
+
+    /// The guest did something that had to be caught; otherwise something came to it, or it had nothing to do.
+    pub fn is_trap(self) -> bool {
+        matches!(self, Self::Instruction | Self::Memory | Self::Port | Self::Mmio | Self::Msr)
+    }
+
+    /// All kinds.
+    pub fn all() -> impl Iterator<Item = Self> {
+        KINDS.iter().map(|&(kind, _)| kind)
+    }
+}
+
 /// Hypercalls with numbers from here on are counted together.
 const HYPERCALLS: usize = 16;
 
@@ -64,8 +90,13 @@ impl Exits {
     pub fn count_hypercall(&self, number: u64) {
         increment(&self.hypercalls[number.min(HYPERCALLS as u64) as usize]);
     }
-    fn of(&self, kind: Kind) -> u64 {
+    /// How many there were of a kind.
+    pub fn of(&self, kind: Kind) -> u64 {
         self.kinds[kind as usize].load(Ordering::Relaxed)
+    }
+    /// Hypercalls by number; the last is for all from there on.
+    pub fn hypercalls(&self) -> impl Iterator<Item = (u64, u64)> {
+        (0..).zip(self.hypercalls.iter().map(|counter| counter.load(Ordering::Relaxed)))
     }
     /// All counters, with words for each.
     pub fn list(&self) -> Vec<(String, u64)> {
@@ -95,6 +126,10 @@ mod tests {
             exits.count_hypercall(number);
         }
         assert_eq!(KINDS.map(|(kind, _)| exits.of(kind)), [1, 2, 3, 4, 5, 6, 7, 8]);
+        let traps = Kind::all().filter(|kind| kind.is_trap()).map(|kind| exits.of(kind));
+        assert_eq!(traps.sum::<u64>(), 1 + 2 + 3 + 4 + 5);
+        let called: Vec<_> = exits.hypercalls().filter(|&(_, count)| count != 0).collect();
+        assert_eq!(called, [(0, 1), (5, 2), (15, 1), (16, 2)]);
         let list = exits.list();
         let of = |words: &str| list.iter().find(|(name, _)| name.starts_with(words)).unwrap().1;
         assert_eq!((of("port"), of("hypercalls, number 5"), of("hypercalls, number 16 and")), (3, 2, 2));

@@ -22,6 +22,7 @@ use crate::config::VmConfig;
 use crate::error::Failure;
 use crate::guest::Guest;
 use crate::host::memory::Returned;
+use crate::vm::counters::{CountedPort, CountedStore, Traffic};
 
 /// The guest's context ID at its socket device, which only it sees.
 const GUEST_CID: u32 = 3;
@@ -29,12 +30,14 @@ const GUEST_CID: u32 = 3;
 /// An opened disk.
 struct Disk {
     store: Arc<dyn BlockStore>,
+    traffic: Arc<Traffic>,
     serial: String,
 }
 
 /// An opened network interface.
 struct Interface {
     port: Arc<dyn PacketPort>,
+    traffic: Arc<Traffic>,
     mac: [u8; 6],
     mtu: Option<u16>,
 }
@@ -86,12 +89,16 @@ impl Backends {
             spec.snapshot |= config.snapshot && !spec.read_only;
             let path = spec.path.display().to_string();
             let events = Arc::new(move |event| message(&format!("bivisor: disk {path}: {event}\n")));
-            let store = disk::open(&spec, events).map_err(Failure::configuration)?;
-            Ok(Disk { store, serial: spec.serial.clone() })
+            let inner = disk::open(&spec, events).map_err(Failure::configuration)?;
+            let traffic = Arc::<Traffic>::default();
+            let store = Arc::new(CountedStore { inner, traffic: traffic.clone() });
+            Ok(Disk { store, traffic, serial: spec.serial.clone() })
         });
         let interfaces = config.nets.iter().map(|spec| {
-            let port = spec.open().map_err(Failure::configuration)?;
-            Ok(Interface { port, mac: spec.mac.unwrap_or_else(random_mac), mtu: spec.mtu() })
+            let inner = spec.open().map_err(Failure::configuration)?;
+            let traffic = Arc::<Traffic>::default();
+            let port = Arc::new(CountedPort { inner, traffic: traffic.clone() });
+            Ok(Interface { port, traffic, mac: spec.mac.unwrap_or_else(random_mac), mtu: spec.mtu() })
         });
         let lost = Arc::new(|event| {
             if let ConsoleEvent::Lost(error) = event {
@@ -115,14 +122,21 @@ impl Backends {
         self.console.as_ref()?.address()
     }
 
+    /// What goes through disks and network interfaces.
+    pub fn traffic(&self) -> (Vec<Arc<Traffic>>, Vec<Arc<Traffic>>) {
+        let disks = self.disks.iter().map(|disk| disk.traffic.clone());
+        let interfaces = self.interfaces.iter().map(|interface| interface.traffic.clone());
+        (disks.collect(), interfaces.collect())
+    }
+
     /// New devices for a machine with so many processors, in the order of their slots.
     pub fn devices(&self, cpus: u32, memory: &Arc<GuestMemory>) -> Vec<Arc<dyn VirtioDevice>> {
         let mut devices: Vec<Arc<dyn VirtioDevice>> = Vec::new();
-        for Disk { store, serial } in &self.disks {
+        for Disk { store, serial, .. } in &self.disks {
             // More processors than queues share them.
             devices.push(Block::new(store.clone(), serial, u16::try_from(cpus).unwrap_or(u16::MAX)));
         }
-        for Interface { port, mac, mtu } in &self.interfaces {
+        for Interface { port, mac, mtu, .. } in &self.interfaces {
             devices.push(Net::new(port.clone(), *mac, *mtu));
         }
         if let Some(console) = &self.console {

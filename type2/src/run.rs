@@ -22,6 +22,7 @@ use crate::host::{memory, signals};
 use crate::jail::{Jail, Probe};
 use crate::perf_map::PerfMap;
 use crate::trace::TraceFile;
+use crate::vm::counters::Counters;
 use crate::vm::vcpu::VcpuEvent;
 use crate::vm::{Event, Parts, Session, inspect};
 use crate::{engines, status};
@@ -34,12 +35,15 @@ pub struct Ending {
     pub sentence: String,
 }
 
+/// Takes orders, hands on what happens by them, and tells what is counted.
+pub type Control = dyn FnOnce(Sender<Event>, Arc<Counters>) -> io::Result<()>;
+
 /// What a machine has that the supervisor has started.
 pub struct Managed {
     /// Called when everything is open and the guest is about to run.
     pub ready: Box<dyn FnOnce()>,
     /// Starts to take orders.
-    pub control: Box<dyn FnOnce(Sender<Event>) -> io::Result<()>>,
+    pub control: Box<Control>,
 }
 
 impl Ending {
@@ -61,13 +65,15 @@ pub fn run(args: &RunArgs, verbose: bool) -> Result<u8, Failure> {
 
 /// Runs a machine to its end.
 pub fn machine(
-    config: VmConfig,
+    mut config: VmConfig,
     verbose: bool,
     managed: Option<Managed>,
     probe: Option<Probe>,
 ) -> Result<Ending, Failure> {
     config.check_memory(memory::host_memory()).map_err(Failure::configuration)?;
-    let engine = engines::choose(&config).map_err(Failure::configuration)?;
+    let chosen = engines::choose(&config).map_err(Failure::configuration)?;
+    // What else depends on the engine asks the configuration.
+    config.engine = chosen.into();
     let guest = Guest::find(&config).map_err(Failure::configuration)?;
     let clock = Arc::new(LinuxClock::start());
     set_yield(|| {
@@ -94,11 +100,8 @@ pub fn machine(
         }),
     )
     .map_err(Failure::host)?;
-    let mut ready = None;
-    if let Some(managed) = managed {
+    if managed.is_some() {
         console.copy_to_stderr().map_err(Failure::host)?;
-        (managed.control)(events.clone()).map_err(Failure::host)?;
-        ready = Some(managed.ready);
     }
     let debugger = config.gdb.as_ref().map(|spec| Debugger::start(spec, events.clone()));
     let debugger = debugger.transpose().map_err(Failure::host)?;
@@ -106,6 +109,14 @@ pub fn machine(
     let trace = trace.transpose().map_err(Failure::host)?;
     let perf_map = config.perf_map.then(PerfMap::create).transpose().map_err(Failure::host)?;
     let backends = Backends::open(&config, &guest)?;
+    let engine = engines::Source::open(chosen).map_err(Failure::configuration)?;
+    let (disks, networks) = backends.traffic();
+    let counters = Arc::new(Counters::new(&config, disks, networks));
+    let mut ready = None;
+    if let Some(managed) = managed {
+        (managed.control)(events.clone(), counters.clone()).map_err(Failure::host)?;
+        ready = Some(managed.ready);
+    }
     if let Some(probe) = probe {
         probe.before_close();
     }
@@ -115,8 +126,20 @@ pub fn machine(
     if let Some(probe) = probe {
         probe.after_close();
     }
-    let parts =
-        Parts { config, engine, guest, clock, processors, console, backends, trace, perf_map, log, events };
+    let parts = Parts {
+        config,
+        guest,
+        engine,
+        clock,
+        processors,
+        console,
+        backends,
+        trace,
+        perf_map,
+        counters,
+        log,
+        events,
+    };
     let ending = supervise(&parts, &happenings, debugger.as_ref(), ready);
 
     if let (Some(debugger), Ok(ending)) = (&debugger, &ending) {

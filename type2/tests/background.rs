@@ -122,6 +122,20 @@ fn wait_for_end(pid: Pid) {
     }
 }
 
+/// Waits until every thread of a process has stopped.
+fn wait_for_stop(pid: Pid) {
+    let begin = Instant::now();
+    let runs = || {
+        let tasks = fs::read_dir(format!("/proc/{}/task", pid.as_raw_nonzero())).unwrap();
+        let stat = |task: fs::DirEntry| fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+        tasks.filter_map(Result::ok).any(|task| !stat(task).contains(") T "))
+    };
+    while runs() {
+        assert!(begin.elapsed() < LONG);
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// Types this at a machine's console, which shows the answer on its standard output.
 fn type_at(user: &User, name: &str, text: &str) -> Child {
     let mut console = user
@@ -185,6 +199,97 @@ fn machines_have_names_and_a_life_each() {
     assert!(user.done(&["logs", "two"]).contains("two has ended"), "the log stays");
 }
 
+/// What `bivisor stat` tells of machines, by its words.
+fn stat(user: &User, names: &[&str]) -> Vec<Value> {
+    let told = user.done(&[&["stat", "--json"], names].concat());
+    serde_json::from_str::<Value>(&told).unwrap().as_array().unwrap().clone()
+}
+
+#[test]
+fn machines_tell_what_they_have_done() {
+    let user = User::new();
+    user.file(
+        "three.toml",
+        "[vm.idle]\nimage = \"hello\"\nmemory = \"32M\"\npv = \"off\"\n\
+         [vm.busy]\nkernel = \"kernel\"\nmemory = \"16M\"\ncpus = 2\nnet = [\"user\"]\nengine = \"dbt\"\n\
+         [vm.over]\nimage = \"hello\"\nmemory = \"32M\"\n",
+    );
+    user.kernel(ECHO);
+    assert_eq!(user.done(&["stat"]), "", "nothing runs");
+    user.done(&["up", "three.toml"]);
+    user.done(&["kill", "over"]);
+
+    let all = stat(&user, &[]);
+    let names: Vec<_> = all.iter().map(|machine| machine["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["busy", "idle"], "those that run");
+    let (busy, idle) = (&all[0], &all[1]);
+    assert_eq!(
+        (busy["pid"].as_i64(), &busy["engine"]),
+        (user.machine("busy")["pid"].as_i64(), &"dbt".into())
+    );
+    assert_eq!((&busy["pv"], &idle["pv"]), (&true.into(), &false.into()));
+    assert_eq!(busy["memory_bytes"], 16 << 20);
+    assert_eq!([busy, idle].map(|machine| machine["cpus"].as_array().unwrap().len()), [2, 1]);
+    assert_eq!([busy, idle].map(|machine| machine["networks"].as_array().unwrap().len()), [1, 0]);
+    assert!(busy["resident_bytes"].as_u64().unwrap() > 1 << 20);
+
+    // This guest asks its serial port without end.
+    let ports = |machine: &Value| machine["cpus"][0]["exits"]["port"].as_u64().unwrap();
+    let begin = Instant::now();
+    while ports(&stat(&user, &["busy"])[0]) <= ports(busy) {
+        assert!(begin.elapsed() < LONG);
+    }
+    let later = &stat(&user, &["busy"])[0];
+    for time in ["cpu_nanoseconds", "uptime_nanoseconds"] {
+        assert!(later[time].as_u64() > busy[time].as_u64(), "{time}: {later}");
+    }
+
+    let words = user.done(&["stat", "busy"]);
+    assert!(words.starts_with("busy: process ") && words.contains("\n  CPU 1: "), "{words}");
+    let metrics = user.done(&["stat", "--prometheus"]);
+    for line in ["bivisor_memory_bytes{vm=\"busy\"} 16777216", "bivisor_paravirtual{vm=\"idle\"} 0"] {
+        assert!(metrics.lines().any(|found| found == line), "{line} in {metrics}");
+    }
+    user.refused(&["stat", "over"], 4, &["the machine over does not run", "restart over"]);
+    assert_eq!(user.output(&["stat", "busy", "--json", "--prometheus"]).status.code(), Some(2));
+
+    let shown = user.done(&["top", "--interval", "1", "-n", "2"]);
+    let looks: Vec<_> = shown.split("NAME").skip(1).collect();
+    assert_eq!(looks.len(), 2, "{shown}");
+    for look in looks {
+        let row = look.lines().find(|line| line.starts_with("busy ")).unwrap();
+        let cells: Vec<_> = row.split_whitespace().collect();
+        assert_eq!(cells[1..4], ["dbt", "on", "2"], "{shown}");
+        let (exits, traps): (u64, u64) = (cells[11].parse().unwrap(), cells[12].parse().unwrap());
+        assert!(exits >= traps && traps > 0, "{shown}");
+        assert!(look.contains("\n1 more do not run: `bivisor ps` says why\n"), "{shown}");
+    }
+}
+
+#[test]
+fn a_machine_that_does_not_answer_is_named() {
+    let user = User::new();
+    user.file("two.toml", TWO);
+    user.done(&["up", "two.toml"]);
+    let pid = user.pid("one");
+    let control = user.path().join("run/bivisor/vms/one/control");
+    // Whoever keeps a machine's ear busy is not waited for.
+    let silent = UnixStream::connect(&control).unwrap();
+    assert_eq!(stat(&user, &["one"]).len(), 1);
+    drop(silent);
+    for nonsense in ["statistics", "statistics \n", "\0\n", "x".repeat(100).as_str()] {
+        let mut stream = UnixStream::connect(&control).unwrap();
+        stream.write_all(nonsense.as_bytes()).unwrap();
+    }
+    assert_eq!(stat(&user, &["one"]).len(), 1);
+    kill_process(pid, Signal::STOP).unwrap();
+    wait_for_stop(pid);
+    user.refused(&["stat", "one"], 6, &["one does not tell what it does"]);
+    assert_eq!(stat(&user, &[]).len(), 1, "the others do");
+    kill_process(pid, Signal::CONT).unwrap();
+    assert_eq!(stat(&user, &["one"]).len(), 1);
+}
+
 #[test]
 fn nobody_else_can_look_in() {
     let user = User::new();
@@ -236,7 +341,10 @@ fn all_start_or_none() {
         (&*format!("kernel = \"kernel\"\n{disk}"), vec!["bad: ", "in use by biv:owner (process"]),
         ("image = \"nosuch\"", vec!["bad: there is no image nosuch"]),
         ("kernel = \"kernel\"\nconsole = \"file=/nosuch/x\"", vec!["bad: cannot write the console file"]),
-        ("kernel = \"kernel\"\nvirtio-console = \"pty\"\nengine = \"kvm\"", vec!["bad: the engine kvm"]),
+        (
+            "kernel = \"kernel\"\ntrace = \"t\"\nengine = \"kvm\"",
+            vec!["bad: the engine kvm can't write a trace"],
+        ),
         (
             "kernel = \"kernel\"\nconsole = \"pty\"\nvirtio-console = \"stdio\"",
             vec!["bad: ", "has no terminal"],
@@ -273,7 +381,7 @@ fn names_and_files_are_taken_once() {
     user.file("broken.toml", "[vm.x]\nmemory = \"a lot\"\n");
     user.refused(&["up", "broken.toml"], 4, &["broken.toml:2:10: memory: 'a lot' is no size"]);
     user.refused(&["run", "two.toml"], 4, &["two.toml describes one, two: start them with `bivisor up"]);
-    for verb in ["stop", "kill", "restart", "down", "console", "logs", "ssh"] {
+    for verb in ["stop", "kill", "restart", "down", "console", "logs", "ssh", "stat"] {
         user.refused(&[verb, "nosuch"], 4, &["there is no machine nosuch; those there are: one, two"]);
     }
     user.refused(&["kill", "two", "nosuch"], 4, &["there is no machine nosuch"]);

@@ -206,7 +206,7 @@ fn a_kvm_that_is_none_is_refused_and_the_choice_takes_no_time() {
     let report = String::from_utf8_lossy(&report.stdout).into_owned();
     let why = report.lines().find_map(|line| line.strip_prefix("--  engine kvm         not usable: "));
     let start = Instant::now();
-    let output = folder.run(TEST_EXIT, &["--testdev", "--engine", "kvm", "--no-jail"]);
+    let output = folder.run(TEST_EXIT, &["--testdev", "--engine", "kvm"]);
     assert!(start.elapsed() < Duration::from_secs(10));
     match why {
         Some(why) => {

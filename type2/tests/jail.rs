@@ -61,6 +61,12 @@ fn nothing_is_executed_and_nobody_is_touched() {
     refused("executable-memory", "mprotect", &[]);
 }
 
+/// A machine whose engine is another one has no business with KVM.
+#[test]
+fn kvm_is_asked_for_nothing_by_the_other_engines() {
+    refused("kvm", "ioctl", &["--engine", "dbt"]);
+}
+
 /// The user-mode network reads the file of name servers, so opening for reading is left to Landlock, or to an error
 /// where the kernel has none.
 #[test]

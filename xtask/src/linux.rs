@@ -7,7 +7,7 @@ use crate::{
 use anyhow::{Context, Result, ensure};
 use std::{
     io::ErrorKind,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, ExitStatus},
     time::{Duration, Instant},
 };
@@ -50,6 +50,44 @@ pub fn boots(tally: &mut Tally, program: &PathBuf) {
             Ok(format!(", shell after {:.1?}", boot(program, engine)?))
         });
     }
+}
+
+/// What stock Linux tells of the paravirtual interface's parts that it has taken up. (Of the flag that spares EOIs it says nothing.)
+const TAKEN_UP: [&str; 6] = [
+    "kvm-clock: Using msrs 4b564d01 and 4b564d00",
+    "Switched to clocksource kvm-clock",
+    "KVM setup pv remote TLB flush",
+    "setup PV sched yield",
+    "PV spinlocks enabled",
+    "setup PV IPIs",
+];
+
+/// Looks at what Linux tells with the paravirtual interface, and without.
+pub fn takes_up_the_interface(tally: &mut Tally, program: &Path) {
+    tally.check("Linux takes up the paravirtual interface", || {
+        let told = messages(program, "on")?;
+        let missing: Vec<_> = TAKEN_UP.into_iter().filter(|line| !told.contains(line)).collect();
+        ensure!(missing.is_empty(), "no {} in {told}", missing.join(", no "));
+        let told = messages(program, "off")?;
+        let found: Vec<_> = told.lines().filter(|line| line.to_lowercase().contains("kvm")).collect();
+        ensure!(found.is_empty(), "without it: {}", found.join("\n"));
+        ensure!(told.contains("Booting paravirtualized kernel on bare hardware"), "{told}");
+        Ok(String::new())
+    });
+}
+
+/// What Linux with two processors tells while it boots.
+fn messages(program: &Path, pv: &str) -> Result<String> {
+    let mut command = Command::new(program);
+    command.args(["run", "--no-reboot", "--engine", "dbt", "--cpus", "2", "--memory", "256M", "--pv", pv]);
+    let mut session = Session::start(&mut command, Instant::now() + TIME_LIMIT)?;
+    session.screen.until(PROMPT)?;
+    session.type_line("dmesg")?;
+    session.screen.until("dmesg")?;
+    let told = session.screen.until(PROMPT)?;
+    session.type_line("poweroff")?;
+    session.rest()?;
+    Ok(told)
 }
 
 /// Boots with an empty disk, talks to the shell, powers off, looks at the disk. Returns the time to the shell.

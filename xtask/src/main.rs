@@ -1,10 +1,12 @@
 //! The project's own tasks: `cargo xtask help` lists them.
 mod bench;
 mod console;
+mod excused;
 mod fuzz;
 mod linux;
 mod metal;
 mod nested;
+mod paravirtual;
 mod power_cut;
 mod setup;
 mod steps;
@@ -36,7 +38,18 @@ enum Task {
         all: bool,
     },
     /// Run the guests and Linux on the engine kvm, in a Linux with KVM that QEMU emulates.
-    NestedKvm,
+    NestedKvm {
+        /// Only the checks with one of these in their names, such as `paging` or `Linux`.
+        names: Vec<String>,
+    },
+    /// Count the exits of the same guest work with and without the paravirtual interface.
+    ///
+    /// Status 0 only if they are never more with it.
+    PvExits(paravirtual::Arguments),
+    /// Watch the clocks of two guests, with and without the paravirtual interface, against the host's.
+    ///
+    /// Status 0 only if they stay within a millisecond.
+    ClockDrift(paravirtual::DriftArguments),
     /// Measure the same benchmark program on the host, in Bivisor and in every QEMU, in turns.
     ///
     /// Writes a table, a plot and the raw results. Status 0 only if every row of every run came out right.
@@ -78,7 +91,9 @@ enum Task {
 fn main() -> ExitCode {
     let result = match Arguments::parse().task {
         Task::Test { quick, all } => test::run(quick, all),
-        Task::NestedKvm => test::nested_kvm(),
+        Task::NestedKvm { names } => test::nested_kvm(&names),
+        Task::PvExits(arguments) => paravirtual::exits(&arguments),
+        Task::ClockDrift(arguments) => paravirtual::clock_drift(&arguments),
         Task::Bench(arguments) => bench::bench(&arguments),
         Task::AsmTests { arguments } => optimised("asm-tests", &arguments),
         Task::Oracle { arguments } => optimised("bivisor-oracle", &arguments),

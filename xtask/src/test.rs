@@ -24,14 +24,14 @@ pub fn cargo(folder: &str) -> Command {
     cargo
 }
 
-/// Builds the program and runs the checks of the engine kvm.
+/// Builds the program and runs the checks of the engine kvm, or those with one of the names in theirs.
 ///
 /// # Errors
 /// If something that the checks need is missing.
-pub fn nested_kvm() -> Result<bool> {
+pub fn nested_kvm(names: &[String]) -> Result<bool> {
     let mut tally = Tally::default();
     let program = linux::program(&mut tally)?;
-    nested::all(&mut tally, &program)?;
+    nested::all(&mut tally, &program, names)?;
     Ok(tally.close())
 }
 
@@ -54,6 +54,7 @@ pub fn run(quick: bool, all: bool) -> Result<bool> {
         let program = linux::program(&mut tally)?;
         trace_diff::guests::agree(&mut tally, &program);
         linux::boots(&mut tally, &program);
+        linux::takes_up_the_interface(&mut tally, &program);
         power_cut::briefly(&mut tally, &program);
         fuzz::briefly(&mut tally)?;
         metal::tests::all(&mut tally, &program)?;

@@ -16,7 +16,7 @@ use kvm_ioctls::{
 };
 
 use crate::msrs;
-use crate::probe::Unusable;
+use crate::probe::Device;
 use crate::vcpu::KvmVcpu;
 
 /// Where KVM may put what it needs for real mode on Intel's processors: three pages of task state and one of page tables,
@@ -98,23 +98,25 @@ impl Vm {
 
 /// The engine `kvm`, for one VM.
 pub struct KvmEngine {
-    kvm: Kvm,
+    device: Device,
     /// Made for the first virtual processor's RAM.
     vm: Mutex<Option<Arc<Vm>>>,
 }
 
 impl KvmEngine {
-    /// The engine, if the host's KVM has what it needs. Whether guests are executed by hardware is not looked at: see
-    /// [`crate::probe`].
-    pub fn new() -> Result<Self, Unusable> {
-        Ok(Self { kvm: crate::probe::open()?, vm: Mutex::default() })
+    /// The engine on an open device. Whether guests are executed by hardware is not looked at: see [`crate::probe()`].
+    pub fn new(device: &Device) -> Self {
+        Self { device: device.clone(), vm: Mutex::default() }
     }
 
     fn vm(&self, setup: &VcpuSetup) -> Result<Arc<Vm>, EngineError> {
         let mut vm = self.vm.lock().unwrap_or_else(PoisonError::into_inner);
         let vm = match &mut *vm {
             Some(vm) => vm,
-            none => none.insert(Arc::new(Vm::new(&self.kvm, setup.memory.clone(), setup.model.vendor)?)),
+            none => {
+                let vm = Vm::new(self.device.kvm(), setup.memory.clone(), setup.model.vendor)?;
+                none.insert(Arc::new(vm))
+            }
         };
         if !Arc::ptr_eq(&vm.memory, &setup.memory) {
             return Err(EngineError("all virtual processors of an engine must have the same RAM".into()));

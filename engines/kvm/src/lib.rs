@@ -8,7 +8,7 @@
 pub mod cpuid;
 mod debug;
 pub mod engine;
-mod ioctls;
+pub mod ioctls;
 mod kick;
 mod msrs;
 pub mod probe;
@@ -16,4 +16,4 @@ mod registers;
 pub mod vcpu;
 
 pub use engine::KvmEngine;
-pub use probe::{Unusable, probe};
+pub use probe::{Device, Unusable, probe};

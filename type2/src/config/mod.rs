@@ -87,6 +87,18 @@ pub enum EngineChoice {
     Kvm,
 }
 
+impl EngineChoice {
+    /// The word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Interp => "interp",
+            Self::Dbt => "dbt",
+            Self::Kvm => "kvm",
+        }
+    }
+}
+
 /// `--pv`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Paravirtual {

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use bivisor_backends::thread::Role;
+use bivisor_kvm::ioctls as kvm;
 use libc::c_long;
 use seccompiler::SeccompCmpArgLen::Dword;
 use seccompiler::SeccompCmpOp::{Eq, MaskedEq, Ne};
@@ -123,7 +124,14 @@ impl Calls {
         calls.basic()?;
         match role {
             Role::Main => calls.main(needs)?,
-            Role::Vcpu | Role::Timer => calls.guest(needs)?,
+            Role::Vcpu => {
+                calls.guest(needs)?;
+                if needs.kvm {
+                    calls.ioctls(&kvm::STATE)?;
+                    calls.ioctls(&kvm::EVENTS)?;
+                }
+            }
+            Role::Timer => calls.guest(needs)?,
             Role::Disk => calls.any(FILES),
             Role::NetLimit => calls.network(needs)?,
             Role::NetUser => {
@@ -142,10 +150,12 @@ impl Calls {
                 calls.socket(libc::AF_UNIX)?;
                 calls.ioctls(NONBLOCKING)?;
             }
-            Role::ConsoleIn | Role::Debugger | Role::Control => {
-                calls.any(SOCKETS);
-                calls.any(&[libc::SYS_accept4]);
-                calls.ioctls(NONBLOCKING)?;
+            Role::ConsoleIn | Role::Control => calls.server()?,
+            Role::Debugger => {
+                calls.server()?;
+                if needs.kvm {
+                    calls.ioctls(&kvm::STATE)?;
+                }
             }
             Role::ConsoleOut | Role::Signals => calls.any(SOCKETS),
             Role::NetTap | Role::Log => {}
@@ -173,6 +183,13 @@ impl Calls {
             self.only(libc::SYS_fcntl, &[(1, Eq, *command as u64)])?;
         }
         self.ioctls(TERMINAL)
+    }
+
+    /// Whoever comes to a socket.
+    fn server(&mut self) -> Result<(), BackendError> {
+        self.any(SOCKETS);
+        self.any(&[libc::SYS_accept4]);
+        self.ioctls(NONBLOCKING)
     }
 
     /// What the guest makes its devices do.
@@ -218,6 +235,11 @@ impl Calls {
         if needs.switch || needs.vsock {
             self.any(SOCKETS);
         }
+        if needs.kvm {
+            self.ioctls(&kvm::MAKING)?;
+            self.ioctls(&kvm::STATE)?;
+            self.ioctls(&kvm::EVENTS)?;
+        }
         if needs.socket_files {
             self.any(&[libc::SYS_unlink, libc::SYS_unlinkat, libc::SYS_statx, libc::SYS_newfstatat]);
         } else {
@@ -255,5 +277,54 @@ impl Calls {
         let rule = SeccompRule::new(conditions.collect::<Result<_, _>>()?)?;
         self.rules.entry(call).or_default().push(rule);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Those of KVM's requests that a thread may make.
+    fn requests(role: Role, kvm: bool) -> Vec<u32> {
+        let rules = Calls::of(role, &Needs { kvm, ..Needs::default() }).unwrap().into_rules();
+        let allowed = |request: &u32| {
+            let condition = SeccompCondition::new(1, Dword, Eq, (*request).into()).unwrap();
+            rules[&libc::SYS_ioctl].contains(&SeccompRule::new(vec![condition]).unwrap())
+        };
+        let all = kvm::MAKING.into_iter().chain(kvm::STATE).chain(kvm::EVENTS);
+        all.filter(allowed).collect()
+    }
+
+    const ROLES: [Role; 15] = [
+        Role::Main,
+        Role::Vcpu,
+        Role::Timer,
+        Role::Disk,
+        Role::NetUser,
+        Role::NetTap,
+        Role::NetSwitch,
+        Role::NetLimit,
+        Role::Vsock,
+        Role::ConsoleIn,
+        Role::ConsoleOut,
+        Role::Signals,
+        Role::Log,
+        Role::Debugger,
+        Role::Control,
+    ];
+
+    #[test]
+    fn kvm_is_for_those_who_make_and_execute_a_machine() {
+        let (making, state, events) = (&kvm::MAKING[..], &kvm::STATE[..], &kvm::EVENTS[..]);
+        for role in ROLES {
+            let expected = match role {
+                Role::Main => [making, state, events].concat(),
+                Role::Vcpu => [state, events].concat(),
+                Role::Debugger => state.to_vec(),
+                _ => Vec::new(),
+            };
+            assert_eq!(requests(role, true), expected, "{role:?}");
+            assert_eq!(requests(role, false), [0; 0], "{role:?}, on another engine");
+        }
     }
 }

@@ -22,7 +22,7 @@ use bivisor_backends::runtime;
 use bivisor_backends::thread::{self, Role};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use crate::config::{GdbSpec, VmConfig};
+use crate::config::{EngineChoice, GdbSpec, VmConfig};
 use filter::Filters;
 use paths::Paths;
 pub use paths::Support;
@@ -56,6 +56,8 @@ struct Needs {
     switch: bool,
     /// Stream sockets of the guest's.
     vsock: bool,
+    /// The host's KVM.
+    kvm: bool,
     /// Sockets in the file system, to be removed at the end.
     socket_files: bool,
     /// Landlock holds back calls with a path.
@@ -70,6 +72,7 @@ impl Needs {
             tap: any(|network| matches!(network, NetworkSpec::Tap(_))),
             switch: any(|network| matches!(network, NetworkSpec::Switch(_))),
             vsock: config.vsock.is_some(),
+            kvm: config.engine == EngineChoice::Kvm,
             socket_files: !socket_folders.is_empty(),
             paths_confined: false,
         }

@@ -3,10 +3,10 @@
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::mpsc::Sender;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bivisor_backends::console::{Command, ConsoleEvent, ConsoleSpec, SocketFile, accept, listen_at};
@@ -15,15 +15,19 @@ use bivisor_backends::terminal::message;
 use bivisor_backends::thread::{Role, spawn};
 
 use super::places::MachinePlaces;
-use super::process::{POWER_BUTTON, READY, start_time};
+use super::process::{POWER_BUTTON, READY, STATISTICS, start_time};
 use super::record::{self, Ending, ProcessRecord, Spec};
 use crate::error::Failure;
 use crate::run::{self, Managed};
 use crate::status;
 use crate::vm::Event;
+use crate::vm::counters::{Counters, Statistics};
 
 /// Bytes of a machine's log at most.
 const LOG_SIZE: u64 = 4 << 20;
+
+/// How long who gives an order may take to say it, and to hear the answer.
+const ORDER_TIME: Duration = Duration::from_secs(1);
 
 /// The file for how it ended, until that is written.
 static ENDING: Mutex<Option<File>> = Mutex::new(None);
@@ -80,7 +84,7 @@ fn begin(places: &MachinePlaces) -> Result<run::Ending, Failure> {
             // A supervisor that is gone needs no word.
             let _ = io::stdout().write_all(READY.as_bytes()).and_then(|()| io::stdout().flush());
         }),
-        control: Box::new(move |events| serve(control, events)),
+        control: Box::new(move |events, counters| serve(control, events, counters)),
     };
     let ending = run::machine(config, spec.verbose, Some(managed), None)?;
     let told = if ending.sentence.is_empty() { "the guest powered off" } else { &ending.sentence };
@@ -89,19 +93,43 @@ fn begin(places: &MachinePlaces) -> Result<run::Ending, Failure> {
 }
 
 /// Takes orders, on a thread of its own.
-fn serve((listener, file): (UnixListener, SocketFile), events: Sender<Event>) -> io::Result<()> {
+fn serve(
+    (listener, file): (UnixListener, SocketFile),
+    events: Sender<Event>,
+    counters: Arc<Counters>,
+) -> io::Result<()> {
     let serve = move || {
         let _file = file;
         loop {
             let stream = accept(&listener);
             let mut order = String::new();
-            let _ = stream.set_read_timeout(Some(Duration::from_secs(1)));
-            let read = BufReader::new(stream.take(64)).read_line(&mut order);
-            let button = Event::Console(ConsoleEvent::Command(Command::PowerButton));
-            if read.is_ok() && order == POWER_BUTTON && events.send(button).is_err() {
-                return;
+            // Nobody may keep others from giving orders.
+            let _ = stream
+                .set_read_timeout(Some(ORDER_TIME))
+                .and_then(|()| stream.set_write_timeout(Some(ORDER_TIME)));
+            if BufReader::new((&stream).take(64)).read_line(&mut order).is_err() {
+                continue;
+            }
+            match order.as_str() {
+                POWER_BUTTON => {
+                    let button = Event::Console(ConsoleEvent::Command(Command::PowerButton));
+                    if events.send(button).is_err() {
+                        return;
+                    }
+                }
+                STATISTICS => {
+                    // Who has gone does not want them.
+                    let _ = tell(&stream, &counters.statistics());
+                }
+                _ => {}
             }
         }
     };
     spawn(Role::Control, "control", serve).map(drop)
+}
+
+fn tell(mut stream: &UnixStream, statistics: &Statistics) -> io::Result<()> {
+    let mut line = serde_json::to_vec(statistics)?;
+    line.push(b'\n');
+    stream.write_all(&line)
 }

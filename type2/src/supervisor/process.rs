@@ -20,11 +20,18 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use super::places::MachinePlaces;
 use super::record::{self, Ending, ProcessRecord};
 use crate::host::signals;
+use crate::vm::counters::Statistics;
 
 /// What the process says on its standard output when the guest is about to run.
 pub const READY: &str = "ready\n";
 /// What the control socket understands: press the power button.
 pub const POWER_BUTTON: &str = "power-button\n";
+/// And: tell what the machine has counted, in a line of JSON.
+pub const STATISTICS: &str = "statistics\n";
+/// What an answer to that may be long, in bytes.
+const LONGEST_ANSWER: u64 = 1 << 20;
+/// What it may take.
+const ANSWER_TIME: Duration = Duration::from_secs(5);
 
 /// A process of a machine, which can't be mistaken for another one that later has the same number.
 #[derive(Clone, Debug)]
@@ -158,6 +165,34 @@ pub fn press_power_button(places: &MachinePlaces) {
     });
 }
 
+/// What a machine's process has counted.
+///
+/// # Errors
+/// It is gone, or of a version that does not count.
+pub fn statistics(places: &MachinePlaces) -> io::Result<Statistics> {
+    let mut stream = UnixStream::connect(places.control())?;
+    stream.set_write_timeout(Some(ANSWER_TIME))?;
+    stream.set_read_timeout(Some(ANSWER_TIME))?;
+    stream.write_all(STATISTICS.as_bytes())?;
+    let mut line = String::new();
+    BufReader::new(stream.take(LONGEST_ANSWER)).read_line(&mut line)?;
+    if line.is_empty() {
+        return Err(io::Error::other("it says nothing, as a machine that an older bivisor has started does"));
+    }
+    Ok(serde_json::from_str(&line)?)
+}
+
+/// Memory of the host's that a process has, in bytes (proc_pid_statm(5), the second field).
+///
+/// # Errors
+/// There is no such process.
+pub fn resident(pid: i32) -> io::Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/statm"))?;
+    let pages = text.split_whitespace().nth(1).and_then(|pages| pages.parse::<u64>().ok());
+    let pages = pages.ok_or(io::ErrorKind::InvalidData)?;
+    Ok(pages * rustix::param::page_size() as u64)
+}
+
 /// When a process was started, in clock ticks since the host's start (proc_pid_stat(5), field 22).
 ///
 /// # Errors
@@ -205,6 +240,13 @@ pub fn ending_of_unwatched(places: &MachinePlaces) -> Ending {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_has_memory() {
+        let own = resident(std::process::id().cast_signed()).unwrap();
+        assert!((1 << 20..1 << 40).contains(&own), "{own}");
+        assert!(resident(i32::MAX).is_err());
+    }
 
     #[test]
     fn a_process_has_one_start_time() {

@@ -1,5 +1,6 @@
 //! One run of a machine, from power-up to its end or its reset.
 
+pub mod counters;
 pub mod gate;
 mod halt_poll;
 pub mod inspect;
@@ -22,7 +23,6 @@ use bivisor_x86::cpuid::CpuModel;
 
 use crate::backends::Backends;
 use crate::config::{Paravirtual, VmConfig};
-use crate::engines::Chosen;
 use crate::error::Failure;
 use crate::guest::Guest;
 use crate::host::alarm::{AlarmThread, HostAlarm};
@@ -30,8 +30,9 @@ use crate::host::clock::{LinuxClock, host_cpuid};
 use crate::host::log::Log;
 use crate::host::memory;
 use crate::perf_map::PerfMap;
-use crate::status;
 use crate::trace::{TraceError, TraceFile};
+use crate::{engines, status};
+use counters::Counters;
 use gate::Gate;
 use vcpu::{SharedVcpu, Surroundings, ThreadWaker, VcpuEvent, VcpuThread, lock};
 
@@ -56,10 +57,10 @@ pub enum Event {
 pub struct Parts {
     /// What the machine is made of.
     pub config: VmConfig,
-    /// What executes its instructions.
-    pub engine: Chosen,
     /// What it boots.
     pub guest: Guest,
+    /// What executes it.
+    pub engine: engines::Source,
     /// Time.
     pub clock: Arc<LinuxClock>,
     /// Processors of the host's that the process may use at once.
@@ -72,6 +73,8 @@ pub struct Parts {
     pub trace: Option<Arc<TraceFile>>,
     /// The names of translated code for perf.
     pub perf_map: Option<PerfMap>,
+    /// What all its runs have done.
+    pub counters: Arc<Counters>,
     /// Log of what devices refuse.
     pub log: Arc<Log>,
     /// The supervisor.
@@ -130,7 +133,7 @@ impl Session {
             )
         })?;
         let memory = Arc::new(memory);
-        let engine = parts.engine.make().map_err(Failure::configuration)?;
+        let engine = parts.engine.engine();
         let gate = Arc::new(Gate::new());
         let alarm = HostAlarm::new(parts.clock.clone());
         let machine = Machine::new(
@@ -156,6 +159,7 @@ impl Session {
             },
         )
         .map_err(Failure::configuration)?;
+        parts.counters.begin(machine.exits());
         let vcpus = make_vcpus(&machine, &*engine, parts)?;
         let expiring = machine.clone();
         let alarm_thread =

@@ -4,6 +4,8 @@ mod console;
 mod logs;
 mod ps;
 mod ssh;
+mod stat;
+mod top;
 mod up;
 
 use std::path::{Path, PathBuf};
@@ -37,6 +39,27 @@ pub enum Command {
         /// As JSON, with all there is to know
         #[arg(long)]
         json: bool,
+    },
+    /// Tell what machines have done since they started: CPU time, disks, networks, exits of their processors by kind
+    Stat {
+        /// Their names; nothing: all that run
+        #[arg(value_name = "NAME")]
+        names: Vec<String>,
+        /// As JSON
+        #[arg(long, conflicts_with = "prometheus")]
+        json: bool,
+        /// In the text format of Prometheus
+        #[arg(long)]
+        prometheus: bool,
+    },
+    /// Show what the machines are doing, again and again; Ctrl-C ends it
+    Top {
+        /// Seconds between two looks
+        #[arg(short, long, value_name = "SECONDS", default_value = "2", value_parser = clap::value_parser!(u32).range(1..=3600))]
+        interval: u32,
+        /// End after so many looks
+        #[arg(short = 'n', long, value_name = "COUNT")]
+        count: Option<u64>,
     },
     /// Sit down at a machine's console; Ctrl-A x leaves it
     Console {
@@ -114,6 +137,8 @@ pub fn run(command: &Command, verbose: bool) -> Result<u8, Failure> {
     match command {
         Command::Up { file } => up::run(file, verbose),
         Command::Ps { json } => ps::run(*json),
+        Command::Stat { names, json, prometheus } => stat::run(names, *json, *prometheus),
+        Command::Top { interval, count } => top::run(*interval, *count),
         Command::Console { name } => console::run(name),
         Command::Logs { name, follow } => logs::run(name, *follow),
         Command::Ssh { user, name, command } => ssh::run(user, name, command),
