@@ -1,16 +1,17 @@
 //! Programs whose standard input and output are a guest's console: what is typed there, and what is waited for.
 use anyhow::{Context, Result, bail, ensure};
+use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, ptsname, unlockpt};
 use std::{
-    io::{self, Read, Write},
-    net::TcpListener,
+    ffi::OsString,
+    fs::File,
+    io::{Read, Write},
+    os::unix::ffi::OsStringExt,
+    path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::mpsc::{Receiver, RecvTimeoutError, channel},
     thread,
-    time::{Duration, Instant},
+    time::Instant,
 };
-
-/// Time in which a program has to make the connection that is its guest's console.
-const CONNECTION_LIMIT: Duration = Duration::from_secs(30);
 
 /// A program that runs, until this is dropped at the latest.
 pub struct Session {
@@ -37,31 +38,26 @@ impl Session {
         Ok(Self { program, keyboard, screen })
     }
 
-    /// Starts a program whose guest's console is a connection that the program makes to `listener`, within a few seconds.
+    /// Starts a program whose guest's console is a terminal; `command` gives the program for one that has this path.
     ///
     /// # Errors
-    /// It can't be started, or doesn't make the connection.
-    pub fn by_connection(command: &mut Command, listener: &TcpListener, deadline: Instant) -> Result<Self> {
-        let name = command.get_program().display().to_string();
-        let program = command.spawn().with_context(|| format!("{name} could not be started"))?;
-        let mut session =
-            Self { program, keyboard: Box::new(io::sink()), screen: Screen::new(io::empty(), deadline) };
-        listener.set_nonblocking(true)?;
-        let until = Instant::now() + CONNECTION_LIMIT;
-        let connection = loop {
-            match listener.accept() {
-                Ok((connection, _)) => break connection,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error.into()),
-            }
-            ensure!(session.program.try_wait()?.is_none(), "{name} ended before its guest had a console");
-            ensure!(Instant::now() < until, "{name} gives its guest no console");
-            thread::sleep(Duration::from_millis(10));
-        };
-        connection.set_nonblocking(false)?;
-        session.keyboard = Box::new(connection.try_clone()?);
-        session.screen = Screen::new(connection, deadline);
-        Ok(session)
+    /// It can't be started.
+    pub fn by_terminal(command: impl FnOnce(&Path) -> Result<Command>, deadline: Instant) -> Result<Self> {
+        const MODE: OpenptFlags = OpenptFlags::RDWR.union(OpenptFlags::NOCTTY).union(OpenptFlags::CLOEXEC);
+        let terminal = openpt(MODE)?;
+        grantpt(&terminal)?;
+        unlockpt(&terminal)?;
+        let path = PathBuf::from(OsString::from_vec(ptsname(&terminal, Vec::new())?.into_bytes()));
+        // Its standard input, too, so that the terminal ends with the program, even before that has opened it.
+        let input = ioctl_tiocgptpeer(&terminal, MODE)?;
+        let mut command = command(&path)?;
+        let program = command
+            .stdin(input)
+            .spawn()
+            .with_context(|| format!("{} could not be started", command.get_program().display()))?;
+        let terminal = File::from(terminal);
+        let keyboard = Box::new(terminal.try_clone()?);
+        Ok(Self { program, keyboard, screen: Screen::new(terminal, deadline) })
     }
 
     /// Types text.

@@ -144,9 +144,10 @@ fn runs(image: &Path, guest: &Guest) -> Result<String> {
 pub(super) fn converse(guest: &Guest, metal: &mut Session) -> Result<Outcome> {
     let start = Instant::now();
     let mut output = String::new();
-    if !guest.input.is_empty() {
-        output = metal.screen.until("> ")?;
-        metal.type_text(guest.input)?;
+    // Line by line: a serial port's buffer is small, and nobody waits for room in it.
+    for line in guest.input.split_inclusive('\r') {
+        output.push_str(&metal.screen.until("> ")?);
+        metal.type_text(line)?;
     }
     let (rest, status) = metal.rest()?;
     output.push_str(&rest);
