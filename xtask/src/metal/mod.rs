@@ -62,7 +62,7 @@ pub fn run(task: &Task) -> Result<bool> {
                 tests::all(&mut tally, &program)?;
             }
             if *all {
-                bochs::slow(&mut tally, &program, &build()?)?;
+                slow(&mut tally)?;
             }
             return Ok(tally.close());
         }
@@ -90,7 +90,9 @@ pub fn run(task: &Task) -> Result<bool> {
 /// A check can't be started.
 pub fn slow(tally: &mut Tally) -> Result<()> {
     let program = linux::program(tally)?;
-    bochs::slow(tally, &program, &build()?)
+    let image = build()?;
+    tests::slow(tally, &image);
+    bochs::slow(tally, &program, &image)
 }
 
 /// Builds the image.

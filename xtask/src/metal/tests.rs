@@ -8,7 +8,7 @@ use crate::{
     steps::Tally,
     test::cargo,
 };
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 use bivisor_guests::{ALL, Guest, LOST, Outcome};
 use bivisor_metal::bundle::{Bundle, MachineConfig, OnCrash};
 use std::{
@@ -16,12 +16,12 @@ use std::{
     fs,
     path::Path,
     process::Command,
-    thread,
     time::{Duration, Instant},
 };
 use tempfile::NamedTempFile;
 
-/// The guest that takes longest: half a million exits.
+/// The guest that takes longest: half a million exits. In about one of two runs it does not come back from code at the border of
+/// the canonical addresses (issue 5), and the run ends by [`GUEST_LIMIT`].
 const SLOW: &str = "escape";
 /// The real machine.
 pub(super) const QEMU: &str = "qemu-system-x86_64";
@@ -60,25 +60,24 @@ pub fn all(tally: &mut Tally, program: &Path) -> Result<()> {
             return Ok(());
         }
     };
-    // One guest leaves its processor so often that it takes as long as everything else.
-    let (slow, others): (Vec<&Guest>, Vec<&Guest>) = ALL.iter().partition(|guest| guest.name == SLOW);
-    let image = &image;
-    thread::scope(|scope| {
-        let slow: Vec<_> =
-            slow.into_iter().map(|guest| (guest, scope.spawn(move || runs(image, guest)))).collect();
-        let name = |guest: &Guest| format!("guest {} on svm", guest.name);
-        for guest in others {
-            tally.check(&name(guest), || runs(image, guest));
-        }
-        tally.check("a guest that crashes on svm", || crash_is_its_own(image));
-        tally.check("two Debians on svm", || two_debians(program, image));
-        let result = images::all(tally, program, image);
-        for (guest, run) in slow {
-            tally.check(&name(guest), || run.join().map_err(|_| anyhow!("its thread panicked"))?);
-        }
-        result
-    })?;
-    bochs::all(tally, program, image)
+    for guest in ALL.iter().filter(|guest| guest.name != SLOW) {
+        tally.check(&name(guest), || runs(&image, guest));
+    }
+    tally.check("a guest that crashes on svm", || crash_is_its_own(&image));
+    tally.check("two Debians on svm", || two_debians(program, &image));
+    images::all(tally, program, &image)?;
+    bochs::all(tally, program, &image)
+}
+
+/// Runs the guest that takes minutes.
+pub fn slow(tally: &mut Tally, image: &Path) {
+    for guest in ALL.iter().filter(|guest| guest.name == SLOW) {
+        tally.check(&name(guest), || runs(image, guest));
+    }
+}
+
+fn name(guest: &Guest) -> String {
+    format!("guest {} on svm", guest.name)
 }
 
 /// The hypervisor with machines, in QEMU, and the file that they are packed in.
