@@ -55,7 +55,8 @@ fn executable_view(writable: NonNull<u8>, size: usize) -> Result<NonNull<u8>> {
 }
 
 impl CodeMemory {
-    /// `size` bytes of memory for code; from `boundary` on, code stands apart from the rest. It has no name, as a memfd would have: perf looks for names of code that it
+    /// `size` bytes of memory for code; from `boundary` on, code stands apart from the rest. It has no name, as a
+    /// memfd would have: perf looks for names of code that it
     /// takes for made at run time in mappings without one only.
     pub fn new(size: usize, boundary: usize) -> Result<Self> {
         let protection = libc::PROT_READ | libc::PROT_WRITE;

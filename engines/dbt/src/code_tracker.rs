@@ -153,11 +153,10 @@ impl CodeTracker {
         (now, writes)
     }
 
-    /// Nothing of the page at this offset is to be cached any more, as after many writes: the next ones are quick.
-    pub fn release(&self, offset: u64) {
-        if let Some(page) = self.page(offset) {
-            self.new_generation(page, offset, 1, true);
-        }
+    /// Nothing of the page at this offset is to be cached any more, as after many writes: the next ones are quick. Whether
+    /// anything was.
+    pub fn release(&self, offset: u64) -> bool {
+        self.page(offset).is_some_and(|page| self.new_generation(page, offset, 1, true))
     }
 
     #[cold]
@@ -221,8 +220,8 @@ mod tests {
         let tracker = CodeTracker::new(0x3000);
         let (generation, _) = tracker.mark(0x1000);
         let epoch = tracker.epoch();
-        tracker.release(0x1000);
-        tracker.release(0x2000);
+        assert!(tracker.release(0x1000));
+        assert!(!tracker.release(0x2000));
         let all = CodeWrite { page: 0x1000, lines: u64::MAX };
         assert_eq!(tracker.written_since(epoch), (epoch + 1, Some(vec![all])));
         assert!(!tracker.is_cached(0x1000));

@@ -104,8 +104,9 @@ impl VcpuEnv {
 
     /// Nothing of the page at this offset in RAM is to be cached any more.
     pub fn release_code(&self, offset: u64) {
-        self.code.release(offset);
-        self.peers.wake(self.index);
+        if self.code.release(offset) {
+            self.peers.wake(self.index);
+        }
     }
 
     /// Whether instructions of the page at this offset in RAM are cached somewhere.

@@ -5,11 +5,9 @@ use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
 use super::analysis::{self, Class, Decoded};
 use super::block::{Addend, Builder, Kept, NotRenamed, PAGE, Retry};
 use super::checks::{Check, Window};
-use super::context::{
-    self, ADDEND, ADDRESS, GUEST_RSP, HOMES, SPILLED, TEMPORARY, TLB_INDEX_MASK, TLB_INDEX_SHIFT, page_base,
-    stack_addend,
-};
+use super::context::{self, ADDEND, ADDRESS, GUEST_RSP, HOMES, SPILLED, TEMPORARY, page_base, stack_addend};
 use super::emit::{Mem, Reg, Width, at, condition, indexed, reg};
+use super::routines::tlb_index;
 use super::site::{FaultPoint, SiteKind};
 
 /// Number of a general register, if it is one.
@@ -73,15 +71,7 @@ impl Builder<'_> {
             return Some(slot);
         }
         self.e.lea(Width::W64, TEMPORARY, start.plus(size - 1));
-        match start.register() {
-            // What comes in above is masked away.
-            Some(start) => self.e.rorx(ADDEND, start, TLB_INDEX_SHIFT),
-            None => {
-                self.e.lea(Width::W32, ADDEND, start);
-                self.e.shr(Width::W32, ADDEND, TLB_INDEX_SHIFT);
-            }
-        }
-        self.e.and_imm(Width::W32, ADDEND, TLB_INDEX_MASK);
+        tlb_index(&mut self.e, ADDEND, start);
         self.e.shr(Width::W64, TEMPORARY, 12);
         self.e.compare(Width::W64, TEMPORARY, context::tlb_tag(self.class(), write, ADDEND));
         let other = self.e.jump_if(condition::NE);

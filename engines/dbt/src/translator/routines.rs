@@ -15,9 +15,15 @@ use super::emit::{Emitter, Mem, Reg, Width, at, condition, indexed, reg};
 const PUSHED: i32 = 8;
 
 /// Leaves the TLB offset of a linear address in `index`.
-fn index(e: &mut Emitter, index: Reg, linear: Reg) {
-    e.copy(Width::W32, index, linear);
-    e.shr(Width::W32, index, TLB_INDEX_SHIFT);
+pub fn tlb_index(e: &mut Emitter, index: Reg, linear: Mem) {
+    match linear.register() {
+        // What comes in above is masked away.
+        Some(linear) => e.rorx(index, linear, TLB_INDEX_SHIFT),
+        None => {
+            e.lea(Width::W32, index, linear);
+            e.shr(Width::W32, index, TLB_INDEX_SHIFT);
+        }
+    }
     e.and_imm(Width::W32, index, TLB_INDEX_MASK);
 }
 
@@ -29,7 +35,7 @@ fn field(mem: Mem) -> Mem {
 /// lie in two pages.
 pub fn stack_window(e: &mut Emitter, class: u8) -> usize {
     let start = e.position();
-    index(e, ADDEND, ADDRESS);
+    tlb_index(e, ADDEND, at(ADDRESS, 0));
     e.add(Width::W64, TEMPORARY, ADDRESS);
     e.xor(Width::W64, ADDRESS, TEMPORARY);
     e.shr(Width::W64, ADDRESS, 12);
@@ -63,7 +69,7 @@ pub fn slot(e: &mut Emitter, class: u8, write: bool) -> usize {
     e.xor(Width::W64, reg::RAX, TEMPORARY);
     e.shr(Width::W64, reg::RAX, 12);
     let crosses = e.jump_if(condition::NE);
-    index(e, reg::RAX, ADDRESS);
+    tlb_index(e, reg::RAX, at(ADDRESS, 0));
     e.shr(Width::W64, TEMPORARY, 12);
     e.compare(Width::W64, TEMPORARY, field(tlb_tag(class, write, reg::RAX)));
     let other = e.jump_if(condition::NE);
@@ -165,7 +171,7 @@ fn elements_in_page(e: &mut Emitter, count: Reg, linear: Reg) {
 
 /// Leaves the TLB offset of the page of a linear address in ADDEND; a jump taken if it isn't there. Changes TEMPORARY.
 fn find_page(e: &mut Emitter, class: u8, linear: Reg, write: bool) -> super::emit::Fixup {
-    index(e, ADDEND, linear);
+    tlb_index(e, ADDEND, at(linear, 0));
     e.copy(Width::W64, TEMPORARY, linear);
     e.shr(Width::W64, TEMPORARY, 12);
     e.compare(Width::W64, TEMPORARY, field(tlb_tag(class, write, ADDEND)));

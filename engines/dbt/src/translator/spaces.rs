@@ -1,9 +1,9 @@
 //! The inline TLBs of the address spaces that the guest used last.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
-use super::context::{NO_STACK_PAGE, SLOTS, Slot, TLB_EMPTY, TLB_ENTRIES, TlbEntry};
+use super::context::{NO_STACK_PAGE, Slot, TLB_EMPTY, TLB_ENTRIES, TlbEntry};
 use super::windows::{Mapping, SPACES};
 
 const CLASSES: usize = 3;
@@ -32,8 +32,6 @@ fn bits(words: &[AtomicU64]) -> impl Iterator<Item = usize> {
 /// The inline TLBs, as other threads may see them, with a record of which entries were ever filled.
 pub struct SharedTlbs {
     mapping: Arc<Mapping>,
-    /// Slots in use.
-    slots: AtomicUsize,
     /// How often stack windows and slots were emptied.
     resets: AtomicU64,
     /// An entry for stores made room for another since the processor last looked for a block: what was read of it may
@@ -48,7 +46,6 @@ impl SharedTlbs {
     fn new(mapping: Arc<Mapping>) -> Self {
         let tlbs = Self {
             mapping,
-            slots: AtomicUsize::new(0),
             resets: AtomicU64::new(0),
             evicted: AtomicBool::new(false),
             touched: no_bits(),
@@ -91,16 +88,6 @@ impl SharedTlbs {
     /// The mapping of what translated code works on.
     pub fn mapping(&self) -> &Mapping {
         &self.mapping
-    }
-
-    /// So many slots are in use.
-    pub fn use_slots(&self, count: usize) {
-        self.slots.store(count, Ordering::SeqCst);
-    }
-
-    /// The slots in use.
-    pub fn slots(&self) -> &[Slot] {
-        &self.mapping.slots()[..self.slots.load(Ordering::SeqCst).min(SLOTS)]
     }
 
     /// The slots that may hold a page.

@@ -376,7 +376,6 @@ impl DbtVcpu {
         self.names.cleared();
         // Other code will use the slots.
         self.spaces.forget_windows();
-        self.spaces.shared().use_slots(0);
         self.cache.clear();
         self.linked.clear();
         self.linked_globally.clear();
@@ -476,9 +475,7 @@ impl DbtVcpu {
         // The page is that of the instruction pointer, wherever in a block that stands.
         let linear = self.cpu.state.rip & PAGE_MASK | offset & !PAGE_MASK;
         self.names.made(address, translation.hot as u64, linear, key);
-        let number = self.cache.insert(offset, key, second, translation, self.windows.context());
-        self.spaces.shared().use_slots(self.cache.slots().len());
-        number
+        self.cache.insert(offset, key, second, translation, self.windows.context())
     }
 
     fn request<'a>(&'a self, page: &'a [u8], offset: u64, key: Key, loop_head: bool) -> Request<'a> {
@@ -552,7 +549,6 @@ impl DbtVcpu {
             self.cache.drop_lines(page, lines, self.windows.context());
         }
         self.spaces.forget_windows();
-        self.spaces.shared().use_slots(0);
         self.cache.free_slots();
     }
 
@@ -574,7 +570,7 @@ impl DbtVcpu {
     /// Instructions that miss their slots too often get none from now on.
     fn look_for_roaming(&mut self) {
         let mut pages = Vec::new();
-        for (slot, &place) in self.spaces.shared().slots().iter().zip(self.cache.slots()) {
+        for (slot, &place) in self.windows.mapping().slots().iter().zip(self.cache.slots()) {
             if slot.misses.load(Ordering::Relaxed) > ROAMING_MISSES && self.roaming.insert(place) {
                 pages.push(place);
             }
