@@ -15,9 +15,12 @@ const BY_QEMU: Excused = &[(
 /// The checks of a guest that may fail: those that fail on QEMU without a hypervisor, those that fail by [`BY_QEMU`], and the
 /// hypervisor's own.
 pub fn checks(guest: &Guest, own: Excused) -> String {
-    let of =
-        |list: Excused| list.iter().find(|(name, _)| *name == guest.name).map_or("", |(_, checks)| *checks);
-    format!("{}\n{}{}", guest.qemu_differs, of(BY_QEMU), of(own))
+    format!("{}\n{}{}", guest.qemu_differs, of(guest, BY_QEMU), of(guest, own))
+}
+
+/// Those of a list.
+pub fn of(guest: &Guest, list: Excused) -> &'static str {
+    list.iter().find(|(name, _)| *name == guest.name).map_or("", |(_, checks)| *checks)
 }
 
 /// Whether a guest that ended with this status came to a good end: power-off, or the verdict "passed" at port 0xf4

@@ -60,7 +60,8 @@ pub fn run(quick: bool, all: bool) -> Result<bool> {
         metal::tests::all(&mut tally, &program)?;
     }
     if all {
-        metal::slow(&mut tally)?;
+        let program = linux::program(&mut tally)?;
+        metal::slow(&mut tally, &program)?;
         let servers = ["test", "--release", "--package", "bivisor", "--test", "consolidation"];
         tally
             .cargo_test("three servers", cargo(".").args(servers).args(["--", "--ignored", "--nocapture"]))?;

@@ -1,7 +1,12 @@
 //! The hypervisor in Bochs, whose processor has VT-x: the guests with their one expected output, and a stock Debian.
 use super::metal;
-use super::tests::{converse, judge};
-use crate::{console::Session, linux::PROMPT, steps::Tally};
+use super::tests::{SLOW, converse, judge};
+use crate::{
+    console::Session,
+    excused::{self, Excused},
+    linux::PROMPT,
+    steps::Tally,
+};
 use anyhow::{Context, Result, ensure};
 use bivisor_guests::{ALL, Guest};
 use std::{
@@ -17,7 +22,7 @@ const BOCHS: &str = "bochs";
 const FIRMWARE: [&str; 2] = ["/usr/share/bochs/BIOS-bochs-latest", "/usr/share/vgabios/vgabios.bin"];
 /// A guest's time from power-up to the end, with much to spare on a busy machine.
 const GUEST_LIMIT: Duration = Duration::from_secs(180);
-/// The same for [`SLOW_GUEST`].
+/// The same for [`SLOW`].
 const SLOW_LIMIT: Duration = Duration::from_secs(1200);
 /// Debian's time from power-up to the end.
 const LINUX_LIMIT: Duration = Duration::from_secs(1800);
@@ -35,7 +40,7 @@ const GOOD_WORDS: &str = "no virtual machine runs any more";
 /// Checks that fail here: Bochs names the stack segment where an address on an interrupt stack is not canonical, and says of an
 /// absent one that it is another segment; it lets its own accesses pass SMAP. As on svm, the engine refuses vector
 /// instructions on devices.
-const EXCUSED: &[(&str, &str)] = &[
+const EXCUSED: Excused = &[
     ("exceptions", "#SS by a non-canonical IST stack\n#SS once the stack segment is absent\n"),
     ("paging", "SMAP: the CPU's own accesses count as ring 0's\n"),
     (
@@ -45,9 +50,6 @@ const EXCUSED: &[(&str, &str)] = &[
          devices: junk to everything below 4 GiB that is no RAM\ndevices: every size of physical address\n",
     ),
 ];
-/// The guest that leaves its processor some million times, which takes Bochs minutes.
-const SLOW_GUEST: &str = "escape";
-
 /// Whether Bochs is there; says so if not.
 fn installed() -> bool {
     let there = Command::new(BOCHS).arg("--help").output().is_ok()
@@ -66,7 +68,7 @@ fn installed() -> bool {
 /// A check can't be started.
 pub fn all(tally: &mut Tally, program: &Path, hypervisor: &Path) -> Result<()> {
     if installed() {
-        for guest in ALL.iter().filter(|guest| guest.name != SLOW_GUEST) {
+        for guest in ALL.iter().filter(|guest| guest.name != SLOW) {
             tally.check(&format!("guest {} on vmx", guest.name), || runs(program, hypervisor, guest));
         }
     }
@@ -79,7 +81,7 @@ pub fn all(tally: &mut Tally, program: &Path, hypervisor: &Path) -> Result<()> {
 /// A check can't be started.
 pub fn slow(tally: &mut Tally, program: &Path, hypervisor: &Path) -> Result<()> {
     if installed() {
-        for guest in ALL.iter().filter(|guest| guest.name == SLOW_GUEST) {
+        for guest in ALL.iter().filter(|guest| guest.name == SLOW) {
             tally.check(&format!("guest {} on vmx", guest.name), || runs(program, hypervisor, guest));
         }
         tally.check("Debian on vmx", || debian(program, hypervisor));
@@ -139,7 +141,7 @@ fn bochs(folder: &Path, image: &Path, size: u64, memory: u32, console: &Path) ->
 
 /// A guest prints what it prints on every other engine, but for what Bochs' processor does its own way.
 fn runs(program: &Path, hypervisor: &Path, guest: &Guest) -> Result<String> {
-    let limit = if guest.name == SLOW_GUEST { SLOW_LIMIT } else { GUEST_LIMIT };
+    let limit = if guest.name == SLOW { SLOW_LIMIT } else { GUEST_LIMIT };
     let folder = tempfile::tempdir()?;
     fs::write(folder.path().join("guest"), guest.image)?;
     let text = "[vm.guest]\nkernel = \"guest\"\nmemory = \"64M\"\ntestdev = true\n";
@@ -147,8 +149,7 @@ fn runs(program: &Path, hypervisor: &Path, guest: &Guest) -> Result<String> {
     let outcome = converse(guest, &mut metal)?;
     ensure!(outcome.messages.contains(GOOD_WORDS), "{}", outcome.messages);
     ensure!(outcome.messages.contains("guests run on vmx"), "{}", outcome.messages);
-    let excused = EXCUSED.iter().find(|(name, _)| *name == guest.name).map_or("", |(_, checks)| *checks);
-    judge(guest, &outcome, excused)
+    judge(guest, &outcome, excused::of(guest, EXCUSED))
 }
 
 /// A stock Debian reaches a shell, which works, and powers off.

@@ -62,7 +62,7 @@ pub fn run(task: &Task) -> Result<bool> {
                 tests::all(&mut tally, &program)?;
             }
             if *all {
-                slow(&mut tally)?;
+                slow(&mut tally, &program)?;
             }
             return Ok(tally.close());
         }
@@ -88,11 +88,10 @@ pub fn run(task: &Task) -> Result<bool> {
 ///
 /// # Errors
 /// A check can't be started.
-pub fn slow(tally: &mut Tally) -> Result<()> {
-    let program = linux::program(tally)?;
+pub fn slow(tally: &mut Tally, program: &Path) -> Result<()> {
     let image = build()?;
     tests::slow(tally, &image);
-    bochs::slow(tally, &program, &image)
+    bochs::slow(tally, program, &image)
 }
 
 /// Builds the image.

@@ -22,7 +22,7 @@ use tempfile::NamedTempFile;
 
 /// The guest that takes longest: half a million exits. In about one of two runs it does not come back from code at the border of
 /// the canonical addresses (issue 5), and the run ends by [`GUEST_LIMIT`].
-const SLOW: &str = "escape";
+pub(super) const SLOW: &str = "escape";
 /// The real machine.
 pub(super) const QEMU: &str = "qemu-system-x86_64";
 /// A guest's time. The slowest leaves its processor some million times, which QEMU makes expensive.
@@ -38,6 +38,17 @@ const OWN_LINES: &str = "bivisor: ";
 /// Before a command to the hypervisor: Ctrl-].
 const ESCAPE: &str = "\x1d";
 
+/// Whether QEMU is there; says so if not.
+fn installed() -> bool {
+    let there = Command::new(QEMU).arg("--version").output().is_ok();
+    if !there {
+        println!(
+            "skipped: the bare machine, since {QEMU} is not installed (Debian: apt-get install qemu-system-x86)"
+        );
+    }
+    there
+}
+
 /// Runs all of it.
 ///
 /// # Errors
@@ -46,10 +57,7 @@ pub fn all(tally: &mut Tally, program: &Path) -> Result<()> {
     let clippy = ["clippy", "--profile", "metal", "--package", "bivisor-metal", "--features", "image"];
     tally
         .step("lints of the bare machine's image", cargo(".").args(clippy).args(["--", "-D", "warnings"]))?;
-    if Command::new(QEMU).arg("--version").output().is_err() {
-        println!(
-            "skipped: the bare machine, since {QEMU} is not installed (Debian: apt-get install qemu-system-x86)"
-        );
+    if !installed() {
         return Ok(());
     }
     let image = match build() {
@@ -71,8 +79,10 @@ pub fn all(tally: &mut Tally, program: &Path) -> Result<()> {
 
 /// Runs the guest that takes minutes.
 pub fn slow(tally: &mut Tally, image: &Path) {
-    for guest in ALL.iter().filter(|guest| guest.name == SLOW) {
-        tally.check(&name(guest), || runs(image, guest));
+    if installed() {
+        for guest in ALL.iter().filter(|guest| guest.name == SLOW) {
+            tally.check(&name(guest), || runs(image, guest));
+        }
     }
 }
 
