@@ -27,6 +27,7 @@ bios_sector:
     ljmp $0, $0x7e00
 bios_sector_fails:
     movw $(bios_sector_words - bios_sector + 0x7c00), %si
+bios_says:
 1:  lodsb
     testb %al, %al
     jz 2f
@@ -215,15 +216,7 @@ bios_large_segments:
 
 bios_fails:
     movw $(bios_words - bios_sector + 0x7c00), %si
-1:  lodsb
-    testb %al, %al
-    jz 2f
-    movb $0x0e, %ah
-    movw $7, %bx
-    int $0x10
-    jmp 1b
-2:  hlt
-    jmp 2b
+    jmp bios_says
 bios_words:
     .asciz "bivisor: the disk can't be read to the end\r\n"
 
